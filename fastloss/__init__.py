@@ -1,0 +1,40 @@
+"""fastloss: cross-entropy losses for PyTorch that are exact, fast and small in memory, on CPU (Numba) and CUDA (Triton)."""
+
+from . import config, memory
+from ._version import __version__
+from .backends import BackendError, get_backend, set_backend, use_backend
+from .functional import (
+    binary_cross_entropy,
+    binary_cross_entropy_with_logits,
+    cross_entropy,
+    log_softmax,
+    nll_loss,
+    softmax,
+)
+from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
+from .routing import Route, explain
+
+
+__all__ = [
+    "BCELoss",
+    "BCEWithLogitsLoss",
+    "BackendError",
+    "CrossEntropyLoss",
+    "LogSoftmax",
+    "NLLLoss",
+    "Route",
+    "Softmax",
+    "__version__",
+    "binary_cross_entropy",
+    "binary_cross_entropy_with_logits",
+    "config",
+    "cross_entropy",
+    "explain",
+    "get_backend",
+    "log_softmax",
+    "memory",
+    "nll_loss",
+    "set_backend",
+    "softmax",
+    "use_backend",
+]

@@ -1,0 +1,141 @@
+"""Sigmoid binary cross-entropy on logits, element by element; s = sigmoid, v = pos_weight.
+
+    loss = w ((1 - y) x + (1 + (v - 1) y) softplus(-x))      dlogits = dloss w ((1 - y) s(x) - v y s(-x))
+
+Both are written so that no tail is lost to cancellation: the small one of s(x), s(-x) is computed as such, and for x < 0 the loss is
+(1 + (v - 1) y) log1p(exp(x)) - v y x.
+"""
+
+from typing import Any
+
+import torch
+from numba import njit
+from torch import Tensor
+
+from .elements import ELEMENTS, elements, last_piece, piece_of
+from .launch import next_task, region, unpack
+from .math import INLINE, exp, log1p
+from .memory import load, offset, prefetch, store, stream
+from .reduction import sum_rows
+from .rows import AHEAD, bypass_caches, first_vector
+from .simd import fma, lane_sum, lanes_of, select, splat
+
+_FORWARD = "TTCCC" + "n" * 15 + ELEMENTS
+_SUM = "TTCCC" + "n" * 12 + ELEMENTS
+_BACKWARD = "TTCCCT" + "n" * 19 + ELEMENTS
+
+
+def bce_with_logits_forward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, loss: Tensor) -> None:
+    way = elements(logits)
+    _forward(
+        logits.dtype, way.tasks,
+        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), loss.data_ptr(),
+        *logits.stride(), *target.stride(), *weight.stride(), *pos_weight.stride(), *loss.stride(), *way,
+    )  # fmt: skip
+
+
+def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, total: Tensor) -> None:
+    way = elements(logits)
+    partial = torch.empty(way.pieces, dtype=total.dtype)
+    _sum(
+        logits.dtype, way.tasks,
+        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), partial.data_ptr(),
+        *logits.stride(), *target.stride(), *weight.stride(), *pos_weight.stride(), *way,
+    )  # fmt: skip
+    sum_rows(partial, total)
+
+
+def bce_with_logits_backward(
+    logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor
+) -> None:
+    way = elements(logits)
+    _backward(
+        logits.dtype, way.tasks,
+        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
+        bypass_caches(logits, dlogits), *logits.stride(), *target.stride(), *weight.stride(), *pos_weight.stride(), *dloss.stride(),
+        *dlogits.stride(), *way,
+    )  # fmt: skip
+
+
+@njit(**INLINE)
+def _loss(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
+    negative = 1.0 - y
+    high = negative * x
+    # 0 * high: an infinite x makes the loss NaN where torch's does
+    linear = select(x > 0.0, high, fma(high, 0.0, 0.0 - pos_weight * y * x))
+    softplus = log1p(exp(select(x > 0.0, 0.0 - x, x)))
+    return weight * fma(fma(pos_weight, y, negative), softplus, linear)
+
+
+@njit(**INLINE)
+def _gradient(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
+    e = exp(select(x > 0.0, 0.0 - x, x))
+    large = 1.0 / (e + 1.0)
+    small = e * large
+    positive = x > 0.0
+    return weight * ((1.0 - y) * select(positive, large, small) - pos_weight * y * select(positive, small, large))
+
+
+@region(_FORWARD)
+def _forward(a: Any) -> None:
+    (logits, target, weight, pos_weight, loss, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p, l_a, l_b, l_p,
+     size_a, size_b, size_p, grain) = unpack(a, _FORWARD)  # fmt: skip
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
+            i, j, first, size = piece_of(number, size_b, size_p)
+            x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
+            w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
+            out = offset(loss, i * l_a + j * l_b + first * l_p)
+            for k in range(0, size, lanes_of(x)):
+                n = size - k
+                prefetch(x, k * x_p + AHEAD)
+                prefetch(y, k * y_p + AHEAD)
+                value = _loss(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0),
+                              load(v, k * v_p, v_p, n, 0.0))  # fmt: skip
+                store(out, k * l_p, l_p, n, value)
+        task = next_task(a)
+
+
+@region(_SUM)
+def _sum(a: Any) -> None:
+    (logits, target, weight, pos_weight, partial, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p,
+     size_a, size_b, size_p, grain) = unpack(a, _SUM)  # fmt: skip
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
+            i, j, first, size = piece_of(number, size_b, size_p)
+            x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
+            w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
+            subtotal = splat(0.0, x)
+            for k in range(0, size, lanes_of(x)):
+                n = size - k
+                prefetch(x, k * x_p + AHEAD)
+                prefetch(y, k * y_p + AHEAD)
+                value = _loss(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0),
+                              load(v, k * v_p, v_p, n, 0.0))  # fmt: skip
+                subtotal = subtotal + value
+            partial[number] = lane_sum(subtotal)
+        task = next_task(a)
+
+
+@region(_BACKWARD)
+def _backward(a: Any) -> None:
+    (logits, target, weight, pos_weight, dloss, dlogits, past_caches, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p,
+     g_a, g_b, g_p, d_a, d_b, d_p, size_a, size_b, size_p, grain) = unpack(a, _BACKWARD)  # fmt: skip
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
+            i, j, first, size = piece_of(number, size_b, size_p)
+            x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
+            w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
+            g, dx = offset(dloss, i * g_a + j * g_b + first * g_p), offset(dlogits, i * d_a + j * d_b + first * d_p)
+            k, n = 0, first_vector(dx, size, 1, 0, past_caches)
+            while k < size:
+                prefetch(x, k * x_p + AHEAD)
+                prefetch(y, k * y_p + AHEAD)
+                slope = _gradient(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0),
+                                  load(v, k * v_p, v_p, n, 0.0))  # fmt: skip
+                stream(dx, k * d_p, d_p, n, load(g, k * g_p, g_p, n, 0.0) * slope, past_caches)
+                k, n = k + n, min(lanes_of(x), size - k - n)
+        task = next_task(a)

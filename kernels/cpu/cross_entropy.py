@@ -1,0 +1,106 @@
+"""Softmax cross-entropy with class indices as targets.
+
+    nll = log total - (x_y - top)      loss = w_y nll      dlogits = dloss w_y (p - onehot(y)),  p = exp(x - top) / total
+
+One visit to the logits going forward, one coming back; all else happens on [N] vectors.
+"""
+
+from typing import Any
+
+from torch import Tensor
+
+from .launch import next_task, raise_flag, region, unpack
+from .math import exp, log
+from .memory import load, load_classes, load_one, offset, prefetch, store, stream
+from .rows import AHEAD, WALK, advance, bypass_caches, first_vector, last_tile, row_statistics, rows_of, strides_of, walk
+from .simd import lane_numbers, lanes_of, select, splat
+from .targets import refuse_out_of_bounds
+
+_FORWARD = "TICCCCCnn" + WALK
+_BACKWARD = "TICCCCTnnnnnn" + WALK
+
+
+def cross_entropy_forward(
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor
+) -> None:
+    way = walk(logits)
+    out_of_bounds = _forward(
+        logits.dtype, way.tasks,
+        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(),
+        ignore_index, weight.stride(0), *way,
+    )  # fmt: skip
+    if out_of_bounds:
+        refuse_out_of_bounds(target, way.classes, ignore_index)
+
+
+def cross_entropy_backward(
+    logits: Tensor, target: Tensor, ignore_index: int, row_weight: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor
+) -> None:
+    way = walk(logits)
+    _backward(
+        logits.dtype, way.tasks,
+        logits.data_ptr(), target.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
+        ignore_index, dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
+    )  # fmt: skip
+
+
+@region(_FORWARD)
+def _forward(a: Any) -> None:
+    (logits, target, weight, loss, row_weight, top, total, ignore_index, weight_stride,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
+            b, p, row, count = rows_of(number, positions, tile)
+            x = offset(logits, b * batch_stride + p * position_stride)
+            # statistics
+            tops, totals = splat(0.0, x), splat(1.0, x)
+            if tile > 1 or target[row] != ignore_index:
+                tops, totals = row_statistics(x, classes, class_stride, position_stride, tile, count)
+            store(top, row, 1, count, tops)
+            store(total, row, 1, count, totals)
+            # target logit and class weight
+            for i in range(row, row + count):
+                y = target[i]
+                if y == ignore_index or y < 0 or y >= classes:
+                    loss[i], row_weight[i], top[i], total[i] = 0, 0, 0, 1
+                    if y != ignore_index:
+                        raise_flag(a)
+                else:
+                    loss[i], row_weight[i] = load_one(x, (i - row) * position_stride + y * class_stride), weight[y * weight_stride]
+            # loss
+            nll = log(load(total, row, 1, count, 1.0)) - (load(loss, row, 1, count, 0.0) - load(top, row, 1, count, 0.0))
+            store(loss, row, 1, count, load(row_weight, row, 1, count, 0.0) * nll)
+        task = next_task(a)
+
+
+@region(_BACKWARD)
+def _backward(a: Any) -> None:
+    (logits, target, row_weight, top, total, dloss, dlogits, ignore_index, dloss_stride, past_caches, to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
+    lanes, across = lanes_of(logits), 1 if tile > 1 else 0
+    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
+            b, p, row, count = rows_of(number, positions, tile)
+            x = offset(logits, b * batch_stride + p * position_stride)
+            dx = offset(dlogits, b * to_batch + p * to_position)
+            # row numbers: one for each lane, or the row's in every lane
+            size = count if tile > 1 else lanes
+            tops = load(top, row, across, size, 0.0)
+            y = load_classes(target, row, across, size, ignore_index, tops)
+            g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * load(row_weight, row, across, size, 0.0)
+            scale = g / load(total, row, across, size, 1.0)
+            # gradient
+            c, n = 0, first_vector(dx, classes, tile, count, past_caches)
+            while c < classes:
+                prob = splat(0.0, x)
+                if tile > 1 or target[row] != ignore_index:
+                    prefetch(x, c * class_stride + AHEAD)
+                    prob = exp(load(x, c * class_stride, lane_stride, n, 0.0) - tops) * scale
+                if tile > 1 or c <= target[row] < c + n:
+                    prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - g, prob)
+                stream(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0), past_caches)
+                c, n = advance(c, n, classes, tile, lanes)
+        task = next_task(a)

@@ -1,0 +1,161 @@
+"""How a kernel runs: a region of tasks on torch's own OpenMP team.
+
+A second thread pool (Numba's) beside torch's costs whole scheduler ticks, aborts on concurrent calls (workqueue) or kills forked
+children (omp). torch's libgomp is already in the process, so `GOMP_parallel` is called by address: it follows
+`torch.get_num_threads()`, is safe under Python threads, and behaves under fork as torch itself does. Where there is no libgomp
+(macOS, Windows) the region runs on the calling thread.
+
+Tasks are handed out one by one, and no result depends on who ran which, so every thread count gives the same bits.
+"""
+
+import ctypes
+import hashlib
+import struct
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import cfunc
+from numba.core import types
+from numba.extending import intrinsic, models, register_model
+
+from . import llvm
+
+STORAGE = {torch.float32: llvm.float32, torch.float64: llvm.float64, torch.float16: llvm.float16, torch.bfloat16: llvm.bfloat16}
+# Words at the start of a launch's argument block
+_TASKS, _NEXT, _FLAG, _FIRST = 0, 1, 2, 3
+_I64 = ir.IntType(64)
+
+
+@cache
+def _sources() -> str:
+    """A fingerprint of this package. Part of every region's signature, so Numba's cache on disk never outlives a change in any file."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+class Arguments(types.Type):
+    """The argument block of a region whose logits are stored as `storage`."""
+
+    def __init__(self, storage: types.Type) -> None:
+        self.storage = storage
+        super().__init__(name=f"Arguments({storage}, {_sources()})")
+
+
+@register_model(Arguments)
+class _ArgumentsModel(models.PrimitiveModel):
+    def __init__(self, dmm: Any, fe_type: Arguments) -> None:
+        super().__init__(dmm, fe_type, _I64.as_pointer())
+
+
+def _word(builder: ir.IRBuilder, block: ir.Value, index: int) -> ir.Value:
+    return builder.gep(block, [ir.Constant(_I64, index)])
+
+
+@intrinsic(prefer_literal=True)
+def unpack(typingctx: Any, block: Any, kinds: Any) -> Any:
+    """The arguments as a tuple. Kinds, one letter each: `T` pointer to numbers as stored, `C` pointer to numbers as computed with
+    (float32 or float64), `I` pointer to int64, `n` an integer, `x` a real number (float32 or float64)."""
+    if not isinstance(kinds, types.StringLiteral):
+        return None
+    compute = llvm.COMPUTE[block.storage]
+    kind = {
+        "T": types.CPointer(block.storage),
+        "C": types.CPointer(compute),
+        "I": types.CPointer(types.int64),
+        "n": types.int64,
+        "x": compute,
+    }
+    result = types.Tuple([kind[letter] for letter in kinds.literal_value])
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        values = []
+        for i, ty in enumerate(result.types):
+            word = builder.load(_word(builder, args[0], _FIRST + i))
+            if isinstance(ty, types.CPointer):
+                word = builder.inttoptr(word, context.get_value_type(ty))
+            elif isinstance(ty, types.Float):
+                word = builder.bitcast(word, ir.DoubleType())
+                word = builder.fptrunc(word, ir.FloatType()) if ty == types.float32 else word
+            values.append(word)
+        return context.make_tuple(builder, result, values)
+
+    return result(block, kinds), codegen
+
+
+@intrinsic
+def next_task(typingctx: Any, block: Any) -> Any:
+    """The number of a task that nobody has taken yet, or -1 when none is left."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        task = builder.atomic_rmw("add", _word(builder, args[0], _NEXT), ir.Constant(_I64, 1), "monotonic")
+        left = builder.icmp_signed("<", task, builder.load(_word(builder, args[0], _TASKS)))
+        return builder.select(left, task, ir.Constant(_I64, -1))
+
+    return types.int64(block), codegen
+
+
+@intrinsic
+def raise_flag(typingctx: Any, block: Any) -> Any:
+    """Tell the launcher that something is wrong; exceptions cannot leave compiled code that OpenMP called."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        builder.store(ir.Constant(_I64, 1), _word(builder, args[0], _FLAG))
+        return context.get_dummy_value()
+
+    return types.void(block), codegen
+
+
+@cache
+def _openmp() -> Callable[..., None] | None:
+    """libgomp's entry point for a parallel region (libomp and libiomp5 export it too), or None."""
+    try:
+        gomp = ctypes.CDLL(None).GOMP_parallel
+    except (AttributeError, OSError, TypeError):
+        return None
+    gomp.argtypes, gomp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
+    return gomp
+
+
+class Region:
+    """A compiled loop over tasks, one version for each dtype, compiled at first use and cached on disk where that is possible."""
+
+    def __init__(self, body: Callable[[Any], None], kinds: str) -> None:
+        self.body = body
+        self._layout = struct.Struct("=qqq" + "".join("d" if letter == "x" else "q" for letter in kinds))
+        self._compiled: dict[torch.dtype, Any] = {}
+        self._lock = threading.Lock()
+
+    def compile(self, dtype: torch.dtype) -> Any:
+        """The native function for this dtype; `.inspect_llvm()` shows its code."""
+        with self._lock:
+            if dtype not in self._compiled:
+                signature = types.void(Arguments(STORAGE[dtype]))
+                try:
+                    self._compiled[dtype] = cfunc(signature, cache=True, error_model="numpy")(self.body)
+                except RuntimeError:  # Numba found no place for its cache that can be written
+                    self._compiled[dtype] = cfunc(signature, error_model="numpy")(self.body)
+            return self._compiled[dtype]
+
+    def __call__(self, dtype: torch.dtype, tasks: int, *args: float) -> bool:
+        """Run all tasks and wait. True if one of them raised the flag."""
+        compiled = self._compiled.get(dtype) or self.compile(dtype)
+        block = ctypes.create_string_buffer(self._layout.pack(tasks, 0, 0, *args), self._layout.size)
+        threads = min(tasks, torch.get_num_threads())
+        parallel = _openmp() if threads > 1 else None
+        if parallel is None:
+            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)(ctypes.addressof(block))
+        else:
+            parallel(compiled.address, ctypes.addressof(block), threads, 0)
+        return block.raw[8 * _FLAG] != 0
+
+
+def region(kinds: str) -> Callable[[Callable[[Any], None]], Region]:
+    """Make a function of an argument block into a Region whose arguments have these kinds (see `unpack`)."""
+    return lambda body: Region(body, kinds)

@@ -1,0 +1,267 @@
+"""Vectors in and out of memory: consecutive, strided or the same element, in float16, bfloat16, float32 or float64.
+
+float16 and bfloat16 are widened here and narrowed here (once, to nearest even); nothing else in the package knows them.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .llvm import (
+    COMPUTE,
+    INT_OF,
+    SIZE,
+    STORED,
+    Vector,
+    bfloat16,
+    call,
+    constant,
+    float16,
+    fold,
+    llvm_type,
+    mask_below,
+    spread,
+    suffix,
+    vector_of,
+)
+
+
+def _at(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
+    return builder.bitcast(builder.gep(pointer, [index]), element.as_pointer())
+
+
+def _memory_vector(storage: types.Type, lanes: int) -> ir.VectorType:
+    """What lies in memory for one vector of `storage`."""
+    return ir.VectorType(STORED[storage], lanes)
+
+
+def _widen(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Value:
+    lanes = value.type.count
+    if storage == bfloat16:  # the upper half of a float32
+        high = builder.shl(builder.zext(value, ir.VectorType(ir.IntType(32), lanes)), constant(32, lanes, lambda lane: 16))
+        return builder.bitcast(high, ir.VectorType(ir.FloatType(), lanes))
+    return builder.fpext(value, ir.VectorType(ir.FloatType(), lanes)) if storage == float16 else value
+
+
+def _narrow(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Value:
+    lanes = value.type.count
+    if storage == float16:
+        return builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
+    if storage != bfloat16:
+        return value
+
+    def const(number: int) -> ir.Constant:
+        return constant(32, lanes, lambda lane: number)
+
+    word = builder.bitcast(value, const(0).type)  # round to nearest, ties to even; a NaN stays a (quiet) NaN
+    odd = builder.and_(builder.lshr(word, const(16)), const(1))
+    rounded = builder.add(word, builder.add(odd, const(0x7FFF)))
+    is_nan = builder.fcmp_unordered("uno", value, value)
+    return builder.trunc(builder.lshr(builder.select(is_nan, const(0x7FC00000), rounded), const(16)), ir.VectorType(ir.IntType(16), lanes))
+
+
+def _choose(builder: ir.IRBuilder, result: ir.Type, condition: ir.Value, yes: Any, no: Any) -> ir.Value:
+    """condition ? yes() : no(), each side evaluated only where it is taken."""
+    with builder.if_else(condition) as (then, otherwise):
+        with then:
+            value, block = yes(), builder.block
+        with otherwise:
+            other, other_block = no(), builder.block
+    phi = builder.phi(result)
+    phi.add_incoming(value, block)
+    phi.add_incoming(other, other_block)
+    return phi
+
+
+def _places(builder: ir.IRBuilder, place: ir.Value, stride: ir.Value, memory: ir.VectorType) -> ir.Value:
+    """The address of every lane's element, `stride` elements apart."""
+    size = {"half": 2, "i16": 2, "float": 4, "double": 8}[str(memory.element)]
+    steps = builder.mul(spread(builder, stride, memory.count), constant(64, memory.count, lambda lane: lane * size))
+    base = spread(builder, builder.ptrtoint(place, ir.IntType(64)), memory.count)
+    return builder.inttoptr(builder.add(base, steps), ir.VectorType(memory.element.as_pointer(), memory.count))
+
+
+@intrinsic
+def load(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, other: Any) -> Any:
+    """Lane i holds element index + i * stride; lanes from `count` on hold `other` and their memory is not touched."""
+    storage = pointer.dtype
+    vector = vector_of(storage)
+    lanes, memory = vector.lanes, _memory_vector(storage, vector.lanes)
+    i64, align = ir.IntType(64), ir.Constant(ir.IntType(32), 1)
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        pointer, index, stride, count, other = args
+        first = builder.gep(pointer, [index])
+        place = builder.bitcast(first, memory.as_pointer())
+        whole = builder.icmp_signed(">=", count, ir.Constant(i64, lanes))
+        nothing = ir.Constant(memory, None)
+
+        def consecutive() -> ir.Value:
+            return _choose(builder, memory, whole, lambda: builder.load(place, align=1), part)
+
+        def part() -> ir.Value:
+            arguments = [place, align, mask_below(builder, count, lanes), nothing]
+            return call(builder, f"llvm.masked.load.{suffix(memory)}.p0", memory, arguments)
+
+        def same() -> ir.Value:
+            return spread(builder, builder.load(builder.bitcast(first, memory.element.as_pointer()), align=1), lanes)
+
+        def apart() -> ir.Value:
+            arguments = [_places(builder, place, stride, memory), align, mask_below(builder, count, lanes), nothing]
+            return call(builder, f"llvm.masked.gather.{suffix(memory)}.v{lanes}p0", memory, arguments)
+
+        def strided() -> ir.Value:
+            return _choose(builder, memory, builder.icmp_signed("==", stride, ir.Constant(i64, 0)), same, apart)
+
+        raw = _choose(builder, memory, builder.icmp_signed("==", stride, ir.Constant(i64, 1)), consecutive, strided)
+        value = _widen(builder, raw, storage)
+        others = spread(builder, other, lanes)
+        return _choose(
+            builder, value.type, whole, lambda: value, lambda: builder.select(mask_below(builder, count, lanes), value, others)
+        )
+
+    return vector(pointer, types.int64, types.int64, types.int64, vector.scalar), codegen
+
+
+def _store(builder: ir.IRBuilder, storage: types.Type, args: Any, past_caches: ir.Value | None) -> None:
+    pointer, index, stride, count, value = args[:5]
+    raw = _narrow(builder, value, storage)
+    lanes, i64, align = raw.type.count, ir.IntType(64), ir.Constant(ir.IntType(32), 1)
+    place = builder.bitcast(builder.gep(pointer, [index]), raw.type.as_pointer())
+
+    def whole() -> None:
+        if past_caches is None:
+            builder.store(raw, place, align=1)
+            return
+        size = lanes * SIZE[storage]
+        address = builder.and_(builder.ptrtoint(place, i64), ir.Constant(i64, size - 1))
+        fits = builder.and_(past_caches, builder.icmp_signed("==", address, ir.Constant(i64, 0)))
+        with builder.if_else(fits) as (aligned, not_aligned):
+            with aligned:
+                hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+                builder.store(raw, place, align=size).set_metadata("nontemporal", hint)
+            with not_aligned:
+                builder.store(raw, place, align=1)
+
+    with builder.if_else(builder.icmp_signed("==", stride, ir.Constant(i64, 1))) as (consecutive, apart):
+        with consecutive, builder.if_else(builder.icmp_signed(">=", count, ir.Constant(i64, lanes))) as (all_lanes, some_lanes):
+            with all_lanes:
+                whole()
+            with some_lanes:
+                arguments = [raw, place, align, mask_below(builder, count, lanes)]
+                call(builder, f"llvm.masked.store.{suffix(raw.type)}.p0", ir.VoidType(), arguments)
+        with apart:
+            places = _places(builder, place, stride, raw.type)
+            arguments = [raw, places, align, mask_below(builder, count, lanes)]
+            call(builder, f"llvm.masked.scatter.{suffix(raw.type)}.v{lanes}p0", ir.VoidType(), arguments)
+
+
+@intrinsic
+def store(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, value: Any) -> Any:
+    """Write lane i < count to element index + i * stride."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _store(builder, pointer.dtype, args, past_caches=None)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.int64, types.int64, value), codegen
+
+
+@intrinsic
+def stream(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, value: Any, past_caches: Any) -> Any:
+    """Like `store`; if `past_caches` is not 0, whole aligned vectors bypass the caches, which saves reading the old content first."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _store(builder, pointer.dtype, args, past_caches=builder.icmp_signed("!=", args[5], ir.Constant(ir.IntType(64), 0)))
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.int64, types.int64, value, types.int64), codegen
+
+
+@intrinsic
+def load_one(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Element `index` alone, widened."""
+    storage = pointer.dtype
+    memory = _memory_vector(storage, 1)
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return fold(builder, _widen(builder, builder.load(_at(builder, *args, memory), align=1), storage), None)
+
+    return COMPUTE[storage](pointer, types.int64), codegen
+
+
+@intrinsic
+def store_one(typingctx: Any, pointer: Any, index: Any, value: Any) -> Any:
+    """Write one number, narrowed."""
+    storage = pointer.dtype
+    compute = COMPUTE[storage]
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        raw = _narrow(builder, spread(builder, args[2], 1), storage)
+        builder.store(raw, _at(builder, args[0], args[1], raw.type), align=1)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, compute), codegen
+
+
+@intrinsic
+def load_classes(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, ignored: Any, like: Any) -> Any:
+    """Class numbers from int64 memory (stride 0 or 1) as integers as wide as the lanes of `like`; -1 for `ignored` and, unless the
+    stride is 0, from lane `count` on."""
+    result = Vector(INT_OF[like.scalar], like.lanes)
+    lanes = like.lanes
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        pointer, index, stride, count, ignored, _ = args
+        wide = ir.VectorType(ir.IntType(64), lanes)
+        minus_one = constant(64, lanes, lambda lane: -1)
+        place = builder.gep(pointer, [index])
+
+        def consecutive() -> ir.Value:
+            where = builder.bitcast(place, wide.as_pointer())
+            arguments = [where, ir.Constant(ir.IntType(32), 8), mask_below(builder, count, lanes), minus_one]
+            return call(builder, f"llvm.masked.load.v{lanes}i64.p0", wide, arguments)
+
+        def same() -> ir.Value:
+            return spread(builder, builder.load(place), lanes)
+
+        number = _choose(builder, wide, builder.icmp_signed("!=", stride, ir.Constant(ir.IntType(64), 0)), consecutive, same)
+        number = builder.select(builder.icmp_signed("==", number, spread(builder, ignored, lanes)), minus_one, number)
+        return builder.trunc(number, llvm_type(result)) if result.scalar.bitwidth < 64 else number
+
+    return result(pointer, types.int64, types.int64, types.int64, types.int64, like), codegen
+
+
+@intrinsic
+def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Ask for the cache line of element `index`; harmless at any address."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        i32 = ir.IntType(32)
+        read, locality, data = (ir.Constant(i32, n) for n in (0, 3, 1))
+        call(builder, "llvm.prefetch.p0", ir.VoidType(), [_at(builder, *args, ir.IntType(8)), read, locality, data])
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
+
+
+@intrinsic
+def to_alignment(typingctx: Any, pointer: Any) -> Any:
+    """How many elements from here until a whole vector lies aligned in memory (0 if none ever does)."""
+    storage = pointer.dtype
+    size, lanes = SIZE[storage], vector_of(storage).lanes
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        i64 = ir.IntType(64)
+        missing = builder.and_(builder.neg(builder.ptrtoint(args[0], i64)), ir.Constant(i64, size * lanes - 1))
+        return builder.udiv(missing, ir.Constant(i64, size))
+
+    return types.int64(pointer), codegen
+
+
+@intrinsic
+def offset(typingctx: Any, pointer: Any, count: Any) -> Any:
+    """The pointer `count` elements further on."""
+    return pointer(pointer, types.int64), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])

@@ -1,0 +1,142 @@
+"""How the kernels go over logits [N, C] or [B, C, P].
+
+The lanes of a vector are either rows (*rows in lanes*: few classes, or classes that do not lie side by side) or classes of one row
+(*row by row*). Every kernel is written once for both: lane i of the vector at class c lies at
+c * class_stride + i * lane_stride; [N] vectors are read with a stride of `across` lanes, 1 or 0; `advance` goes on to the next vector.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+from .math import INLINE, exp
+from .memory import load, prefetch, to_alignment
+from .simd import fma, lane_max, lane_sum, lanes_of, select, splat
+
+FEW_CLASSES = 48  # up to here lanes are rows
+TASK_NUMEL = 1 << 16  # logits worth handing out as one task: some ten microseconds
+CHUNK = 8192  # classes between two merges of the lanes: keeps float32 sums accurate
+AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp
+STREAM_BYTES = 1 << 25  # results from here on bypass the caches: they would not stay there anyway
+LOWEST = float(np.finfo(np.float32).min)
+
+
+class Strides(NamedTuple):
+    """Of a tensor shaped like the logits, in elements."""
+
+    batch: int
+    class_: int
+    position: int
+
+
+def strides_of(tensor: Tensor) -> Strides:
+    """[B, C, P] as it is; the N rows of [N, C] are the positions of one batch entry."""
+    return Strides(0, tensor.stride(1), tensor.stride(0)) if tensor.dim() == 2 else Strides(*tensor.stride())
+
+
+class Walk(NamedTuple):
+    """The way over the logits: all integers, handed to the region as they are (`WALK` are their kinds)."""
+
+    batch: int
+    classes: int
+    positions: int
+    batch_stride: int
+    class_stride: int
+    position_stride: int
+    tile: int  # rows in a vector: 1 is row by row
+    grain: int  # tiles in a task
+
+    @property
+    def tasks(self) -> int:
+        return -(-self.batch * -(-self.positions // self.tile) // self.grain)
+
+
+WALK = "n" * 8
+
+
+def walk(logits: Tensor) -> Walk:
+    batch, classes, positions = (1, logits.shape[1], logits.shape[0]) if logits.dim() == 2 else logits.shape
+    strides = strides_of(logits)
+    rows, lanes = batch * positions, 8 if logits.dtype == torch.float64 else 16
+    tile = lanes if (classes <= FEW_CLASSES or strides.class_ != 1) and rows >= lanes else 1
+    share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
+    return Walk(batch, classes, positions, *strides, tile, max(1, min(TASK_NUMEL // max(1, tile * classes), share)))
+
+
+def bypass_caches(source: Tensor, result: Tensor) -> bool:
+    """Whether to write a result past the caches: it is large, and it is not the memory just read."""
+    return result.numel() * result.element_size() >= STREAM_BYTES and result.data_ptr() != source.data_ptr()
+
+
+@njit(**INLINE)
+def last_tile(task: Any, grain: Any, batch: Any, positions: Any, tile: Any) -> Any:
+    """One past the last tile of a task."""
+    return min((task + 1) * grain, batch * ((positions + tile - 1) // tile))
+
+
+@njit(**INLINE)
+def rows_of(number: Any, positions: Any, tile: Any) -> Any:
+    """A tile's batch entry, first position, first row and number of rows."""
+    tiles = (positions + tile - 1) // tile
+    b, p = number // tiles, number % tiles * tile
+    return b, p, b * positions + p, min(tile, positions - p)
+
+
+@njit(**INLINE)
+def first_vector(result: Any, classes: Any, tile: Any, count: Any, past_caches: Any) -> Any:
+    """How many lanes the first vector fills: every row of a tile; or so many classes that all further vectors lie aligned."""
+    if tile > 1:
+        return count
+    head = to_alignment(result) if past_caches else 0
+    return min(classes, head if head > 0 else lanes_of(result))
+
+
+@njit(**INLINE)
+def advance(c: Any, n: Any, classes: Any, tile: Any, lanes: Any) -> Any:
+    """The class where the next vector starts, and how many lanes it fills."""
+    return (c + 1, n) if tile > 1 else (c + n, min(lanes, classes - c - n))
+
+
+@njit(**INLINE)
+def statistics(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any) -> Any:
+    """`top` and `total` of every lane over classes first .. last - 1: the largest logit, and the sum of exp(x - top)."""
+    lanes = lanes_of(x)
+    top, total = splat(LOWEST, x), splat(0.0, x)
+    c, n = first, count if tile > 1 else min(lanes, last - first)
+    while c < last:
+        if tile == 1:
+            prefetch(x, c * class_stride + AHEAD)
+        value = load(x, c * class_stride, lane_stride, n, -np.inf)
+        higher = value > top
+        # one exp serves both cases: the old sum is brought to the new top, or the new term to the old top
+        e = exp(select(higher, top - value, value - top))
+        total = fma(select(higher, total, 1.0), e, select(higher, 1.0, total))
+        top = select(higher, value, top)
+        c, n = advance(c, n, last, tile, lanes)
+    return top, total
+
+
+@njit(**INLINE)
+def chunk_statistics(x: Any, first: Any, last: Any, class_stride: Any) -> Any:
+    """`top` and `total` of one row over classes first .. last - 1, the same in every lane."""
+    tops, totals = statistics(x, first, last, class_stride, class_stride, 1, 0)
+    top = splat(lane_max(tops), x)
+    return top, splat(lane_sum(totals * exp(tops - top)), x)
+
+
+@njit(**INLINE)
+def row_statistics(x: Any, classes: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any) -> Any:
+    """`top` and `total` of the rows in the lanes, or of one row, chunk by chunk in order."""
+    if tile > 1:
+        top, total = statistics(x, 0, classes, class_stride, lane_stride, tile, count)
+    else:
+        top, total = chunk_statistics(x, 0, min(classes, CHUNK), class_stride)
+        for first in range(CHUNK, classes, CHUNK):
+            chunk_top, chunk_total = chunk_statistics(x, first, min(classes, first + CHUNK), class_stride)
+            joint = select(chunk_top > top, chunk_top, top)
+            total = fma(total, exp(top - joint), chunk_total * exp(chunk_top - joint))
+            top = joint
+    return top, select(top == np.inf, np.nan, total)

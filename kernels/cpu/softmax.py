@@ -1,0 +1,169 @@
+"""softmax and log_softmax over the classes.
+
+    p = exp(x - top) / total               dlogits = p (dp - sum_c dp_c p_c)
+    log p = (x - top) - log total          dlogits = d - p sum_c d_c
+"""
+
+from typing import Any
+
+from numba import njit
+from torch import Tensor
+
+from .launch import next_task, region, unpack
+from .math import INLINE, exp, log
+from .memory import load, offset, prefetch, stream
+from .rows import AHEAD, CHUNK, WALK, advance, bypass_caches, first_vector, last_tile, row_statistics, rows_of, strides_of, walk
+from .simd import fma, lane_sum, lanes_of, splat
+
+_FORWARD = "TTnnnn" + WALK
+_BACKWARD = "TTTnnnnnnn" + WALK
+
+
+def softmax_forward(logits: Tensor, prob: Tensor) -> None:
+    _forward(_softmax, logits, prob)
+
+
+def log_softmax_forward(logits: Tensor, log_prob: Tensor) -> None:
+    _forward(_log_softmax, logits, log_prob)
+
+
+def softmax_backward(prob: Tensor, dprob: Tensor, dlogits: Tensor) -> None:
+    _backward(_softmax_backward, prob, dprob, dlogits)
+
+
+def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -> None:
+    _backward(_log_softmax_backward, log_prob, dlog_prob, dlogits)
+
+
+def _forward(run: Any, logits: Tensor, result: Tensor) -> None:
+    way = walk(logits)
+    pointers = logits.data_ptr(), result.data_ptr()
+    run(logits.dtype, way.tasks, *pointers, bypass_caches(logits, result), *strides_of(result), *way)
+
+
+def _backward(run: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> None:
+    way = walk(result)
+    pointers = result.data_ptr(), dresult.data_ptr(), dlogits.data_ptr()
+    past_caches = bypass_caches(result, dlogits)
+    run(result.dtype, way.tasks, *pointers, past_caches, *strides_of(dresult), *strides_of(dlogits), *way)
+
+
+@region(_FORWARD)
+def _softmax(a: Any) -> None:
+    (logits, prob, past_caches, to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
+    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
+            b, p, row, count = rows_of(number, positions, tile)
+            x = offset(logits, b * batch_stride + p * position_stride)
+            out = offset(prob, b * to_batch + p * to_position)
+            # statistics
+            top, total = row_statistics(x, classes, class_stride, position_stride, tile, count)
+            scale = 1.0 / total
+            # probabilities
+            c, n = 0, first_vector(out, classes, tile, count, past_caches)
+            while c < classes:
+                value = exp(load(x, c * class_stride, lane_stride, n, 0.0) - top) * scale
+                stream(out, c * to_class, to_lane, n, value, past_caches)
+                c, n = advance(c, n, classes, tile, lanes_of(x))
+        task = next_task(a)
+
+
+@region(_FORWARD)
+def _log_softmax(a: Any) -> None:
+    (logits, log_prob, past_caches, to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
+    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
+            b, p, row, count = rows_of(number, positions, tile)
+            x = offset(logits, b * batch_stride + p * position_stride)
+            out = offset(log_prob, b * to_batch + p * to_position)
+            # statistics
+            top, total = row_statistics(x, classes, class_stride, position_stride, tile, count)
+            log_total = log(total)
+            # log-probabilities
+            c, n = 0, first_vector(out, classes, tile, count, past_caches)
+            while c < classes:
+                value = (load(x, c * class_stride, lane_stride, n, 0.0) - top) - log_total
+                stream(out, c * to_class, to_lane, n, value, past_caches)
+                c, n = advance(c, n, classes, tile, lanes_of(x))
+        task = next_task(a)
+
+
+@region(_BACKWARD)
+def _softmax_backward(a: Any) -> None:
+    (prob, dprob, dlogits, past_caches, d_batch, d_class, d_position, to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
+    lane_stride, d_lane, to_lane = (position_stride, d_position, to_position) if tile > 1 else (class_stride, d_class, to_class)
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
+            b, p, row, count = rows_of(number, positions, tile)
+            y = offset(prob, b * batch_stride + p * position_stride)
+            dy = offset(dprob, b * d_batch + p * d_position)
+            dx = offset(dlogits, b * to_batch + p * to_position)
+            # sum of dp p
+            dot = splat(0.0, y)
+            for first in range(0, classes, CHUNK):
+                subtotal = splat(0.0, y)
+                last = min(classes, first + CHUNK)
+                c, n = first, count if tile > 1 else min(lanes_of(y), last - first)
+                while c < last:
+                    _prefetch_both(y, c * class_stride, dy, c * d_class, tile)
+                    subtotal = fma(load(y, c * class_stride, lane_stride, n, 0.0), load(dy, c * d_class, d_lane, n, 0.0), subtotal)
+                    c, n = advance(c, n, last, tile, lanes_of(y))
+                dot = dot + subtotal
+            if tile == 1:
+                dot = splat(lane_sum(dot), y)
+            # gradient
+            c, n = 0, first_vector(dx, classes, tile, count, past_caches)
+            while c < classes:
+                value = load(y, c * class_stride, lane_stride, n, 0.0) * (load(dy, c * d_class, d_lane, n, 0.0) - dot)
+                stream(dx, c * to_class, to_lane, n, value, past_caches)
+                c, n = advance(c, n, classes, tile, lanes_of(y))
+        task = next_task(a)
+
+
+@region(_BACKWARD)
+def _log_softmax_backward(a: Any) -> None:
+    (log_prob, dlog_prob, dlogits, past_caches, d_batch, d_class, d_position, to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
+    lane_stride, d_lane, to_lane = (position_stride, d_position, to_position) if tile > 1 else (class_stride, d_class, to_class)
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
+            b, p, row, count = rows_of(number, positions, tile)
+            y = offset(log_prob, b * batch_stride + p * position_stride)
+            dy = offset(dlog_prob, b * d_batch + p * d_position)
+            dx = offset(dlogits, b * to_batch + p * to_position)
+            # sum of d
+            dot = splat(0.0, y)
+            for first in range(0, classes, CHUNK):
+                subtotal = splat(0.0, y)
+                last = min(classes, first + CHUNK)
+                c, n = first, count if tile > 1 else min(lanes_of(y), last - first)
+                while c < last:
+                    _prefetch_both(y, c * class_stride, dy, c * d_class, tile)
+                    subtotal = subtotal + load(dy, c * d_class, d_lane, n, 0.0)
+                    c, n = advance(c, n, last, tile, lanes_of(y))
+                dot = dot + subtotal
+            if tile == 1:
+                dot = splat(lane_sum(dot), y)
+            # gradient
+            c, n = 0, first_vector(dx, classes, tile, count, past_caches)
+            while c < classes:
+                prob = exp(load(y, c * class_stride, lane_stride, n, 0.0))
+                stream(dx, c * to_class, to_lane, n, load(dy, c * d_class, d_lane, n, 0.0) - prob * dot, past_caches)
+                c, n = advance(c, n, classes, tile, lanes_of(y))
+        task = next_task(a)
+
+
+@njit(**INLINE)
+def _prefetch_both(y: Any, at: Any, dy: Any, d_at: Any, tile: Any) -> None:
+    if tile == 1:
+        prefetch(y, at + AHEAD)
+        prefetch(dy, d_at + AHEAD)

@@ -1,0 +1,20 @@
+"""Where a program's elements lie, for the elementwise losses. Device code shared by their kernels."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _elements_of(number, B, P, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """A program's elements: a [], b [BLOCK_B, 1], p [1, BLOCK_P], and which of these exist. Consecutive programs are neighbours."""
+    across, down = tl.cdiv(P, BLOCK_P), tl.cdiv(B, BLOCK_B)
+    p = number % across * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
+    b = number // across % down * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
+    a = number // across // down
+    return a.to(tl.int64), b.to(tl.int64), p.to(tl.int64), (b < B) & (p < P)
+
+
+@triton.jit
+def _at(ptr, strides, a, b, p):
+    """Pointers [BLOCK_B, BLOCK_P] to elements of a tensor [A, B, P]."""
+    return ptr + a * strides[0] + b * strides[1] + p * strides[2]

@@ -1,0 +1,60 @@
+"""exp and log1p on blocks, in float32 or float64, from what every Triton target has: no libdevice, so the interpreter and AMD run them too."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _wide(x):
+    """Arithmetic is in float64 for float64, else in float32. Widened right after the load: nothing computes in 16 bits."""
+    if x.dtype == tl.float64:
+        return x
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def _lowest(dtype: tl.constexpr):
+    """Where a running maximum starts: finite, so that blocks of -inf make no NaN."""
+    if dtype == tl.float64:
+        return -1.7976931348623157e308
+    else:
+        return -3.4028234663852886e38
+
+
+@triton.jit
+def _exp(x):
+    """e**x. exp2 is one instruction; `tl.exp` would add three to reach denormal results."""
+    if x.dtype == tl.float64:
+        return tl.exp(x)
+    else:
+        return tl.exp2(x * 1.4426950408889634)
+
+
+@triton.jit
+def _log1p(x):
+    """log(1 + x) for 0 <= x <= 1, with all its digits for tiny x too."""
+    if x.dtype == tl.float64:
+        # log(u) for u = fl(1 + x), plus what that rounding lost
+        u = x + 1.0
+        return tl.log(u) + (x - (u - 1.0)) / u
+    else:
+        # x p(x), a Chebyshev fit, relative error 5e-9
+        p = x * -3.176057018e-3 + 1.954252726e-2
+        p = p * x - 5.637361283e-2
+        p = p * x + 1.05436238e-1
+        p = p * x - 1.526966707e-1
+        p = p * x + 1.966327426e-1
+        p = p * x - 2.495161626e-1
+        p = p * x + 3.33297105e-1
+        p = p * x - 4.999989265e-1
+        p = p * x + 9.999999947e-1
+        return p * x
+
+
+@triton.jit
+def _log_of_rest(p):
+    """log(1 - p) for 0 <= p <= 1; -inf at 1."""
+    u = 1.0 - p
+    lost = (1.0 - u) - p  # what the rounding of u lost: exact
+    return tl.where(u == 0.0, float("-inf"), tl.log(u) + lost / u)

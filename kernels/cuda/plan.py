@@ -1,0 +1,191 @@
+"""Which kernel, how many programs, which tile: plain functions of shapes, strides and the device. Nothing here touches a device.
+
+A tensor shaped like the logits is seen as [B, C, P]: batch, class, position. A row is one position: number b * P + p.
+Long rows whose classes lie side by side go to a *rows* kernel: one program walks one row in 16-byte vectors. All else goes to a
+*tiles* kernel: one program takes BLOCK_N positions and steps over their classes BLOCK_C at a time, one lane for each pair.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+VECTOR_BYTES = 16
+LONG_ROW = 1024  # classes from which on one program has enough to do with one row
+BLOCK = 4096  # classes of a long row in one step: two vectors of 16-bit numbers for each of 256 threads
+TILE = 2048  # lanes of a tile: 16 for each of 128 threads keeps `top` and `total` in registers
+FEW_CLASSES = 64
+ELEMENTS = 1024  # of an elementwise program: 8 for each of 128 threads
+SPLIT_FROM = 4 * BLOCK  # a row shorter than this is not worth a second launch
+LIMIT = 1 << 31  # programs and positions are counted in int32; everything else is int64
+
+
+class Device(NamedTuple):
+    processors: int
+    warp: int  # threads
+
+
+class Strides(NamedTuple):
+    """Of a tensor shaped like the logits, in elements."""
+
+    batch: int
+    class_: int
+    position: int
+
+
+class View(NamedTuple):
+    """The one shape of a launch's tensors, and the strides of each."""
+
+    batch: int
+    classes: int
+    positions: int
+    strides: tuple[Strides, ...]
+
+    @property
+    def rows(self) -> int:
+        return self.batch * self.positions
+
+
+def view(shape: Sequence[int], *strides: Sequence[int]) -> View:
+    """[N, C] or [B, C, P] as [B, C, P], with as much as possible in P: the N rows of [N, C] are positions of one batch entry."""
+    if len(shape) == 2:
+        batch, classes, positions = 1, shape[1], shape[0]
+        seen = [Strides(0, s[1], s[0]) for s in strides]
+    else:
+        batch, classes, positions = shape
+        seen = [Strides(*s) for s in strides]
+    if classes == 1:
+        seen = [s._replace(class_=1) for s in seen]
+    if positions == 1:
+        seen = [s._replace(position=s.batch) for s in seen]
+    if batch * positions < LIMIT and all(batch == 1 or s.batch == positions * s.position for s in seen):
+        batch, positions, seen = 1, batch * positions, [s._replace(batch=0) for s in seen]
+    return View(batch, classes, positions, tuple(seen))
+
+
+@dataclass(frozen=True)
+class RowsPlan:
+    """One program for each `chunk` classes of a row. VEC elements are one aligned vector in every tensor, or 1."""
+
+    rows: int
+    splits: int
+    chunk: int
+    VEC: int
+    BLOCK_C: int
+    num_warps: int
+
+    @property
+    def programs(self) -> int:
+        return self.rows * self.splits
+
+
+@dataclass(frozen=True)
+class TilesPlan:
+    """One program for each BLOCK_N positions; the kernels that take one step only also have one for each BLOCK_C classes."""
+
+    programs: int
+    class_tiles: int
+    BLOCK_N: int
+    BLOCK_C: int
+    num_warps: int
+
+    @property
+    def elementwise_programs(self) -> int:
+        return self.programs * self.class_tiles
+
+
+def power_of_two_from(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def has_long_rows(v: View) -> bool:
+    return v.classes >= LONG_ROW and all(s.class_ == 1 for s in v.strides)
+
+
+def vector(v: View, itemsize: int) -> int:
+    """How many classes make a vector that is aligned in every tensor at once: rows may start anywhere, but all alike."""
+    vec = VECTOR_BYTES // itemsize
+    first, *others = v.strides
+    alike = all((s.batch - first.batch) % vec == 0 and (s.position - first.position) % vec == 0 for s in others)
+    return vec if alike else 1
+
+
+def forward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
+    """Each row in one program, or split over several when there are too few rows to fill the device."""
+    block = min(BLOCK * 2 // max(2, itemsize), power_of_two_from(v.classes))
+    splits = 1
+    if v.classes >= SPLIT_FROM and v.rows < 2 * device.processors:
+        splits = min(ceil_div(4 * device.processors, v.rows), ceil_div(v.classes, 2 * block))
+    chunk = ceil_div(ceil_div(v.classes, splits), block) * block  # whole blocks: an odd chunk would end in a masked step
+    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+
+
+def backward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
+    """Four blocks of a row in one program, so that its start costs little beside them; one where that leaves the device idle."""
+    block = min(BLOCK * 2 // max(2, itemsize), power_of_two_from(v.classes))
+    chunk = 4 * block if v.rows * ceil_div(v.classes, 4 * block) >= 16 * device.processors else block
+    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+
+
+def tiles(v: View, device: Device, lanes: int = TILE) -> TilesPlan:
+    """Lanes along the dimension that lies side by side in memory; along both where it is short."""
+    classes, positions = power_of_two_from(v.classes), power_of_two_from(v.positions)
+    if v.strides[0].class_ <= v.strides[0].position:
+        block_c = min(classes, lanes)
+        block_n = min(positions, lanes // block_c)
+    else:
+        block_n = min(positions, lanes // 4)
+        while block_n > 32 and v.batch * ceil_div(v.positions, block_n) < device.processors:
+            block_n //= 2
+        block_c = min(classes, lanes // block_n)
+    return _tiles_of(v, device, block_n, block_c)
+
+
+def reading_tiles(v: View, device: Device, lanes: int = TILE) -> TilesPlan:
+    """The same for a kernel that only reads. Few classes are then one lane's own: neighbours share cache lines, and nothing is merged."""
+    if v.classes <= FEW_CLASSES and v.strides[0].class_ <= v.strides[0].position:
+        return _tiles_of(v, device, min(power_of_two_from(v.positions), 256), 1)
+    return tiles(v, device, lanes)
+
+
+def _tiles_of(v: View, device: Device, block_n: int, block_c: int) -> TilesPlan:
+    programs = v.batch * ceil_div(v.positions, block_n)
+    return TilesPlan(programs, ceil_div(v.classes, block_c), block_n, block_c, warps(min(128, block_n * block_c // 2), device))
+
+
+@dataclass(frozen=True)
+class ElementsPlan:
+    """An elementwise launch over [A, B, P] with as much as possible in P: one program for each BLOCK_B by BLOCK_P elements."""
+
+    shape: tuple[int, int, int]
+    strides: tuple[tuple[int, int, int], ...]
+    BLOCK_B: int
+    BLOCK_P: int
+
+    @property
+    def programs(self) -> int:
+        a, b, p = self.shape
+        return a * ceil_div(b, self.BLOCK_B) * ceil_div(p, self.BLOCK_P)
+
+
+def elements(shape: Sequence[int], *strides: Sequence[int]) -> ElementsPlan:
+    """Neighbouring dimensions become one where every tensor allows it: contiguous tensors become one long line."""
+    dims = [(n, tuple(s[i] for s in strides)) for i, n in enumerate(shape) if n != 1]
+    merged: list[tuple[int, tuple[int, ...]]] = []
+    for n, step in dims:
+        if merged and merged[-1][0] * n < LIMIT and all(outer == n * inner for outer, inner in zip(merged[-1][1], step, strict=True)):
+            merged[-1] = (merged[-1][0] * n, step)
+        else:
+            merged.append((n, step))
+    merged = [(1, (0,) * len(strides))] * (3 - len(merged)) + merged
+    sizes = (merged[0][0], merged[1][0], merged[2][0])
+    steps = tuple((merged[0][1][i], merged[1][1][i], merged[2][1][i]) for i in range(len(strides)))
+    block_p = min(power_of_two_from(sizes[2]), ELEMENTS)
+    return ElementsPlan(sizes, steps, min(power_of_two_from(sizes[1]), ELEMENTS // block_p), block_p)
+
+
+def warps(threads: int, device: Device) -> int:
+    return max(1, min(256, threads) // device.warp)

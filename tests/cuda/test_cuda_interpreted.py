@@ -1,0 +1,213 @@
+"""Every Triton kernel in Triton's interpreter on the CPU, for every dtype and on awkward shapes."""
+
+import importlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed: its interpreter cannot run the CUDA kernels")
+
+import kernel_checks as check
+from fastloss.kernels.cuda.plan import Device
+from triton_interpreter import interpreted
+
+PACKAGE = "fastloss.kernels.cuda"
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+INF = float("inf")
+
+
+@pytest.fixture
+def k() -> Iterator[Any]:
+    package = importlib.import_module(PACKAGE)
+    torch.manual_seed(0)
+    with interpreted(PACKAGE):
+        yield package
+
+
+def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, targets with one row ignored (its logits are NaN), class weights."""
+    classes, rows = shape[1], shape[0] * (shape[2] if len(shape) == 3 else 1)
+    logits = torch.randn(shape).mul(3).to(dtype)
+    target = torch.randint(classes, (rows,))
+    if rows > 1:
+        target[1] = check.NOT_A_ROW
+        by_position = logits.view(shape[0], classes, -1)
+        by_position[1 // by_position.shape[2], :, 1 % by_position.shape[2]] = float("nan")
+    return check.laid_out(logits, layout), target, torch.rand(classes, dtype=check.real(dtype)) + 0.5
+
+
+SHAPES = {
+    "one class": ((3, 1), "contiguous"),
+    "two classes": ((70, 2), "contiguous"),
+    "few classes": ((5, 10), "contiguous"),
+    "middling": ((5, 300), "contiguous"),
+    "one long row": ((1, 5001), "contiguous"),
+    "long rows, not a multiple of anything": ((3, 4099), "contiguous"),
+    "long rows, aligned": ((2, 8192), "contiguous"),
+    "just long": ((3, 1024), "contiguous"),
+    "padded rows": ((3, 4101), "padded7"),
+    "padded few": ((6, 11), "padded2"),
+    "stored as [C, N]": ((37, 21), "classes last"),
+    "images": ((2, 7, 5), "contiguous"),
+    "images, channels last": ((2, 19, 6), "classes last"),
+    "long images, channels last": ((2, 1500, 3), "classes last"),
+    "shifted tokens": ((2, 1031, 3), "shifted"),
+    "shifted few": ((3, 12, 4), "shifted"),
+    "every other class": ((4, 1100), "every other class"),
+    "no rows": ((0, 10), "contiguous"),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SHAPES)
+def test_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
+    shape, layout = SHAPES[name]
+    logits, target, weight = make(shape, dtype, layout)
+    if logits.numel() == 0:
+        rows = torch.empty(0)
+        return k.cross_entropy_forward(logits, target, weight, -100, rows, rows, rows, rows)
+    check.cross_entropy(k, logits, target, weight)
+    check.cross_entropy(k, logits, target, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("classes", [50257, 20480])
+def test_cross_entropy_of_few_huge_rows(k: Any, classes: int, dtype: torch.dtype) -> None:
+    """Split over programs: two launches going forward."""
+    logits, target, weight = make((2, classes), dtype)
+    logits[0, :9000] = -INF  # whole parts without a finite logit
+    target[0] = classes - 1
+    check.cross_entropy(k, logits, target, weight, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cross_entropy_of_many_odd_rows(k: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of 50257 start at every place modulo a vector; not split, as with thousands of rows."""
+    monkeypatch.setattr("fastloss.kernels.cuda.launch.ASSUMED", Device(processors=1, warp=32))
+    logits, target, weight = make((5, 50257), dtype)
+    target[0], target[2], target[3] = 0, 50256, 50250
+    check.cross_entropy(k, logits, target, weight)
+
+
+SPECIAL = {
+    "minus infinity everywhere but at the end": lambda x: x[:, :-1].fill_(-INF),
+    "a whole row of minus infinity": lambda x: x[0].fill_(-INF),
+    "a whole row of the lowest number": lambda x: x[0].fill_(torch.finfo(x.dtype).min),
+    "plus infinity": lambda x: x[0, 3].fill_(INF),
+    "nan": lambda x: x[0, -1].fill_(float("nan")),
+    "all equal": lambda x: x.fill_(2.5),
+    "one towers": lambda x: x.mul_(0).sub_(1e4)[:, 5].fill_(1e4),
+    "far from zero": lambda x: x.add_(5000.0),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 9), (3, 4111), (2, 9, 2)], ids=str)
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_values(k: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits = torch.randn(shape).to(dtype)
+    SPECIAL[name](logits)
+    target = torch.full((logits.numel() // shape[1],), shape[1] - 1)
+    check.cross_entropy(k, logits.clone(), target)
+    if "minus infinity" not in name:  # 0 * inf: torch gives NaN there as well
+        check.cross_entropy(k, logits.clone(), target, smoothing=0.1)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (4, 2000)], ids=str)
+@pytest.mark.parametrize("smoothing", [None, 0.1])
+def test_targets_out_of_range(k: Any, shape: tuple[int, ...], smoothing: float | None) -> None:
+    logits = torch.randn(shape)
+    target = torch.tensor([shape[1], -1, 1 << 40, 0])
+    check.cross_entropy(k, logits, target, smoothing=smoothing)
+
+
+@pytest.mark.parametrize("ignore_index", [0, -1, 3, 255])
+def test_ignore_index(k: Any, ignore_index: int) -> None:
+    target = torch.tensor([0, 1, 3, 2, 4])
+    target[4] = ignore_index
+    check.cross_entropy(k, torch.randn(5, 5), target, ignore_index=ignore_index)
+
+
+def test_scalar_upstream_gradient(k: Any) -> None:
+    """dloss with stride 0."""
+    logits, target = torch.randn(3, 2000), torch.tensor([5, 6, 7])
+    outs = [check.poisoned_rows(logits) for _ in range(4)]
+    k.cross_entropy_forward(logits, target, torch.ones(1).expand(2000), -100, *outs)
+    dlogits = check.poisoned(logits)
+    k.cross_entropy_backward(logits, target, -100, *outs[1:], torch.tensor([-1.7]).expand(3), dlogits)
+    want = -1.7 * (torch.softmax(logits.double(), 1) - torch.nn.functional.one_hot(target, 2000))
+    check.assert_close(dlogits, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
+@pytest.mark.parametrize("smoothing", [0.1, 1.0])
+def test_smoothed_cross_entropy(k: Any, name: str, dtype: torch.dtype, smoothing: float) -> None:
+    logits, target, weight = make(*[SHAPES[name][0], dtype, SHAPES[name][1]])
+    check.cross_entropy(k, logits, target, weight, smoothing=smoothing)
+    check.cross_entropy(k, logits, target, smoothing=smoothing, inplace=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
+def test_soft_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
+    shape, layout = SHAPES[name]
+    logits = check.laid_out(torch.randn(shape).mul(3).to(dtype), layout)
+    q = torch.softmax(torch.randn(shape), 1).to(dtype)
+    weight = torch.rand(shape[1], dtype=check.real(dtype)) + 0.5
+    check.soft_cross_entropy(k, logits, q, weight, smoothing=0.1)
+    check.soft_cross_entropy(k, logits, check.laid_out(q, "classes last"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
+def test_softmax(k: Any, name: str, dtype: torch.dtype) -> None:
+    shape, layout = SHAPES[name]
+    check.softmax(k, check.laid_out(torch.randn(shape).mul(3).to(dtype), layout))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(5, 10), (3, 2500), (2, 7, 5)], ids=str)
+def test_nll_loss(k: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    logits, target, weight = make(shape, dtype)
+    target[0] = shape[1]
+    check.nll_loss(k, logits, target, weight)
+
+
+def broadcast_cases(dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Elements, class numbers for a weight, all of one shape [A, B, P]."""
+    real = check.real(dtype)
+    one = torch.ones(1, 1, 1, dtype=real)
+    return {
+        "one line": (torch.randn(1, 1, 2500), one.expand(1, 1, 2500), torch.rand(1, 1, 2500, dtype=real)),
+        "a weight for each class": (torch.randn(1, 40, 30), torch.rand(1, 1, 30, dtype=real).expand(1, 40, 30), one.expand(1, 40, 30)),
+        "a weight for each channel": (torch.randn(3, 2, 25), torch.rand(1, 2, 1, dtype=real).expand(3, 2, 25), one.expand(3, 2, 25)),
+        "transposed": (torch.randn(1, 30, 40).transpose(1, 2), one.expand(1, 40, 30), torch.rand(1, 40, 1, dtype=real).expand(1, 40, 30)),
+    }
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", broadcast_cases(torch.float32))
+def test_bce_with_logits(k: Any, name: str, dtype: torch.dtype) -> None:
+    x, pos_weight, weight = broadcast_cases(dtype)[name]
+    x = (x * 8).to(dtype)
+    check.bce_with_logits(k, x, torch.rand(x.shape).to(dtype), weight, pos_weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", broadcast_cases(torch.float32))
+def test_binary_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
+    x, weight, _ = broadcast_cases(dtype)[name]
+    p = torch.sigmoid(x * 4).to(dtype)
+    y = torch.rand(x.shape).to(dtype)
+    p[0, 0, :2], y[0, 0, :2] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    check.binary_cross_entropy(k, p, y, weight)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5, 3000, 40000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sum_rows(k: Any, size: int, dtype: torch.dtype) -> None:
+    check.sum_rows(k, torch.randn(size, dtype=dtype))

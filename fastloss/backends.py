@@ -171,10 +171,14 @@ def backend_of(device: str) -> BackendName | None:
     return next((cast(BackendName, name) for name, served in _DEVICE_OF.items() if served == device), None)
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # Dynamo cannot trace an import
 def unavailable(name: BackendName) -> str | None:
     """Why these kernels cannot run on this machine, or None if they can."""
+    return _problem(name)
+
+
+@cache
+def _problem(name: BackendName) -> str | None:
     if importlib.util.find_spec(name) is None:
         return f"{name} is not installed"
     version = str(importlib.import_module(name).__version__)

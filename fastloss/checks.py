@@ -28,6 +28,10 @@ def _options(size_average: Any, reduce: Any, reduction: Any) -> str | None:
     return None if reduction in _REDUCTIONS else f"{reduction!r} is not a reduction"
 
 
+def _is_int64(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
+
+
 def _class_weight(logits: Tensor, weight: Tensor | None) -> str | None:
     if weight is None:
         return None
@@ -44,8 +48,8 @@ def _class_indices(logits: Tensor, target: Tensor, weight: Tensor | None, ignore
     shape = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size(())
     if logits.dim() == 0 or (target.shape != shape and not (logits.dim() == 1 and target.shape == (1,))):
         return f"target of shape {tuple(target.shape)} does not belong to logits of shape {tuple(logits.shape)}"
-    if not isinstance(ignore_index, int):
-        return f"ignore_index is a {type(ignore_index).__name__}"
+    if not _is_int64(ignore_index):
+        return f"ignore_index is {ignore_index!r}"
     return _class_weight(logits, weight)
 
 
@@ -60,8 +64,8 @@ def cross_entropy(
     if target.is_floating_point() and target.shape == logits.shape and logits.dim() > 0:
         if target.dtype != logits.dtype:
             return f"target is {target.dtype}, logits are {logits.dtype}"
-        if not isinstance(ignore_index, int) or ignore_index >= 0:
-            return "ignore_index is set for class probabilities"
+        if not _is_int64(ignore_index) or ignore_index >= 0:
+            return f"ignore_index is {ignore_index!r} for class probabilities"
         return _class_weight(logits, weight)
     return _class_indices(logits, target, weight, ignore_index)
 

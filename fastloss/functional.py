@@ -125,7 +125,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     """
     way = route("softmax", checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
     if way.path == "torch":
-        return F.softmax(input, dim, _stacklevel, dtype)
+        return F.softmax(input, dim, _stacklevel + 1, dtype)
     assert dim is not None
     logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
     prob: Tensor = ops.softmax(logits) if way.path == "op" else autograd.Softmax.apply(logits)
@@ -147,7 +147,7 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
     """
     way = route("log_softmax", checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
     if way.path == "torch":
-        return F.log_softmax(input, dim, _stacklevel, dtype)
+        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
     assert dim is not None
     logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
     log_prob: Tensor = ops.log_softmax(logits) if way.path == "op" else autograd.LogSoftmax.apply(logits)
@@ -238,6 +238,4 @@ def _autocast_misfit(input: Any) -> str | None:
 
 def _back(result: Tensor, input: Tensor, dim: int) -> Tensor:
     """A result of `as_rows(input, dim)` in the shape of `input`."""
-    if input.dim() == 2 and dim % 2 == 0:
-        return result.t()
     return result.reshape(input.shape)

@@ -20,7 +20,10 @@ def reduced(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
     total = loss.sum()
     if reduction == "sum":
         return total
-    return total / (row_weight.sum() if row_weight is not None else loss.numel())
+    if row_weight is None:
+        return total / loss.numel()
+    divisor = row_weight.sum()
+    return total / divisor + 0 / divisor  # no weight at all is NaN, also where the total is not zero
 
 
 def cross_entropy(
@@ -32,13 +35,13 @@ def cross_entropy(
     loss, row_weight = _picked(log_prob, target, weight, ignore_index)
     if label_smoothing > 0:
         smooth = -(log_prob * weight).sum(1).masked_fill(target == ignore_index, 0.0)
-        loss = (1 - label_smoothing) * loss + label_smoothing / logits.shape[1] * smooth
+        loss = (1 - label_smoothing) * loss + label_smoothing / max(1, logits.shape[1]) * smooth
     return reduced(loss, row_weight, reduction)
 
 
 def soft_cross_entropy(logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str) -> Tensor:
     """-sum_c w_c q_c log p_c for class probabilities q = (1 - eps) target + eps / C; 'mean' divides by the number of rows."""
-    q = (1 - label_smoothing) * rows(target) + label_smoothing / logits.shape[1]
+    q = (1 - label_smoothing) * rows(target) + label_smoothing / max(1, logits.shape[1])
     terms = -q * torch.log_softmax(rows(logits), 1)
     return reduced((terms if weight is None else terms * weight).sum(1), None, reduction)
 

@@ -12,7 +12,7 @@ def as_rows(logits: Tensor, dim: int = 1) -> Tensor:
     if logits.dim() == 1:
         return logits.unsqueeze(0)
     if logits.dim() == 2:
-        return logits if dim in (1, -1) else logits.t()
+        return logits if dim in (1, -1) else logits.unsqueeze(0)
     if dim in (-1, logits.dim() - 1):
         return logits.flatten(0, -2)
     return logits.flatten(0, dim - 1).flatten(2) if dim > 0 else logits.flatten(1).unsqueeze(0)

@@ -7,12 +7,13 @@ One visit to the logits going forward, one coming back; all else happens on [N] 
 
 from typing import Any
 
+from numba import njit
 from torch import Tensor
 
 from .launch import next_task, raise_flag, region, unpack
-from .math import exp, log
+from .math import INLINE, exp, log
 from .memory import load, load_classes, load_one, offset, prefetch, store, stream
-from .rows import AHEAD, WALK, advance, bypass_caches, first_vector, last_tile, row_statistics, rows_of, strides_of, walk
+from .rows import AHEAD, WALK, advance, bypass_caches, first_vector, last_tile, row_statistics, rows_of, strides_of, walk, whole_vectors
 from .simd import lane_numbers, lanes_of, select, splat
 from .targets import refuse_out_of_bounds
 
@@ -74,6 +75,21 @@ def _forward(a: Any) -> None:
         task = next_task(a)
 
 
+@njit(**INLINE)
+def _gradient(
+    x: Any, at: Any, lane_stride: Any, dx: Any, to: Any, to_lane: Any, c: Any, n: Any, across: Any, y_row: Any,
+    y: Any, top: Any, scale: Any, g: Any, past_caches: Any,
+) -> None:  # fmt: skip
+    """One vector of the gradient, at class c."""
+    prefetch(x, at + AHEAD)
+    prob = exp(load(x, at, lane_stride, n, 0.0) - top) * scale
+    if across == 1:
+        prob = select(y > -1, select(y == c, prob - g, prob), 0.0)
+    elif c <= y_row < c + n:
+        prob = select(lane_numbers(prob) + c == y, prob - g, prob)
+    stream(dx, to, to_lane, n, prob, past_caches)
+
+
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
     (logits, target, row_weight, top, total, dloss, dlogits, ignore_index, dloss_stride, past_caches, to_batch, to_class, to_position,
@@ -93,14 +109,19 @@ def _backward(a: Any) -> None:
             g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * load(row_weight, row, across, size, 0.0)
             scale = g / load(total, row, across, size, 1.0)
             # gradient
+            fixed = (y, tops, scale, g, past_caches)
+            only = tile > 1 or target[row] != ignore_index
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
-                prob = splat(0.0, x)
-                if tile > 1 or target[row] != ignore_index:
-                    prefetch(x, c * class_stride + AHEAD)
-                    prob = exp(load(x, c * class_stride, lane_stride, n, 0.0) - tops) * scale
-                if tile > 1 or c <= target[row] < c + n:
-                    prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - g, prob)
-                stream(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0), past_caches)
-                c, n = advance(c, n, classes, tile, lanes)
+                stop = whole_vectors(c, n, classes, tile, lanes, class_stride, to_class) if only else c
+                for k in range(c, stop, lanes):
+                    _gradient(x, k, 1, dx, k, 1, k, lanes, 0, target[row], *fixed)
+                if stop > c:
+                    c, n = stop, classes - stop
+                elif only:
+                    _gradient(x, c * class_stride, lane_stride, dx, c * to_class, to_lane, c, n, across, target[row], *fixed)
+                    c, n = advance(c, n, classes, tile, lanes)
+                else:
+                    stream(dx, c * to_class, to_lane, n, splat(0.0, x), past_caches)
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)

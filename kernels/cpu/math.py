@@ -18,6 +18,7 @@ INLINE = {"forceinline": True, "error_model": "numpy"}
 f32 = np.float32
 LOG2E = 1.4426950408889634
 # ln 2 in two parts, the first with so few digits that n * LN2_HIGH is exact
+LN2 = 0.6931471805599453
 LN2_HIGH32, LN2_LOW32 = f32(0.693359375), f32(-2.12194440e-4)
 LN2_HIGH64, LN2_LOW64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 # adding 1.5 * 2**(bits of the fraction) rounds to an integer and leaves that integer in the low bits
@@ -26,7 +27,12 @@ SQRT_HALF32, SQRT_HALF64 = 0x3F3504F3, 0x3FE6A09E667F3BCD  # bit patterns of sqr
 
 
 def exp(x: Any) -> Any:
-    """e**x for x <= 0. NaN for NaN; 0 where the result would be below the smallest normal number (denormals are slow)."""
+    """e**x for x <= 16. NaN for NaN; 0 where the result would be below the smallest normal number (denormals are slow)."""
+    raise NotImplementedError("compiled code only")
+
+
+def exp_for_sum(x: Any) -> Any:
+    """e**x for x <= 16 as a term of a sum that is at least 1: a little faster, and never 0 but 1e-38 (1e-308) for -inf."""
     raise NotImplementedError("compiled code only")
 
 
@@ -52,7 +58,21 @@ def _exp32(x: Any) -> Any:
     q = fma(r, q, f32(1.666657685e-1))
     q = fma(r, q, f32(0.5))
     p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    return select(x < f32(-87.3), f32(0.0), from_bits(bits(p) + (bits(shifted) << np.int32(23))))
+    return from_bits(select(x < f32(-87.3), np.int32(0), bits(p) + (bits(shifted) << np.int32(23))))
+
+
+@njit(**INLINE)
+def _exp_for_sum32(x: Any) -> Any:
+    # as _exp32 with ln 2 in one part: off by 1e-8 |x|, where e**x is that much smaller than the sum's largest term
+    clamped = select(x < f32(-87.3), f32(-87.3), x)
+    shifted = fma(clamped, f32(LOG2E), MAGIC32)
+    r = fma(shifted - MAGIC32, f32(-LN2), clamped)
+    q = fma(r, f32(1.392621347e-3), f32(8.363202972e-3))
+    q = fma(r, q, f32(4.166655444e-2))
+    q = fma(r, q, f32(1.666657685e-1))
+    q = fma(r, q, f32(0.5))
+    p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
+    return from_bits(bits(p) + (bits(shifted) << np.int32(23)))
 
 
 @njit(**INLINE)
@@ -72,7 +92,7 @@ def _exp64(x: Any) -> Any:
     q = fma(r, q, 1.6666666666666671008e-1)
     q = fma(r, q, 0.5)
     p = fma(r, fma(r, q, 1.0), 1.0)
-    return select(x < -708.3, 0.0, from_bits(bits(p) + (bits(shifted) << np.int64(52))))
+    return from_bits(select(x < -708.3, np.int64(0), bits(p) + (bits(shifted) << np.int64(52))))
 
 
 @njit(**INLINE)
@@ -144,5 +164,6 @@ def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Call
 
 
 _choose(exp, _exp32, _exp64)
+_choose(exp_for_sum, _exp_for_sum32, _exp64)
 _choose(log, _log32, _log64)
 _choose(log1p, _log1p32, _log1p64)

@@ -99,6 +99,27 @@ def lane_numbers(typingctx: Any, like: Any) -> Any:
 
 
 @intrinsic
+def larger(typingctx: Any, a: Any, b: Any) -> Any:
+    """The larger number in each lane; a where b is NaN. One instruction on x86, unlike a maximum that keeps NaN."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.select(builder.fcmp_ordered(">", args[1], args[0]), args[1], args[0])
+
+    return a(a, a), codegen
+
+
+@intrinsic
+def any_lane(typingctx: Any, mask: Any) -> Any:
+    """True if any lane of the mask is."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        word = ir.IntType(mask.lanes)
+        return builder.icmp_unsigned("!=", builder.bitcast(args[0], word), ir.Constant(word, 0))
+
+    return types.boolean(mask), codegen
+
+
+@intrinsic
 def bits(typingctx: Any, a: Any) -> Any:
     """The bit pattern of a float vector as integers."""
     result = Vector(INT_OF[a.scalar], a.lanes)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import _at, _elements_of
+from .elements import _at, _elements_of, _number_at
 from .launch import launch
 from .math import _exp, _log1p, _wide
 from .plan import elements
@@ -62,8 +62,8 @@ def _bce_with_logits_forward(
     a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
     x = _wide(tl.load(_at(logits_ptr, strides, a, b, p), mask=inside, other=0.0))
     y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = tl.load(_at(weight_ptr, weight_strides, a, b, p), mask=inside, other=0.0)
-    pos_weight = tl.load(_at(pos_weight_ptr, pos_weight_strides, a, b, p), mask=inside, other=0.0)
+    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
+    pos_weight = _number_at(pos_weight_ptr, pos_weight_strides, a, b, p, inside)
     tl.store(_at(loss_ptr, loss_strides, a, b, p), _loss(x, y, w, pos_weight), mask=inside)
 
 
@@ -76,8 +76,8 @@ def _bce_with_logits_sum(
     a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
     x = _wide(tl.load(_at(logits_ptr, strides, a, b, p), mask=inside, other=0.0))
     y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = tl.load(_at(weight_ptr, weight_strides, a, b, p), mask=inside, other=0.0)
-    pos_weight = tl.load(_at(pos_weight_ptr, pos_weight_strides, a, b, p), mask=inside, other=0.0)
+    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
+    pos_weight = _number_at(pos_weight_ptr, pos_weight_strides, a, b, p, inside)
     loss = tl.where(inside, _loss(x, y, w, pos_weight), 0.0)
     tl.store(parts_ptr + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
 
@@ -91,9 +91,9 @@ def _bce_with_logits_backward(
     a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
     x = _wide(tl.load(_at(logits_ptr, strides, a, b, p), mask=inside, other=0.0))
     y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = tl.load(_at(weight_ptr, weight_strides, a, b, p), mask=inside, other=0.0)
-    pos_weight = tl.load(_at(pos_weight_ptr, pos_weight_strides, a, b, p), mask=inside, other=0.0)
-    g = tl.load(_at(dloss_ptr, dloss_strides, a, b, p), mask=inside, other=0.0)
+    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
+    pos_weight = _number_at(pos_weight_ptr, pos_weight_strides, a, b, p, inside)
+    g = _number_at(dloss_ptr, dloss_strides, a, b, p, inside)
     # sigmoid(-x) without overflow: e / (1 + e) or 1 / (1 + e)
     e = _exp(-tl.abs(x))
     rest = tl.where(x < 0.0, 1.0, e) / (1.0 + e)

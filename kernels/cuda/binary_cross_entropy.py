@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import _at, _elements_of
+from .elements import _at, _elements_of, _number_at
 from .launch import launch
 from .math import _log_of_rest, _wide
 from .plan import elements
@@ -64,7 +64,7 @@ def _binary_cross_entropy_forward(
     a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
     prob = _wide(tl.load(_at(prob_ptr, strides, a, b, p), mask=inside, other=0.5))
     y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = tl.load(_at(weight_ptr, weight_strides, a, b, p), mask=inside, other=0.0)
+    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
     tl.store(_at(loss_ptr, loss_strides, a, b, p), _loss(prob, y, w), mask=inside)
 
 
@@ -77,7 +77,7 @@ def _binary_cross_entropy_sum(
     a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
     prob = _wide(tl.load(_at(prob_ptr, strides, a, b, p), mask=inside, other=0.5))
     y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = tl.load(_at(weight_ptr, weight_strides, a, b, p), mask=inside, other=0.0)
+    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
     loss = tl.where(inside, _loss(prob, y, w), 0.0)
     tl.store(parts_ptr + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
 
@@ -91,6 +91,6 @@ def _binary_cross_entropy_backward(
     a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
     prob = _wide(tl.load(_at(prob_ptr, strides, a, b, p), mask=inside, other=0.5))
     y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = tl.load(_at(weight_ptr, weight_strides, a, b, p), mask=inside, other=0.0)
-    g = tl.load(_at(dloss_ptr, dloss_strides, a, b, p), mask=inside, other=0.0)
+    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
+    g = _number_at(dloss_ptr, dloss_strides, a, b, p, inside)
     tl.store(_at(dprob_ptr, dstrides, a, b, p), g * w * (prob - y) / _at_least((1.0 - prob) * prob, 1e-12), mask=inside)

@@ -12,15 +12,15 @@ from torch import Tensor
 
 from .launch import device_of, launch
 from .math import _exp, _wide
-from .plan import backward_rows, forward_rows, has_long_rows, power_of_two_from, reading_tiles, tiles, view
-from .rows import _body_of, _edges_of, _lanes_at, _merge, _no_statistics, _row_of, _row_statistics, _see, _tile_of
+from .plan import backward_rows, class_stride, forward_rows, has_long_rows, power_of_two_from, reading_tiles, tiles, view
+from .rows import _body_of, _edges_of, _lanes_at, _merge, _no_statistics, _row_of, _row_statistics, _see, _tile_of, _weight_of
 
 
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor
 ) -> None:
     v = view(logits.shape, logits.stride())
-    rows = (target, ignore_index, weight, weight.stride(0), loss, row_weight, top, total)
+    rows = (target, ignore_index, weight, class_stride(weight.stride(0)), loss, row_weight, top, total)
     if not has_long_rows(v):
         t = reading_tiles(v, device_of(logits))
         launch(
@@ -71,12 +71,12 @@ def _write_loss(
     x_ptr, class_stride, row, inside, y, ignore_index, weight_ptr, weight_stride, top, total,
     loss_ptr, row_weight_ptr, top_ptr, total_ptr, C,
 ):  # fmt: skip
-    """The numbers of rows whose first classes x_ptr points to. Outside [0, C) a target is no index: its weight, and so its loss, is NaN."""
+    """The numbers of rows whose first classes x_ptr points to."""
     is_row = y != ignore_index
     is_class = inside & is_row & (y >= 0) & (y < C)
     # target logit and class weight
     x_y = _wide(tl.load(x_ptr + y * class_stride, mask=is_class, other=0.0))
-    w_y = tl.load(weight_ptr + y * weight_stride, mask=is_class, other=float("nan"))
+    w_y = _weight_of(weight_ptr, weight_stride, y, is_class)
     # loss
     nll = tl.log(total) - (x_y - top)
     tl.store(loss_ptr + row, tl.where(is_row, w_y * nll, 0.0), mask=inside)

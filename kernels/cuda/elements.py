@@ -18,3 +18,12 @@ def _elements_of(number, B, P, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
 def _at(ptr, strides, a, b, p):
     """Pointers [BLOCK_B, BLOCK_P] to elements of a tensor [A, B, P]."""
     return ptr + a * strides[0] + b * strides[1] + p * strides[2]
+
+
+@triton.jit
+def _number_at(ptr, strides, a, b, p, inside):
+    """What comes with each element: [BLOCK_B, BLOCK_P], or one number for all where there are no strides."""
+    if strides is None:
+        return tl.load(ptr)
+    else:
+        return tl.load(_at(ptr, strides, a, b, p), mask=inside, other=0.0)

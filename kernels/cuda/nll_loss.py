@@ -6,16 +6,16 @@ from torch import Tensor
 
 from .launch import device_of, launch
 from .math import _wide
-from .plan import ELEMENTS, ceil_div, tiles, view
-from .rows import _lanes_at, _tile_of
+from .plan import ceil_div, class_stride, tiles, view
+from .rows import _lanes_at, _tile_of, _weight_of
 
 
 def nll_loss_forward(log_prob: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor) -> None:
     v = view(log_prob.shape, log_prob.stride())
-    block = ELEMENTS // 8
+    block = 128
     launch(
         _nll_loss_forward, v.batch * ceil_div(v.positions, block), 4, log_prob,
-        log_prob, v.strides[0], target, ignore_index, weight, weight.stride(0), loss, row_weight, v.classes, v.positions, BLOCK_N=block,
+        log_prob, v.strides[0], target, ignore_index, weight, class_stride(weight.stride(0)), loss, row_weight, v.classes, v.positions, BLOCK_N=block,
     )  # fmt: skip
 
 
@@ -38,8 +38,7 @@ def _nll_loss_forward(
     y = tl.load(target_ptr + row, mask=inside, other=ignore_index)
     is_row = y != ignore_index
     is_class = is_row & (y >= 0) & (y < C)
-    # outside [0, C) a target is no index: its weight, and so its loss, is NaN
-    w_y = tl.load(weight_ptr + y * weight_stride, mask=is_class, other=float("nan"))
+    w_y = _weight_of(weight_ptr, weight_stride, y, is_class)
     x_ptr = log_prob_ptr + b * strides.batch + p * strides.position + y * strides.class_
     loss = -w_y * _wide(tl.load(x_ptr, mask=is_class, other=0.0))
     tl.store(loss_ptr + row, tl.where(is_row, loss, 0.0), mask=inside)

@@ -14,7 +14,7 @@ LONG_ROW = 1024  # classes from which on one program has enough to do with one r
 BLOCK = 4096  # classes of a long row in one step: two vectors of 16-bit numbers for each of 256 threads
 TILE = 2048  # lanes of a tile: 16 for each of 128 threads keeps `top` and `total` in registers
 FEW_CLASSES = 64
-ELEMENTS = 1024  # of an elementwise program: 8 for each of 128 threads
+ELEMENTS = 2048  # of an elementwise program: 16 for each of 128 threads
 SPLIT_FROM = 4 * BLOCK  # a row shorter than this is not worth a second launch
 LIMIT = 1 << 31  # programs and positions are counted in int32; everything else is int64
 
@@ -93,6 +93,11 @@ class TilesPlan:
         return self.programs * self.class_tiles
 
 
+def class_stride(weight_stride: int) -> int | None:
+    """The stride of a class weight as the kernels want it: None for one number for all classes."""
+    return weight_stride or None
+
+
 def power_of_two_from(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
@@ -131,24 +136,34 @@ def backward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
 
 
 def tiles(v: View, device: Device, lanes: int = TILE) -> TilesPlan:
-    """Lanes along the dimension that lies side by side in memory; along both where it is short."""
+    """For one step. Lanes along the dimension that lies side by side in memory; along both where it is short."""
     classes, positions = power_of_two_from(v.classes), power_of_two_from(v.positions)
     if v.strides[0].class_ <= v.strides[0].position:
         block_c = min(classes, lanes)
         block_n = min(positions, lanes // block_c)
     else:
-        block_n = min(positions, lanes // 4)
-        while block_n > 32 and v.batch * ceil_div(v.positions, block_n) < device.processors:
-            block_n //= 2
+        # enough positions for whole cache lines, and classes to share what is read for each position
+        block_n = min(positions, max(128, lanes // classes))
         block_c = min(classes, lanes // block_n)
     return _tiles_of(v, device, block_n, block_c)
 
 
+def looping_tiles(v: View, device: Device, lanes: int = TILE) -> TilesPlan:
+    """For a loop over the classes."""
+    if v.strides[0].class_ <= v.strides[0].position:
+        return tiles(v, device, lanes)
+    classes, positions = power_of_two_from(v.classes), power_of_two_from(v.positions)
+    block_n = min(positions, lanes // 4)
+    while block_n > 32 and v.batch * ceil_div(v.positions, block_n) < device.processors:
+        block_n //= 2
+    return _tiles_of(v, device, block_n, min(classes, lanes // block_n))
+
+
 def reading_tiles(v: View, device: Device, lanes: int = TILE) -> TilesPlan:
-    """The same for a kernel that only reads. Few classes are then one lane's own: neighbours share cache lines, and nothing is merged."""
+    """For a loop that writes nothing. Few classes are then one lane's own: neighbours share cache lines, and nothing is merged."""
     if v.classes <= FEW_CLASSES and v.strides[0].class_ <= v.strides[0].position:
         return _tiles_of(v, device, min(power_of_two_from(v.positions), 256), 1)
-    return tiles(v, device, lanes)
+    return looping_tiles(v, device, lanes)
 
 
 def _tiles_of(v: View, device: Device, block_n: int, block_c: int) -> TilesPlan:
@@ -161,7 +176,7 @@ class ElementsPlan:
     """An elementwise launch over [A, B, P] with as much as possible in P: one program for each BLOCK_B by BLOCK_P elements."""
 
     shape: tuple[int, int, int]
-    strides: tuple[tuple[int, int, int], ...]
+    strides: tuple[tuple[int, int, int] | None, ...]  # None: one number for all elements
     BLOCK_B: int
     BLOCK_P: int
 
@@ -184,7 +199,7 @@ def elements(shape: Sequence[int], *strides: Sequence[int]) -> ElementsPlan:
     sizes = (merged[0][0], merged[1][0], merged[2][0])
     steps = tuple((merged[0][1][i], merged[1][1][i], merged[2][1][i]) for i in range(len(strides)))
     block_p = min(power_of_two_from(sizes[2]), ELEMENTS)
-    return ElementsPlan(sizes, steps, min(power_of_two_from(sizes[1]), ELEMENTS // block_p), block_p)
+    return ElementsPlan(sizes, tuple(s if any(s) else None for s in steps), min(power_of_two_from(sizes[1]), ELEMENTS // block_p), block_p)
 
 
 def warps(threads: int, device: Device) -> int:

@@ -32,6 +32,24 @@ def _lanes_at(ptr, strides, b, p, c):
 
 
 @triton.jit
+def _class_weights(weight_ptr, weight_stride, c, C):
+    """[1, BLOCK_C], 0 beyond the classes. Without a stride one number serves all: nothing is loaded for each class."""
+    if weight_stride is None:
+        return tl.where(c < C, tl.load(weight_ptr), 0.0)[None, :]
+    else:
+        return tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)[None, :]
+
+
+@triton.jit
+def _weight_of(weight_ptr, weight_stride, y, is_class):
+    """w_y. Outside [0, C) a target is no index: its weight, and with it the loss, is NaN."""
+    if weight_stride is None:
+        return tl.where(is_class, tl.load(weight_ptr), float("nan"))
+    else:
+        return tl.load(weight_ptr + y * weight_stride, mask=is_class, other=float("nan"))
+
+
+@triton.jit
 def _no_statistics(shape: tl.constexpr, dtype: tl.constexpr):
     return tl.full(shape, _lowest(dtype), dtype), tl.zeros(shape, dtype)
 

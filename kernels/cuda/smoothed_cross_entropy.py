@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .launch import device_of, launch
 from .math import _exp, _wide
-from .plan import TILE, reading_tiles, tiles, view
-from .rows import _lanes_at, _merge, _no_statistics, _see, _shift, _tile_of
+from .plan import TILE, class_stride, reading_tiles, tiles, view
+from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _shift, _tile_of, _weight_of
 
 
 def smoothed_cross_entropy_forward(
@@ -24,7 +24,7 @@ def smoothed_cross_entropy_forward(
     t = reading_tiles(v, device_of(logits), TILE // 2)
     launch(
         _smoothed_cross_entropy_forward, t.programs, t.num_warps, logits,
-        logits, v.strides[0], target, ignore_index, weight, weight.stride(0), keep, spread, loss, row_weight, mass, top, total,
+        logits, v.strides[0], target, ignore_index, weight, class_stride(weight.stride(0)), keep, spread, loss, row_weight, mass, top, total,
         v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
     )  # fmt: skip
 
@@ -37,7 +37,7 @@ def smoothed_cross_entropy_backward(
     t = tiles(v, device_of(logits))
     launch(
         _smoothed_cross_entropy_backward, t.elementwise_programs, t.num_warps, logits,
-        logits, v.strides[0], target, ignore_index, weight, weight.stride(0), keep, spread, row_weight, mass, top, total,
+        logits, v.strides[0], target, ignore_index, weight, class_stride(weight.stride(0)), keep, spread, row_weight, mass, top, total,
         dloss, dloss.stride(0), dlogits, v.strides[1], v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
     )  # fmt: skip
 
@@ -60,7 +60,7 @@ def _smoothed_cross_entropy_forward(
         c = first + tl.arange(0, BLOCK_C)
         lanes = inside[:, None] & (c < C)[None, :]
         x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=lanes, other=float("-inf")))
-        w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)[None, :]
+        w = _class_weights(weight_ptr, weight_stride, c, C)
         before = tops
         tops, totals = _see(tops, totals, x)
         gaps += _shift(weights, tops - before) + tl.where(lanes, w * (tops - x), 0.0)
@@ -70,7 +70,7 @@ def _smoothed_cross_entropy_forward(
     # target logit and class weight: outside [0, C) a target is no index, and its weight is NaN
     is_class = is_row & (y >= 0) & (y < C)
     x_y = _wide(tl.load(logits_ptr + b * strides.batch + p * strides.position + y * strides.class_, mask=is_class, other=0.0))
-    w_y = tl.load(weight_ptr + y * weight_stride, mask=is_class, other=float("nan"))
+    w_y = _weight_of(weight_ptr, weight_stride, y, is_class)
     # loss
     kept, smooth_mass = keep.to(real) * w_y, spread.to(real) * tl.sum(tl.sum(weights, 1), 0)
     log_total = tl.log(total)
@@ -104,7 +104,7 @@ def _smoothed_cross_entropy_backward(
     # gradient
     lanes = inside[:, None] & (c < C)[None, :]
     x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=lanes, other=0.0))
-    w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0) * spread.to(real)
-    d = _exp(x - top[:, None]) * scale[:, None] - g[:, None] * w[None, :]
+    w = _class_weights(weight_ptr, weight_stride, c, C) * spread.to(real)
+    d = _exp(x - top[:, None]) * scale[:, None] - g[:, None] * w
     d = tl.where(c[None, :] == y[:, None], d - kept[:, None], d)
     tl.store(_lanes_at(dlogits_ptr, dstrides, b, p, c), tl.where(is_row[:, None], d, 0.0), mask=lanes)

@@ -10,18 +10,18 @@ from torch import Tensor
 
 from .launch import device_of, launch
 from .math import _exp, _wide
-from .plan import TILE, tiles, view
-from .rows import _lanes_at, _merge, _no_statistics, _see, _shift, _tile_of
+from .plan import TILE, class_stride, looping_tiles, tiles, view
+from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _shift, _tile_of
 
 
 def soft_cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float, loss: Tensor, mass: Tensor, top: Tensor, total: Tensor
 ) -> None:
     v = view(logits.shape, logits.stride(), target.stride())
-    t = tiles(v, device_of(logits), TILE // 2)
+    t = looping_tiles(v, device_of(logits), TILE // 2)
     launch(
         _soft_cross_entropy_forward, t.programs, t.num_warps, logits,
-        logits, v.strides[0], target, v.strides[1], weight, weight.stride(0), keep, spread, loss, mass, top, total,
+        logits, v.strides[0], target, v.strides[1], weight, class_stride(weight.stride(0)), keep, spread, loss, mass, top, total,
         v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
     )  # fmt: skip
 
@@ -34,7 +34,7 @@ def soft_cross_entropy_backward(
     t = tiles(v, device_of(logits))
     launch(
         _soft_cross_entropy_backward, t.elementwise_programs, t.num_warps, logits,
-        logits, v.strides[0], target, v.strides[1], weight, weight.stride(0), keep, spread, mass, top, total,
+        logits, v.strides[0], target, v.strides[1], weight, class_stride(weight.stride(0)), keep, spread, mass, top, total,
         dloss, dloss.stride(0), dlogits, v.strides[2], v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def soft_cross_entropy_target_backward(
     t = tiles(v, device_of(logits))
     launch(
         _soft_cross_entropy_target_backward, t.elementwise_programs, t.num_warps, logits,
-        logits, v.strides[0], weight, weight.stride(0), keep, top, total, dloss, dloss.stride(0), dtarget, v.strides[1],
+        logits, v.strides[0], weight, class_stride(weight.stride(0)), keep, top, total, dloss, dloss.stride(0), dtarget, v.strides[1],
         v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
     )  # fmt: skip
 
@@ -68,7 +68,7 @@ def _soft_cross_entropy_forward(
         lanes = inside[:, None] & (c < C)[None, :]
         x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=lanes, other=float("-inf")))
         q = _wide(tl.load(_lanes_at(target_ptr, target_strides, b, p, c), mask=lanes, other=0.0))
-        w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)[None, :]
+        w = _class_weights(weight_ptr, weight_stride, c, C)
         k = w * (keep.to(real) * q + spread.to(real))
         before = tops
         tops, totals = _see(tops, totals, x)
@@ -102,7 +102,7 @@ def _soft_cross_entropy_backward(
     lanes = inside[:, None] & (c < C)[None, :]
     x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=lanes, other=0.0))
     q = _wide(tl.load(_lanes_at(target_ptr, target_strides, b, p, c), mask=lanes, other=0.0))
-    w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)[None, :]
+    w = _class_weights(weight_ptr, weight_stride, c, C)
     k = w * (keep.to(real) * q + spread.to(real))
     d = g[:, None] * (_exp(x - top[:, None]) * scale[:, None] - k)
     tl.store(_lanes_at(dlogits_ptr, dstrides, b, p, c), d, mask=lanes)
@@ -125,6 +125,6 @@ def _soft_cross_entropy_target_backward(
     # gradient
     lanes = inside[:, None] & (c < C)[None, :]
     x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=lanes, other=0.0))
-    w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)[None, :]
+    w = _class_weights(weight_ptr, weight_stride, c, C)
     d = g[:, None] * w * (log_total[:, None] - (x - top[:, None]))
     tl.store(_lanes_at(dtarget_ptr, dstrides, b, p, c), d, mask=lanes)

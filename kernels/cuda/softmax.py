@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .launch import device_of, launch
 from .math import _exp, _wide
-from .plan import tiles, view
+from .plan import looping_tiles, view
 from .rows import _lanes_at, _merge, _no_statistics, _see, _tile_of
 
 
@@ -37,7 +37,7 @@ def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -
 def _row_by_row(kernel: Any, *tensors: Tensor) -> None:
     """Launch over tensors that are all shaped like the logits."""
     v = view(tensors[0].shape, *(t.stride() for t in tensors))
-    t = tiles(v, device_of(tensors[0]))
+    t = looping_tiles(v, device_of(tensors[0]))
     arguments = [a for pair in zip(tensors, v.strides, strict=True) for a in pair]
     launch(kernel, t.programs, t.num_warps, tensors[0], *arguments, v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C)
 

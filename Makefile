@@ -1,0 +1,68 @@
+# Two commands matter: `make bench` and `make test`. Each makes the environment it needs in .venv; all it takes is python3 >= 3.10 and make.
+
+PYTHON ?= python3
+# Pinned for development and CI only: the package itself asks for torch>=2.6. Another build: make test TORCH='torch --index-url ...'
+TORCH ?= torch==2.13.0
+TRITON ?= triton==3.8.0
+PRESET ?= quick
+
+VENV := .venv
+BIN := $(VENV)/bin
+OUT := bench/out
+MEASURED := docs/measured/cpu.json
+
+.PHONY: help bench test test-all lint docs measure clean
+.DEFAULT_GOAL := help
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+bench: $(VENV)/.bench ## check fastloss against torch, then time both on large batches; PRESET=quick|vision|llm|cpu-table|sizes|all
+	$(BIN)/python bench/run.py --preset $(PRESET) --json $(OUT)/bench.json --csv $(OUT)/bench.csv
+	$(BIN)/python bench/report.py $(OUT)/bench.json --out $(OUT)
+
+test: $(VENV)/.dev ## all tests but the long ones
+	$(BIN)/pytest -m "not long"
+
+test-all: $(VENV)/.dev ## all tests
+	$(BIN)/pytest
+
+lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check bench examples docs fastloss/bench fastloss/integrations fastloss/doctor.py fastloss/__main__.py
+	rm -rf build
+	$(BIN)/pip install --quiet --no-deps --target build/typed .
+	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
+
+docs: $(VENV)/.bench ## regenerate every generated table and picture from docs/measured and from the code
+	$(BIN)/python bench/report.py $(MEASURED) --out docs/measured --tables README.md docs
+	$(BIN)/python docs/coverage.py
+
+measure: $(VENV)/.bench ## measure this machine for the README (about half an hour), then `make docs`
+	$(BIN)/python bench/run.py --preset all --json $(MEASURED)
+	$(MAKE) docs
+
+clean: ## remove what make made
+	rm -rf $(VENV) build dist $(OUT) fastloss.egg-info
+
+$(VENV)/bin/python:
+	@echo "[1/3] $(VENV): a virtual environment by $(PYTHON)"
+	@$(PYTHON) -c 'import sys; sys.exit("fastloss needs Python 3.10 or newer, this is " + sys.version if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.torch: | $(VENV)/bin/python
+	@echo "[2/3] $(TORCH) $(TRITON): the large part, some minutes on a slow network"
+	$(BIN)/pip install --disable-pip-version-check $(TORCH)
+	-$(BIN)/pip install --disable-pip-version-check $(TRITON)
+	@touch $@
+
+$(VENV)/.bench: pyproject.toml | $(VENV)/.torch
+	@echo "[3/3] fastloss, with what the benchmark draws with"
+	$(BIN)/pip install --disable-pip-version-check -e '.[bench]'
+	@touch $@
+
+$(VENV)/.dev: pyproject.toml | $(VENV)/.torch
+	@echo "[3/3] fastloss, with what the tests need"
+	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	@touch $@
+	@touch $(VENV)/.bench

@@ -1,0 +1,91 @@
+"""One measurement's input: a loss, the shape and dtype of the logits, and enough different inputs to miss the cache."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .losses import LOSSES, SHORT, Loss, Options, noise
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A loss on logits of one shape and dtype."""
+
+    loss: str
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+
+    @property
+    def spec(self) -> Loss:
+        return LOSSES[self.loss]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
+    def logits(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of the logits."""
+        return self.logits * self.torch_dtype.itemsize
+
+    @property
+    def size(self) -> str:
+        return "x".join(map(str, self.shape))
+
+    @property
+    def title(self) -> str:
+        return f"{self.loss} {self.size} {self.dtype}"
+
+    @property
+    def key(self) -> str:
+        return f"{SHORT[self.loss]} {self.size} {self.dtype}"
+
+    @classmethod
+    def from_key(cls, key: str) -> "Case":
+        from .losses import ALIASES
+
+        alias, size, dtype = key.split()
+        return cls(ALIASES[alias], tuple(map(int, size.split("x"))), dtype)
+
+
+@dataclass
+class Inputs:
+    """What one step gets. `input` and `upstream` (None for a loss that is one number) have the shape of the logits."""
+
+    input: Tensor
+    target: Tensor | None
+    options: Options
+    upstream: Tensor | None
+
+
+def make_inputs(case: Case, count: int, device: str = "cpu", seed: int = 0) -> list[Inputs]:
+    """`count` inputs in memory of their own, the same for the same seed."""
+    torch.manual_seed(seed)
+    spec, dtype = case.spec, case.torch_dtype
+    options = spec.options(case.shape[1], dtype)
+    inputs = []
+    for _ in range(count):
+        logits = spec.prepare(noise(case.shape, dtype))
+        upstream = None if spec.scalar else noise(case.shape, dtype, 1.0)
+        inputs.append(Inputs(logits, spec.target(case.shape, dtype), options, upstream))
+    return [_moved(one, device) for one in inputs] if device != "cpu" else inputs
+
+
+def inputs_to_miss(case: Case, cache_bytes: int, most: int = 256) -> int:
+    """How many inputs to rotate through so that each is out of the last-level cache when its turn comes."""
+    return min(most, max(2, -(-cache_bytes * 5 // (4 * case.bytes))))
+
+
+def _moved(one: Inputs, device: str) -> Inputs:
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    return Inputs(move(one.input), move(one.target), {k: move(v) for k, v in one.options.items()}, move(one.upstream))

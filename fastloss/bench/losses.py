@@ -1,0 +1,117 @@
+"""What is measured: each loss once, as data, for the checks, the timings and the reports."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss with one set of options. `function` is its name in torch.nn.functional and in fastloss."""
+
+    name: str
+    function: str
+    passes: int
+    """Reads and writes of N x C arrays that forward and backward cannot do without: what `share of copy speed` is measured by."""
+    target: Callable[[tuple[int, ...], torch.dtype], Tensor | None]
+    options: Callable[[int, torch.dtype], Options] = lambda classes, dtype: {}
+    inplace: bool = False
+    """Whether fastloss offers inplace_backward for it."""
+    scalar: bool = True
+    """Whether it is reduced to one number; softmax and log_softmax are not."""
+    prepare: Callable[[Tensor], Tensor] = field(default=lambda logits: logits)
+    """From normal noise to a valid input."""
+
+    def call(self, function: Callable[..., Tensor], input: Tensor, target: Tensor | None, options: Options) -> Tensor:
+        return function(input, **options) if target is None else function(input, target, **options)
+
+    def divisor(self, target: Tensor | None, options: Options, shape: tuple[int, ...]) -> float:
+        """What 'mean' divides by, in float64."""
+        rows = torch.Size(shape).numel() // shape[1]
+        if self.function.startswith("binary"):
+            return float(rows * shape[1])
+        if "weight" in options and target is not None and not target.is_floating_point():
+            return float(options["weight"].double()[target].sum())
+        return float(rows)
+
+
+def _indices(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return torch.randint(shape[1], (shape[0], *shape[2:]))
+
+
+def _probabilities(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _in_place(lambda part: F.softmax(part, 1), noise(shape, torch.float32)).to(dtype)
+
+
+def _labels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return noise(shape, dtype).sigmoid_()
+
+
+def _nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    return None
+
+
+def _in_place(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """`function` of every slice along dim 0, written over it: large inputs must not cost four times their size to make."""
+    for part in tensor.split(max(1, tensor.shape[0] // 16)):
+        part.copy_(function(part))
+    return tensor
+
+
+def noise(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 2.0) -> Tensor:
+    """Normal numbers. Beyond 4 M they repeat with a period that divides no row length in use: randn is slow, and content is not the point."""
+    size = torch.Size(shape).numel()
+    period = torch.randn(min(size, (1 << 22) + 1)).mul_(scale).to(dtype)
+    flat = torch.empty(size, dtype=dtype)
+    for start in range(0, size, period.numel()):
+        part = flat[start : start + period.numel()]
+        part.copy_(period[: part.numel()])
+    return flat.view(shape)
+
+
+LOSSES: dict[str, Loss] = {
+    loss.name: loss
+    for loss in (
+        Loss("cross_entropy", "cross_entropy", 3, _indices, inplace=True),
+        Loss(
+            "cross_entropy, smoothed and weighted",
+            "cross_entropy",
+            3,
+            _indices,
+            lambda classes, dtype: {"label_smoothing": 0.1, "weight": torch.rand(classes).add_(0.5).to(dtype)},
+            inplace=True,
+        ),
+        Loss("cross_entropy, probabilities", "cross_entropy", 5, _probabilities, inplace=True),
+        Loss("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits", 5, _labels),
+        Loss(
+            "binary_cross_entropy_with_logits, pos_weight",
+            "binary_cross_entropy_with_logits",
+            5,
+            _labels,
+            lambda classes, dtype: {"pos_weight": torch.rand(classes).add_(0.5).to(dtype)},
+        ),
+        Loss("binary_cross_entropy", "binary_cross_entropy", 5, _labels, prepare=lambda x: x.sigmoid_()),
+        Loss("nll_loss", "nll_loss", 1, _indices, prepare=lambda x: _in_place(lambda part: F.log_softmax(part, 1), x)),
+        Loss("softmax", "softmax", 5, _nothing, lambda classes, dtype: {"dim": 1}, scalar=False),
+        Loss("log_softmax", "log_softmax", 5, _nothing, lambda classes, dtype: {"dim": 1}, scalar=False),
+    )
+}
+
+ALIASES = {
+    "ce": "cross_entropy",
+    "ce-smoothed": "cross_entropy, smoothed and weighted",
+    "ce-soft": "cross_entropy, probabilities",
+    "bce": "binary_cross_entropy_with_logits",
+    "bce-pos": "binary_cross_entropy_with_logits, pos_weight",
+    "bce-prob": "binary_cross_entropy",
+    "nll": "nll_loss",
+    "softmax": "softmax",
+    "log-softmax": "log_softmax",
+}
+SHORT = {name: alias for alias, name in ALIASES.items()}

@@ -1,0 +1,130 @@
+"""A case from inputs to numbers: check everybody, time who is right, measure memory. The result is plain data, ready for JSON."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from time import perf_counter
+from typing import Any
+
+import torch
+
+from . import accuracy, footprint
+from .cases import Case, Inputs, inputs_to_miss, make_inputs
+from .child import child
+from .machine import last_level_cache
+from .providers import EAGER, PROVIDERS, Provider
+from .runner import Runner, Times, release_memory
+from .timing import Series, Step, interleave
+
+COPY = "copy"
+
+
+def measure(
+    case: Case, names: Sequence[str], seconds: float, device: str = "cpu", memory: bool = True, least: int = 5
+) -> dict[str, Any]:
+    """The result of one case: a dictionary for every provider, and what a copy of the logits costs."""
+    inputs = make_inputs(case, inputs_to_miss(case, last_level_cache()), device)
+    true = accuracy.truth(case, inputs[0])
+    eager = _checked(Runner(PROVIDERS[EAGER], case, inputs), true)
+    limit = accuracy.allowed(case, eager)
+    providers: dict[str, dict[str, Any]] = {}
+    steps: dict[str, Step] = {COPY: _copier(inputs)}
+    with ExitStack() as processes:
+        for name in names:
+            provider = PROVIDERS[name]
+            reason = provider.absent(case.spec, device)
+            if reason is not None:
+                providers[name] = {"status": "skipped", "reason": reason}
+                continue
+            try:
+                if provider.environment:
+                    error, step = _elsewhere(provider, case, len(inputs), processes)
+                else:
+                    runner = Runner(provider, case, inputs)
+                    error, step = (eager if name == EAGER else _checked(runner, true)), runner.step
+            except Exception as problem:  # a rival must never break the rest; if it is us, the suite fails in the end
+                providers[name] = {"status": "failed", "reason": _first_line(problem)}
+                continue
+            providers[name] = {"status": "timed", "error": asdict(error)}
+            if error.output > limit.output or error.gradient > limit.gradient:
+                providers[name] |= {"status": "wrong", "reason": f"error {error.worst:.1e}, torch eager has {eager.worst:.1e}: not timed"}
+                continue
+            steps[name] = step
+        series = interleave(steps, seconds, least)
+    for name in steps.keys() - {COPY}:
+        providers[name] |= _numbers(case, series, name)
+    copied = series[COPY].spread()
+    result = {
+        "key": case.key,
+        "title": case.title,
+        "loss": case.loss,
+        "shape": list(case.shape),
+        "dtype": case.dtype,
+        "bytes": case.bytes,
+        "rounds": len(series[COPY].times),
+        "inputs": len(inputs),
+        "copy": asdict(copied) | {"bytes_per_second": 2 * case.bytes / copied.middle},
+        "providers": {name: providers[name] for name in names},
+    }
+    del inputs, steps, series, true
+    release_memory()
+    if memory and device == "cpu" and footprint.can_measure():
+        _add_memory(case, result["providers"])
+    return result
+
+
+def _checked(runner: Runner, true: accuracy.Truth) -> accuracy.Error:
+    output, gradient, _ = runner.results(0, keep=True)
+    return accuracy.error_of(true, output, gradient)
+
+
+def _copier(inputs: list[Inputs]) -> Step:
+    """dst.copy_(logits) into memory that is mapped already: the least any step can cost is a little more than this."""
+    sink = torch.zeros_like(inputs[0].input)
+
+    def copy(turn: int) -> Times:
+        start = perf_counter()
+        sink.copy_(inputs[turn % len(inputs)].input)
+        if sink.is_cuda:
+            torch.cuda.synchronize()
+        return Times(perf_counter() - start, 0.0)
+
+    return copy
+
+
+def _elsewhere(provider: Provider, case: Case, inputs: int, processes: ExitStack) -> tuple[accuracy.Error, Step]:
+    """A provider that lives in a process with other environment variables; its steps are taken in turn with ours all the same."""
+    process = processes.enter_context(child(provider.environment))
+    process.ask(do="prepare", provider=provider.name, case=case.key, inputs=inputs, threads=torch.get_num_threads())
+    error = accuracy.Error(*process.ask(do="check"))
+    return error, lambda turn: Times(*process.ask(do="step", turn=turn))
+
+
+def _numbers(case: Case, series: dict[str, Series], name: str) -> dict[str, Any]:
+    """Times in seconds; `slower` is how many times longer another took; `copies` the step in copies of the logits."""
+    mine = series[name]
+    copies = series[COPY].ratio_to(mine)
+    return {
+        "forward": asdict(mine.spread("forward")),
+        "backward": asdict(mine.spread("backward")),
+        "step": asdict(mine.spread("step")),
+        "copies": asdict(copies),
+        "share_of_copy_speed": case.spec.passes / (2 * copies.middle),
+        "bytes_per_logit": 2 * case.torch_dtype.itemsize * copies.middle,
+        "slower": {other: asdict(mine.ratio_to(theirs)) for other, theirs in series.items() if other not in (name, COPY)},
+    }
+
+
+def _add_memory(case: Case, providers: dict[str, dict[str, Any]]) -> None:
+    for name, found in providers.items():
+        if found["status"] != "timed":
+            continue
+        with child(PROVIDERS[name].environment) as process:
+            try:
+                found["memory"] = process.ask(do="memory", provider=name, case=case.key, threads=torch.get_num_threads())
+            except RuntimeError as problem:
+                found["memory_reason"] = str(problem)
+
+
+def _first_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {str(problem).strip().splitlines()[0] if str(problem).strip() else ''}"

@@ -1,0 +1,54 @@
+"""What a measuring process can be asked for (see `child`)."""
+
+from time import perf_counter
+from typing import Any
+
+_STARTED = perf_counter()
+
+import torch  # noqa: E402  how long importing it takes is one of the answers
+
+_TORCH = perf_counter()
+
+from . import accuracy  # noqa: E402
+from .cases import Case, make_inputs  # noqa: E402
+from .footprint import peak_memory  # noqa: E402
+from .providers import PROVIDERS  # noqa: E402
+from .runner import Runner, configured  # noqa: E402
+
+_LOADED = perf_counter()
+
+
+class Desk:
+    """Keeps one prepared case."""
+
+    runner: Runner
+
+    def serve(self, request: dict[str, Any]) -> Any:
+        return getattr(self, "do_" + request.pop("do"))(**request)
+
+    def do_prepare(self, provider: str, case: str, inputs: int, threads: int) -> None:
+        torch.set_num_threads(threads)
+        wanted = Case.from_key(case)
+        self.runner = Runner(PROVIDERS[provider], wanted, make_inputs(wanted, inputs))
+
+    def do_check(self) -> list[float]:
+        """The error of one step; this process has the same inputs as its parent, since it has the same seed."""
+        output, gradient, _ = self.runner.results(0, keep=True)
+        error = accuracy.error_of(accuracy.truth(self.runner.case, self.runner.inputs[0]), output, gradient)
+        return [error.output, error.gradient]
+
+    def do_step(self, turn: int) -> list[float]:
+        return list(self.runner.step(turn))
+
+    def do_memory(self, provider: str, case: str, threads: int) -> dict[str, int]:
+        torch.set_num_threads(threads)
+        return peak_memory(PROVIDERS[provider], Case.from_key(case))
+
+    def do_startup(self, provider: str, case: str) -> dict[str, float]:
+        """Seconds to import torch, to import fastloss after it, and of the first and the second step."""
+        wanted = Case.from_key(case)
+        runner = Runner(PROVIDERS[provider], wanted, make_inputs(wanted, 1))
+        with configured({"min_numel": 0}):
+            first = runner.step(0).step
+            second = runner.step(0).step
+        return {"import torch": _TORCH - _STARTED, "import fastloss": _LOADED - _TORCH, "first step": first, "second step": second}

@@ -1,0 +1,21 @@
+"""Every test runs on the kernels, with nothing left over in memory that a kernel did not write."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastloss
+
+
+@pytest.fixture(autouse=True)
+def forced_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No input is too small for the kernels, random numbers are the same every time, and fresh memory holds NaN."""
+    monkeypatch.setattr(fastloss.config, "min_numel", 0)
+    torch.manual_seed(0)
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory: torch.empty holds NaN
+    with fastloss.use_backend("auto"):
+        yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)

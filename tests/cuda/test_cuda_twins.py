@@ -1,0 +1,32 @@
+"""Both kernel packages offer exactly what `fastloss.backends.Kernels` says, under the same names."""
+
+import importlib
+import inspect
+from typing import Any
+
+import pytest
+
+LAUNCHERS = {
+    name: member
+    for name, member in vars(importlib.import_module("fastloss.backends").Kernels).items()
+    if inspect.isfunction(member) and not name.startswith("_")
+}
+
+
+def package(name: str, needs: str) -> Any:
+    pytest.importorskip(needs, reason=f"{needs} is not installed")
+    return importlib.import_module(f"fastloss.kernels.{name}")
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(("name", "needs"), [("cuda", "triton"), ("cpu", "numba")])
+def test_launcher_has_the_protocols_signature(name: str, needs: str, launcher: str) -> None:
+    promised = list(inspect.signature(LAUNCHERS[launcher]).parameters.values())[1:]  # without self
+    offered = inspect.signature(getattr(package(name, needs), launcher))
+    assert list(offered.parameters) == [p.name for p in promised]
+    assert offered.return_annotation in (None, "None")
+    assert all(p.default is inspect.Parameter.empty for p in offered.parameters.values())
+
+
+def test_the_cuda_package_offers_nothing_else() -> None:
+    assert sorted(package("cuda", "triton").__all__) == sorted(LAUNCHERS)

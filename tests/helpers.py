@@ -1,0 +1,181 @@
+"""How the tests compare fastloss with torch: the same call three times, ours, torch's, and torch's in float64 for the truth."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastloss
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+REDUCTIONS = ("none", "mean", "sum")
+Tensors = dict[str, Tensor | None]
+
+
+def padded(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Rows with a gap of NaN between them."""
+    leaf = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    leaf[..., : tensor.shape[-1]] = tensor
+    return leaf, lambda leaf: leaf[..., : tensor.shape[-1]]
+
+
+def every_other(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """A gap of NaN after every number."""
+    leaf = torch.full((*tensor.shape[:-1], tensor.shape[-1] * 2), float("nan"), dtype=tensor.dtype)
+    leaf[..., ::2] = tensor
+    return leaf, lambda leaf: leaf[..., ::2]
+
+
+def misaligned(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """One element behind an aligned address."""
+    leaf = torch.full((tensor.numel() + 2,), float("nan"), dtype=tensor.dtype)
+    leaf[1:-1] = tensor.reshape(-1)
+    return leaf, lambda leaf: leaf[1:-1].view(tensor.shape)
+
+
+def transposed(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The first two dimensions the other way round in memory."""
+    if tensor.dim() < 2:
+        return tensor.clone(), lambda leaf: leaf
+    return tensor.transpose(0, 1).contiguous(), lambda leaf: leaf.transpose(0, 1)
+
+
+def channels_last(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """Dimension 1 is the innermost in memory."""
+    if tensor.dim() < 2:
+        return tensor.clone(), lambda leaf: leaf
+    return tensor.movedim(1, -1).contiguous(), lambda leaf: leaf.movedim(-1, 1)
+
+
+def expanded(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The first row again and again, stride 0."""
+    return tensor[:1].clone(), lambda leaf: leaf.expand(tensor.shape)
+
+
+def reversed_dims(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """All dimensions the other way round in memory."""
+    dims = tuple(range(tensor.dim()))[::-1]
+    return tensor.permute(dims).contiguous(), lambda leaf: leaf.permute(dims)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]] = {
+    "contiguous": lambda tensor: (tensor.clone(), lambda leaf: leaf),
+    "padded": padded,
+    "every_other": every_other,
+    "misaligned": misaligned,
+    "transposed": transposed,
+    "channels_last": channels_last,
+    "expanded": expanded,
+    "reversed_dims": reversed_dims,
+}
+
+
+def kernel_call(function: str, *args: Any, **options: Any) -> Tensor:
+    """fastloss's function, and the proof that its kernels served the call."""
+    call = getattr(fastloss, function)
+    route = fastloss.explain(call, *args, **options)
+    assert route.path == "kernel", route.reason
+    result: Tensor = call(*args, **options)
+    return result
+
+
+def value_and_gradients(
+    call: Callable[..., Tensor], leaves: Tensors, views: dict[str, Callable[[Tensor], Tensor]], wanted: tuple[str, ...], dloss: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """What `call` makes of views of the leaves, and the gradients of the wanted leaves; dloss None is a forward without a graph."""
+    leaves = {k: None if t is None else t.detach().clone().requires_grad_(k in wanted and dloss is not None) for k, t in leaves.items()}
+    value = call(**{k: None if t is None else views.get(k, lambda leaf: leaf)(t) for k, t in leaves.items()})
+    if dloss is None:
+        return value, []
+    return value.detach(), list(torch.autograd.grad(value, [leaves[k] for k in wanted], dloss))
+
+
+def assert_no_worse(mine: Tensor, theirs: Tensor, truth: Tensor, what: str, ulps: float = 2, scale: float = 0) -> None:
+    """Shape and dtype are torch's; NaN and infinities are torch's or the truth's; error at most twice torch's plus some ulp of the scale.
+
+    `scale` is that of the numbers which cancel in the result; it cannot be less than the result's.
+    """
+    assert mine.shape == theirs.shape, f"{what}: shape {tuple(mine.shape)}, torch {tuple(theirs.shape)}"
+    assert mine.dtype == theirs.dtype, f"{what}: {mine.dtype}, torch {theirs.dtype}"
+    if mine.numel() == 0:
+        return
+    wide, other = mine.double(), theirs.double()
+    represented = truth.to(mine.dtype).double()
+    odd = ~wide.isfinite()
+    same = (wide == other) | (wide.isnan() & other.isnan()) | (wide == represented) | (wide.isnan() & represented.isnan())
+    assert bool(same[odd].all()), f"{what}: {wide[odd][:5].tolist()}, torch {other[odd][:5].tolist()}, truth {represented[odd][:5].tolist()}"
+    lost = ~odd & ~other.isfinite() & ~represented.isfinite()
+    assert not bool(lost.any()), f"{what}: {wide[lost][:5].tolist()}, torch {other[lost][:5].tolist()}"
+    fine = ~odd & represented.isfinite()
+    if not bool(fine.any()):
+        return
+    info = torch.finfo(mine.dtype)
+    if mine.dtype == torch.float64:
+        ulps *= 4  # the truth is rounded as well; test_numerics has more digits
+    scale = max(scale, truth[fine].abs().max().item())
+    both = fine & other.isfinite()
+    theirs_off = (other - truth)[both].abs().max().item() if bool(both.any()) else 0.0
+    off = (wide - truth)[fine].abs().max().item()
+    allowed = 2 * theirs_off + ulps * (scale * info.eps + info.smallest_normal * (info.eps if info.bits == 16 else 1))
+    assert off <= allowed, f"{what}: error {off:.3g}, torch's {theirs_off:.3g}, allowed {allowed:.3g}, scale {scale:.3g}"
+
+
+def check(
+    function: str,
+    tensors: Tensors,
+    *,
+    wanted: tuple[str, ...] = ("input",),
+    layouts: dict[str, str] | None = None,
+    ulps: float = 2,
+    scale: float = 0,
+    seed: int = 0,
+    **options: Any,
+) -> None:
+    """Compare value and gradients with torch's and with the truth, under a random upstream gradient; and the value without autograd."""
+    layouts = layouts or {}
+    leaves, views = dict(tensors), {}
+    for name, layout in layouts.items():
+        tensor = tensors.get(name)
+        if tensor is not None:
+            leaves[name], views[name] = LAYOUTS[layout](tensor)
+
+    def mine(**arguments: Any) -> Tensor:
+        return kernel_call(function, **arguments, **options)
+
+    def theirs(**arguments: Any) -> Tensor:
+        result: Tensor = getattr(F, function)(**arguments, **options)
+        return result
+
+    value, _ = value_and_gradients(theirs, leaves, views, wanted, None)
+    dloss = (torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)) * 1.7).to(value.dtype)
+    expected, expected_gradients = value_and_gradients(theirs, leaves, views, wanted, dloss)
+    wide = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in leaves.items()}
+    wide_options = {**options, "dtype": torch.float64} if options.get("dtype") else options
+    truth, true_gradients = value_and_gradients(
+        lambda **arguments: getattr(F, function)(**arguments, **wide_options), wide, views, wanted, dloss.double()
+    )
+    result, gradients = value_and_gradients(mine, leaves, views, wanted, dloss)
+    assert_no_worse(result, expected, truth, f"{function} value", ulps)
+    for name, g, e, t in zip(wanted, gradients, expected_gradients, true_gradients, strict=True):
+        assert_no_worse(g, e, t, f"{function} gradient of {name}", ulps, scale)
+    without_graph, _ = value_and_gradients(mine, leaves, views, wanted, None)
+    assert torch.equal(without_graph.nan_to_num(12345.0), result.nan_to_num(12345.0)), "the value depends on requires_grad"
+
+
+def class_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, *, ignored: int | None = None, weighted: bool = False, soft: bool = False, spread: float = 3.0
+) -> Tensors:
+    """Logits (N, C, ...), targets of either kind and a class weight. Every fourth target is `ignored`; the last class always occurs."""
+    classes = shape[1] if len(shape) > 1 else shape[0]
+    logits = (torch.randn(shape) * spread).to(dtype)
+    if soft:
+        target = torch.softmax(torch.randn(shape), 1 if len(shape) > 1 else 0).to(dtype)
+    else:
+        target = torch.randint(classes, shape[:1] + shape[2:] if len(shape) > 1 else ())
+        flat = target.view(-1)
+        flat[-1:] = classes - 1
+        if ignored is not None and flat.numel() > 1:
+            flat[::4] = ignored
+    return {"input": logits, "target": target, "weight": (torch.rand(classes) + 0.1).to(dtype) if weighted else None}

@@ -116,14 +116,14 @@ def _numbers(case: Case, series: dict[str, Series], name: str) -> dict[str, Any]
 
 
 def _add_memory(case: Case, providers: dict[str, dict[str, Any]]) -> None:
-    for name, found in providers.items():
-        if found["status"] != "timed":
-            continue
-        with child(PROVIDERS[name].environment) as process:
-            try:
-                found["memory"] = process.ask(do="memory", provider=name, case=case.key, threads=torch.get_num_threads())
-            except RuntimeError as problem:
-                found["memory_reason"] = str(problem)
+    """Peak memory, in a fresh process for each environment: nothing of this one's may be in the way."""
+    timed = [PROVIDERS[name] for name, found in providers.items() if found["status"] == "timed"]
+    for environment in ({}, *(provider.environment for provider in timed if provider.environment)):
+        with child(environment) as process:
+            for provider in timed:
+                if provider.environment == environment:
+                    answer = process.ask(do="memory", provider=provider.name, case=case.key, threads=torch.get_num_threads())
+                    providers[provider.name]["memory"] = answer
 
 
 def _first_line(problem: Exception) -> str:

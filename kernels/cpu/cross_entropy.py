@@ -14,7 +14,7 @@ from .launch import next_task, raise_flag, region, unpack
 from .math import INLINE, exp, log
 from .memory import load, load_classes, load_one, offset, prefetch, store, stream
 from .rows import AHEAD, WALK, advance, bypass_caches, first_vector, last_tile, row_statistics, rows_of, strides_of, walk, whole_vectors
-from .simd import lane_numbers, lanes_of, select, splat
+from .simd import first_lane, lane_numbers, lanes_of, select, splat
 from .targets import refuse_out_of_bounds
 
 _FORWARD = "TICCCCCnn" + WALK
@@ -51,17 +51,22 @@ def _forward(a: Any) -> None:
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
     task = next_task(a)
     while task >= 0:
+        begin = rows_of(task * grain, positions, tile)[2]
+        end = begin
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
             b, p, row, count = rows_of(number, positions, tile)
+            end = row + count
             x = offset(logits, b * batch_stride + p * position_stride)
             # statistics
-            tops, totals = splat(0.0, x), splat(1.0, x)
-            if tile > 1 or target[row] != ignore_index:
+            if tile > 1:
                 tops, totals = row_statistics(x, classes, class_stride, position_stride, tile, count)
-            store(top, row, 1, count, tops)
-            store(total, row, 1, count, totals)
+                store(top, row, 1, count, tops)
+                store(total, row, 1, count, totals)
+            elif target[row] != ignore_index:
+                tops, totals = row_statistics(x, classes, class_stride, class_stride, tile, count)
+                top[row], total[row] = first_lane(tops), first_lane(totals)
             # target logit and class weight
-            for i in range(row, row + count):
+            for i in range(row, end):
                 y = target[i]
                 if y == ignore_index or y < 0 or y >= classes:
                     loss[i], row_weight[i], top[i], total[i] = 0, 0, 0, 1
@@ -69,9 +74,11 @@ def _forward(a: Any) -> None:
                         raise_flag(a)
                 else:
                     loss[i], row_weight[i] = load_one(x, (i - row) * position_stride + y * class_stride), weight[y * weight_stride]
-            # loss
-            nll = log(load(total, row, 1, count, 1.0)) - (load(loss, row, 1, count, 0.0) - load(top, row, 1, count, 0.0))
-            store(loss, row, 1, count, load(row_weight, row, 1, count, 0.0) * nll)
+        # loss
+        for row in range(begin, end, lanes_of(top)):
+            n = end - row
+            nll = log(load(total, row, 1, n, 1.0)) - (load(loss, row, 1, n, 0.0) - load(top, row, 1, n, 0.0))
+            store(loss, row, 1, n, load(row_weight, row, 1, n, 0.0) * nll)
         task = next_task(a)
 
 

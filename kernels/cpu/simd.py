@@ -99,6 +99,13 @@ def lane_numbers(typingctx: Any, like: Any) -> Any:
 
 
 @intrinsic
+def first_lane(typingctx: Any, a: Any) -> Any:
+    """The number in lane 0."""
+    zero = ir.Constant(ir.IntType(32), 0)
+    return a.scalar(a), lambda context, builder, sig, args: builder.extract_element(args[0], zero)
+
+
+@intrinsic
 def larger(typingctx: Any, a: Any, b: Any) -> Any:
     """The larger number in each lane; a where b is NaN. One instruction on x86, unlike a maximum that keeps NaN."""
 

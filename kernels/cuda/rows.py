@@ -81,9 +81,11 @@ def _merge(tops, totals, axis: tl.constexpr):
 
 
 @triton.jit
-def _shift(mass, by):
-    """What a higher top adds to a gap. Lanes without mass have seen nothing yet, and their way up may be infinite."""
-    return tl.where(mass == 0.0, 0.0, mass * by)
+def _anchors(logits_ptr, strides, b, p, inside, C, BLOCK_C: tl.constexpr):
+    """From where each lane measures its gap, sum k (anchor - x): its first logit, so that no digits cancel. -inf would make NaN of it."""
+    c = tl.arange(0, BLOCK_C)
+    x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=inside[:, None] & (c < C)[None, :], other=0.0))
+    return tl.where(x == float("-inf"), 0.0, x)
 
 
 @triton.jit

@@ -1,0 +1,84 @@
+"""What is not a large batch: the price of a small call, more threads, and the first call of a process."""
+
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from .cases import Case, make_inputs
+from .child import child
+from .providers import COMPILED, EAGER, FASTLOSS, PROVIDERS
+from .runner import Runner, Times, configured
+from .timing import Step, interleave
+
+SMALL = Case("cross_entropy", (32, 10))
+SCALED = (Case("cross_entropy", (4096, 32000)), Case("binary_cross_entropy_with_logits", (65536, 1000)))
+
+
+def overhead(calls: int = 200) -> dict[str, Any]:
+    """Microseconds of a step on 32 x 10 logits; fastloss as it routes by default (to torch), and with its kernels forced."""
+    inputs = make_inputs(SMALL, 4)
+    settings: dict[str, tuple[str, dict[str, int]]] = {
+        FASTLOSS: (FASTLOSS, {}),
+        "fastloss, kernels forced": (FASTLOSS, {"min_numel": 0}),
+        EAGER: (EAGER, {}),
+        COMPILED: (COMPILED, {}),
+    }
+    steps = {name: _many(Runner(PROVIDERS[of], SMALL, inputs), config, calls) for name, (of, config) in settings.items()}
+    series = interleave(steps, seconds=4, least=7, most=25)
+    return {"case": SMALL.key, "seconds": {name: asdict(one.spread()) for name, one in series.items()}}
+
+
+def _many(runner: Runner, config: dict[str, int], calls: int) -> Step:
+    def step(turn: int) -> Times:
+        forward = backward = 0.0
+        with configured(config):
+            for call in range(calls):
+                times = runner.step(turn + call)
+                forward, backward = forward + times.forward, backward + times.backward
+        return Times(forward / calls, backward / calls)
+
+    return step
+
+
+def scaling(seconds: float = 6) -> dict[str, Any]:
+    """How many times as fast a step is with all threads as with one, for fastloss and for torch."""
+    most = torch.get_num_threads()
+    counts = sorted({1, most, *(2**n for n in range(1, most.bit_length()) if 2**n <= most)})
+    found: dict[str, Any] = {}
+    for case in SCALED:
+        inputs = make_inputs(case, 2)
+        steps: dict[str, Step] = {}
+        for name in (FASTLOSS, EAGER):
+            for count in counts:
+                steps[f"{name}@{count}"] = Runner(PROVIDERS[name], case, inputs, count).step
+        series = interleave(steps, seconds, least=3)
+        found[case.key] = {
+            name: {str(count): asdict(series[f"{name}@{count}"].ratio_to(series[f"{name}@1"])) for count in counts}
+            for name in (FASTLOSS, EAGER)
+        }
+    return found
+
+
+def startup() -> dict[str, Any]:
+    """Seconds of the first steps in a new process: with empty caches of compiled code, then with what that process left there."""
+    case = Case("cross_entropy", (4096, 1000))
+    found: dict[str, Any] = {"case": case.key}
+    for name in (FASTLOSS, EAGER, COMPILED):
+        with tempfile.TemporaryDirectory() as caches:
+            environment = {"NUMBA_CACHE_DIR": os.path.join(caches, "numba"), "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "inductor")}
+            for state in ("cold", "warm"):
+                with child(environment) as process:
+                    found.setdefault(name, {})[state] = process.ask(do="startup", provider=name, case=case.key)
+    return found
+
+
+EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {"overhead": overhead, "scaling": scaling, "startup": startup}
+
+
+def names(chosen: Sequence[str]) -> list[str]:
+    """`chosen` in the order they are run."""
+    return [name for name in EXTRAS if name in chosen]

@@ -19,7 +19,7 @@ SHAPES = [(1,), (70,), (5, 1), (1, 5), (17, 10), (16, 48), (33, 49), (3, 1000), 
 def test_every_shape_and_dimension(dtype: str, shape: tuple[int, ...], function: str) -> None:
     for dim in range(-len(shape), len(shape)):
         tensors = {"input": (torch.randn(shape) * 3).to(DTYPES[dtype])}
-        check(function, tensors, dim=dim, scale=1.0 if shape[dim] == 1 else 0.0)
+        check(function, tensors, dim=dim, scale=1.0 if function == "softmax" else 0.0)  # dp - sum dp p cancels
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from tempfile import NamedTemporaryFile
 from time import perf_counter
 from typing import Any
 
@@ -38,7 +39,7 @@ def measure(
                 continue
             try:
                 if provider.environment:
-                    error, step = _elsewhere(provider, case, len(inputs), processes)
+                    error, step = _elsewhere(provider, case, len(inputs), true, processes)
                 else:
                     runner = Runner(provider, case, inputs)
                     error, step = (eager if name == EAGER else _checked(runner, true)), runner.step
@@ -92,11 +93,16 @@ def _copier(inputs: list[Inputs]) -> Step:
     return copy
 
 
-def _elsewhere(provider: Provider, case: Case, inputs: int, processes: ExitStack) -> tuple[accuracy.Error, Step]:
+def _elsewhere(
+    provider: Provider, case: Case, inputs: int, true: accuracy.Truth, processes: ExitStack
+) -> tuple[accuracy.Error, Step]:
     """A provider that lives in a process with other environment variables; its steps are taken in turn with ours all the same."""
     process = processes.enter_context(child(provider.environment))
     process.ask(do="prepare", provider=provider.name, case=case.key, inputs=inputs, threads=torch.get_num_threads())
-    error = accuracy.Error(*process.ask(do="check"))
+    with NamedTemporaryFile() as file:
+        torch.save(true, file)
+        file.flush()
+        error = accuracy.Error(*process.ask(do="check", truth=file.name))
     return error, lambda turn: Times(*process.ask(do="step", turn=turn))
 
 
@@ -116,14 +122,11 @@ def _numbers(case: Case, series: dict[str, Series], name: str) -> dict[str, Any]
 
 
 def _add_memory(case: Case, providers: dict[str, dict[str, Any]]) -> None:
-    """Peak memory, in a fresh process for each environment: nothing of this one's may be in the way."""
-    timed = [PROVIDERS[name] for name, found in providers.items() if found["status"] == "timed"]
-    for environment in ({}, *(provider.environment for provider in timed if provider.environment)):
-        with child(environment) as process:
-            for provider in timed:
-                if provider.environment == environment:
-                    answer = process.ask(do="memory", provider=provider.name, case=case.key, threads=torch.get_num_threads())
-                    providers[provider.name]["memory"] = answer
+    """Peak memory, in a fresh process: nothing of this one's may be in the way. Huge pages change when memory is mapped, not how much."""
+    with child() as process:
+        for name, found in providers.items():
+            if found["status"] == "timed" and not PROVIDERS[name].environment:
+                found["memory"] = process.ask(do="memory", provider=name, case=case.key, threads=torch.get_num_threads())
 
 
 def _first_line(problem: Exception) -> str:

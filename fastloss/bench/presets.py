@@ -98,7 +98,7 @@ _SIZES = tuple(Case(_CE, (4096, classes)) for classes in (16, 64, 256, 1000, 400
 _TABLE = _distinct(*(target.case for target in CPU_TARGETS))
 
 PRESETS = {
-    "quick": Preset("large batches, some minutes: what `make bench` runs", _QUICK, seconds=4, extras=("overhead",)),
+    "quick": Preset("large batches, some minutes: what `make bench` runs", _QUICK, seconds=3, extras=("overhead",)),
     "vision": Preset("classification and segmentation", _VISION),
     "llm": Preset("vocabularies of 32000 and more", _LLM),
     "sizes": Preset("cross_entropy float32 from 16 to 64000 classes: where which provider wins", _SIZES),

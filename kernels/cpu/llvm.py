@@ -13,6 +13,19 @@ class Half(types.Type):
     """A 16-bit float in memory; Numba has none on CPU. It exists only behind a pointer."""
 
 
+class BFloat(ir.Type):
+    """LLVM's bfloat, which llvmlite does not know."""
+
+    def _to_string(self) -> str:
+        return "bfloat"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, BFloat)
+
+    def __hash__(self) -> int:
+        return hash(BFloat)
+
+
 class Vector(types.Type):
     """VECTOR_BITS of float32, float64, int32, int64, or a mask (`types.boolean`) for as many lanes."""
 

@@ -10,6 +10,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .llvm import (
+    BFloat,
     COMPUTE,
     INT_OF,
     SIZE,
@@ -51,15 +52,9 @@ def _narrow(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.V
         return builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
     if storage != bfloat16:
         return value
-
-    def const(number: int) -> ir.Constant:
-        return constant(32, lanes, lambda lane: number)
-
-    word = builder.bitcast(value, const(0).type)  # round to nearest, ties to even; a NaN stays a (quiet) NaN
-    odd = builder.and_(builder.lshr(word, const(16)), const(1))
-    rounded = builder.add(word, builder.add(odd, const(0x7FFF)))
-    is_nan = builder.fcmp_unordered("uno", value, value)
-    return builder.trunc(builder.lshr(builder.select(is_nan, const(0x7FC00000), rounded), const(16)), ir.VectorType(ir.IntType(16), lanes))
+    # to nearest, ties to even, NaN stays NaN: one instruction with AVX512-BF16 or SVE, LLVM's integer arithmetic elsewhere
+    half = builder.fptrunc(value, ir.VectorType(BFloat(), lanes))
+    return builder.bitcast(half, ir.VectorType(ir.IntType(16), lanes))
 
 
 def _choose(builder: ir.IRBuilder, result: ir.Type, condition: ir.Value, yes: Any, no: Any) -> ir.Value:

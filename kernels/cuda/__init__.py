@@ -4,6 +4,7 @@ what they compute and what their arguments mean is written once, in `fastloss.ba
 from .bce_with_logits import bce_with_logits_backward, bce_with_logits_forward, bce_with_logits_sum
 from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
+from .cross_entropy_one_visit import cross_entropy_forward_backward
 from .nll_loss import nll_loss_backward, nll_loss_forward
 from .reduction import sum_rows
 from .smoothed_cross_entropy import smoothed_cross_entropy_backward, smoothed_cross_entropy_forward
@@ -19,6 +20,7 @@ __all__ = [
     "binary_cross_entropy_sum",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "cross_entropy_forward_backward",
     "log_softmax_backward",
     "log_softmax_forward",
     "nll_loss_backward",

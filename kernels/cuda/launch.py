@@ -10,13 +10,14 @@ from torch import Tensor
 from .plan import Device
 
 # Assumed where there is no device to ask: in Triton's interpreter, and when compiling for a device that is not here
-ASSUMED = Device(processors=132, warp=32)
+ASSUMED = Device(processors=132, warp=32, clusters=True)
 
 
 @cache
 def _device(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
-    return Device(int(properties.multi_processor_count), int(getattr(properties, "warp_size", 32)))
+    clusters = torch.version.hip is None and properties.major >= 9
+    return Device(int(properties.multi_processor_count), int(getattr(properties, "warp_size", 32)), clusters)
 
 
 def device_of(tensor: Tensor) -> Device:

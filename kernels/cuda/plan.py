@@ -14,6 +14,7 @@ LONG_ROW = 1024  # classes from which on one program has enough to do with one r
 BLOCK = 4096  # classes of a long row in one step: two vectors of 16-bit numbers for each of 256 threads
 TILE = 2048  # lanes of a tile: 16 for each of 128 threads keeps `top` and `total` in registers
 FEW_CLASSES = 64
+ROW_IN_REGISTERS = 16384  # classes that one thread block can keep: 32 for each of 512 threads
 ELEMENTS = 2048  # of an elementwise program: 16 for each of 128 threads
 SPLIT_FROM = 4 * BLOCK  # a row shorter than this is not worth a second launch
 LIMIT = 1 << 31  # programs and positions are counted in int32; everything else is int64
@@ -22,6 +23,7 @@ LIMIT = 1 << 31  # programs and positions are counted in int32; everything else 
 class Device(NamedTuple):
     processors: int
     warp: int  # threads
+    clusters: bool = False  # thread blocks can read each other's shared memory
 
 
 class Strides(NamedTuple):
@@ -79,6 +81,16 @@ class RowsPlan:
 
 
 @dataclass(frozen=True)
+class OneVisitPlan:
+    """One program for each row, in `num_ctas` thread blocks."""
+
+    rows: int
+    BLOCK_C: int
+    num_warps: int
+    num_ctas: int
+
+
+@dataclass(frozen=True)
 class TilesPlan:
     """One program for each BLOCK_N positions; the kernels that take one step only also have one for each BLOCK_C classes."""
 
@@ -133,6 +145,17 @@ def backward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
     block = min(BLOCK * 2 // max(2, itemsize), power_of_two_from(v.classes))
     chunk = 4 * block if v.rows * ceil_div(v.classes, 4 * block) >= 16 * device.processors else block
     return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+
+
+def one_visit(v: View, itemsize: int, device: Device, clusters: bool) -> OneVisitPlan | None:
+    """For a row that waits in registers. None if it is too short, too long, or does not lie in whole aligned vectors."""
+    aligned = v.classes % 16 == 0 and all(s.batch * itemsize % VECTOR_BYTES == s.position * itemsize % VECTOR_BYTES == 0 for s in v.strides)
+    block = power_of_two_from(v.classes)
+    num_ctas = max(1, block // ROW_IN_REGISTERS)
+    allowed = 16 if clusters and device.clusters else 1
+    if not has_long_rows(v) or not aligned or itemsize > 4 or num_ctas > allowed:
+        return None
+    return OneVisitPlan(v.rows, block, max(1, block // num_ctas // (32 * device.warp)), num_ctas)
 
 
 def tiles(v: View, device: Device, lanes: int = TILE) -> TilesPlan:

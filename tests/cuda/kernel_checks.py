@@ -105,7 +105,7 @@ class Truth:
 
 def cross_entropy(
     k: Any, logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float | None = None,
-    inplace: bool = False, ignore_index: int = NOT_A_ROW,
+    inplace: bool = False, ignore_index: int = NOT_A_ROW, one_visit: bool = False,
 ) -> None:  # fmt: skip
     """Both directions; with `smoothing` the smoothed launchers. Targets outside [0, C) must make NaN rows."""
     classes, compute, before = logits.shape[1], real(logits.dtype), logits.clone()
@@ -121,7 +121,9 @@ def cross_entropy(
     dloss = random_rows(logits)
     loss, row_weight, mass, top, total = (poisoned_rows(logits) for _ in range(5))
     dlogits = logits if inplace else laid_out(poisoned(logits), "contiguous")
-    if smoothing is None:
+    if one_visit:
+        k.cross_entropy_forward_backward(logits, target, w, ignore_index, dloss, loss, row_weight, top, total, dlogits)
+    elif smoothing is None:
         k.cross_entropy_forward(logits, target, w, ignore_index, loss, row_weight, top, total)
         k.cross_entropy_backward(logits, target, ignore_index, row_weight, top, total, dloss, dlogits)
     else:

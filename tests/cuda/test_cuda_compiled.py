@@ -134,6 +134,25 @@ def test_two_launches_for_few_huge_rows() -> None:
     assert set(re.findall(r"ld\.global[\w.:]*", loop)) == {"ld.global.v4.b32"}
 
 
+@pytest.mark.parametrize(("target", "ctas"), [("sm_80", 0), ("sm_90", 8), ("sm_100", 8)])
+def test_one_visit_by_a_cluster(target: str, ctas: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLOSS_CLUSTER", "1")
+    monkeypatch.setattr("fastloss.kernels.cuda.launch.ASSUMED", Device(processors=132, warp=32, clusters=ctas > 0))
+    rows, classes = 1000, 128256
+    logits, numbers = untouched(rows, classes, dtype=torch.bfloat16), [torch.empty(rows) for _ in range(5)]
+    with compiling(target) as launches:
+        k.cross_entropy_forward_backward(logits, torch.empty(rows, dtype=torch.int64), torch.ones(1).expand(classes), -100, *numbers, logits)
+    if ctas == 0:
+        assert [launch.name for launch in launches] == ["_cross_entropy_forward_rows", "_cross_entropy_backward_rows"]
+        return
+    (launch,) = launches
+    ptx = launch.kernel.asm["ptx"]
+    assert launch.kernel.metadata.num_ctas == ctas and launch.registers_spilled == 0
+    assert "barrier.cluster" in ptx and "mapa" in ptx
+    assert {w for w in re.findall(r"st\.global[\w.:]*", ptx)} == {"st.global.v4.b32", "st.global.b32"}  # the gradient; the row's numbers
+    assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4  # 32 logits for each thread
+
+
 def test_no_launch_waits_for_the_device() -> None:
     """Nothing in the package looks at a tensor's values on the host."""
     import inspect

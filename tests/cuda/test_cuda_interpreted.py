@@ -92,6 +92,23 @@ def test_cross_entropy_of_many_odd_rows(k: Any, dtype: torch.dtype, monkeypatch:
     check.cross_entropy(k, logits, target, weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("shape", "layout"), [((3, 1024), "contiguous"), ((3, 5008), "padded8"), ((3, 1031), "contiguous"), ((2, 1040, 3), "shifted")])
+def test_one_visit(k: Any, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
+    """Rows kept in registers, and shapes for which there are two visits after all."""
+    logits, target, weight = make(shape, dtype, layout)
+    target[2] = shape[1]
+    check.cross_entropy(k, logits, target, weight, one_visit=True)
+    check.cross_entropy(k, logits, target, inplace=True, one_visit=True)
+
+
+@pytest.mark.parametrize("classes", [32000, 128256])
+def test_one_visit_by_a_cluster(k: Any, classes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTLOSS_CLUSTER", "1")
+    logits, target, weight = make((2, classes), torch.bfloat16)
+    check.cross_entropy(k, logits, target, weight, inplace=True, one_visit=True)
+
+
 SPECIAL = {
     "minus infinity everywhere but at the end": lambda x: x[:, :-1].fill_(-INF),
     "a whole row of minus infinity": lambda x: x[0].fill_(-INF),
@@ -112,6 +129,8 @@ def test_special_values(k: Any, name: str, shape: tuple[int, ...], dtype: torch.
     SPECIAL[name](logits)
     target = torch.full((logits.numel() // shape[1],), shape[1] - 1)
     check.cross_entropy(k, logits.clone(), target)
+    if shape[1] > 1024:
+        check.cross_entropy(k, logits[:, -1040:].clone(), target.clamp(max=1039), one_visit=True)
     if "minus infinity" not in name:  # 0 * inf: torch gives NaN there as well
         check.cross_entropy(k, logits.clone(), target, smoothing=0.1)
 

@@ -86,6 +86,27 @@ def test_vectors_need_rows_that_start_alike() -> None:
     assert plan.vector(plan.view((4, 50257), (50257 + 2, 1), odd), 8) == 2
 
 
+@pytest.mark.parametrize(
+    ("shape", "itemsize", "want"),
+    [((8, 1024), 2, (1024, 1, 1)), ((8, 16384), 2, (16384, 16, 1)), ((8, 32000), 2, (32768, 16, 2)), ((8, 128256), 2, (131072, 16, 8)),
+     ((8, 128256), 4, (131072, 16, 8)), ((8, 262144), 2, (262144, 16, 16)), ((8, 262160), 2, None), ((8, 50257), 2, None),
+     ((8, 100), 2, None), ((8, 4096), 8, None)],
+)  # fmt: skip
+def test_one_visit(shape: tuple[int, ...], itemsize: int, want: tuple[int, ...] | None) -> None:
+    v = plan.view(shape, contiguous(*shape), contiguous(*shape))
+    got = plan.one_visit(v, itemsize, plan.Device(132, 32, clusters=True), clusters=True)
+    assert got == (None if want is None else plan.OneVisitPlan(shape[0], *want))
+    for device, clusters in ((A100, True), (plan.Device(132, 32, clusters=True), False)):
+        got = plan.one_visit(v, itemsize, device, clusters)
+        assert got is None or got.num_ctas == 1
+    assert plan.one_visit(v, itemsize, MI300, False) is None or plan.one_visit(v, itemsize, MI300, False).num_ctas == 1
+
+
+def test_one_visit_needs_aligned_rows() -> None:
+    v = plan.view((8, 1024), (1027, 1), contiguous(8, 1024))
+    assert plan.one_visit(v, 2, H100, False) is None
+
+
 def test_which_kernel() -> None:
     assert plan.has_long_rows(plan.view((4, 50257), contiguous(4, 50257)))
     assert not plan.has_long_rows(plan.view((4, 10), contiguous(4, 10)))

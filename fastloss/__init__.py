@@ -14,7 +14,6 @@ from .functional import (
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 from .routing import Route, explain
 
-
 __all__ = [
     "BCELoss",
     "BCEWithLogitsLoss",

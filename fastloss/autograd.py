@@ -58,9 +58,7 @@ class CrossEntropy(torch.autograd.Function):
             _refuse_graph()
         if _by_kernel(dloss):
             result = _overwritten(logits) if inplace else None
-            dlogits = launches.cross_entropy_backward(
-                dloss, logits, target, weight, ignore_index, label_smoothing, *saved, result=result
-            )
+            dlogits = launches.cross_entropy_backward(dloss, logits, target, weight, ignore_index, label_smoothing, *saved, result=result)
             return dlogits, *_NOTHING[:7]
 
         def definition(logits: Tensor) -> Tensor:

@@ -27,38 +27,90 @@ class Kernels(Protocol):
     """
 
     def cross_entropy_forward(
-        self, logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int,
-        loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        ignore_index: int,
+        loss: Tensor,
+        row_weight: Tensor,
+        top: Tensor,
+        total: Tensor,
     ) -> None:
         """row_weight = w_y; loss = w_y (log total - (x_y - top))."""
 
     def cross_entropy_backward(
-        self, logits: Tensor, target: Tensor, ignore_index: int, row_weight: Tensor, top: Tensor, total: Tensor,
-        dloss: Tensor, dlogits: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        row_weight: Tensor,
+        top: Tensor,
+        total: Tensor,
+        dloss: Tensor,
+        dlogits: Tensor,
     ) -> None:
         """dlogits = dloss w_y (p - onehot(y)), p = exp(x - top) / total."""
 
     def smoothed_cross_entropy_forward(
-        self, logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
-        loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        ignore_index: int,
+        keep: float,
+        spread: float,
+        loss: Tensor,
+        row_weight: Tensor,
+        mass: Tensor,
+        top: Tensor,
+        total: Tensor,
     ) -> None:
         """mass = keep w_y + spread sum(w); loss = keep w_y (-log p_y) + spread sum_c w_c (-log p_c); keep = 1 - eps, spread = eps / C."""
 
     def smoothed_cross_entropy_backward(
-        self, logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
-        row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        ignore_index: int,
+        keep: float,
+        spread: float,
+        row_weight: Tensor,
+        mass: Tensor,
+        top: Tensor,
+        total: Tensor,
+        dloss: Tensor,
+        dlogits: Tensor,
     ) -> None:
         """dlogits = dloss (mass p - spread w - keep w_y onehot(y))."""
 
     def soft_cross_entropy_forward(
-        self, logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float,
-        loss: Tensor, mass: Tensor, top: Tensor, total: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        keep: float,
+        spread: float,
+        loss: Tensor,
+        mass: Tensor,
+        top: Tensor,
+        total: Tensor,
     ) -> None:
         """target q is shaped and typed like logits, own strides. k_c = w_c (keep q_c + spread); mass = sum k; loss = sum k_c (-log p_c)."""
 
     def soft_cross_entropy_backward(
-        self, logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float,
-        mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        keep: float,
+        spread: float,
+        mass: Tensor,
+        top: Tensor,
+        total: Tensor,
+        dloss: Tensor,
+        dlogits: Tensor,
     ) -> None:
         """dlogits = dloss (mass p - k)."""
 

@@ -10,11 +10,9 @@ from .launches import COMPUTE
 _REDUCTIONS = ("none", "mean", "sum")
 
 
-def _tensors(logits: Any, *others: Any) -> str | None:
-    """Kind, device, layout and dtype, for every loss."""
-    for tensor in (logits, *others):
-        if tensor is None:
-            continue
+def _tensors(logits: Any, others: tuple[Any, ...] = (), optional: tuple[Any, ...] = ()) -> str | None:
+    """Kind, device, layout and dtype, for every loss. An optional tensor may be None."""
+    for tensor in (logits, *others, *(t for t in optional if t is not None)):
         if not isinstance(tensor, Tensor):
             return f"{type(tensor).__name__} is not a Tensor"
         if tensor.layout != torch.strided or not isinstance(logits, Tensor) or tensor.device != logits.device:
@@ -56,11 +54,13 @@ def _class_indices(logits: Tensor, target: Tensor, weight: Tensor | None, ignore
 def cross_entropy(
     logits: Any, target: Any, weight: Any, size_average: Any, ignore_index: Any, reduce: Any, reduction: Any, label_smoothing: Any
 ) -> str | None:
-    problem = _tensors(logits, target, weight) or _options(size_average, reduce, reduction)
+    problem = _tensors(logits, (target,), (weight,)) or _options(size_average, reduce, reduction)
     if problem is not None:
         return problem
     if not isinstance(label_smoothing, (float, int)) or not 0 <= label_smoothing <= 1:
         return f"label_smoothing is {label_smoothing!r}"
+    if logits.dim() > 0 and logits.shape[min(1, logits.dim() - 1)] == 0:
+        return "there are no classes"
     if target.is_floating_point() and target.shape == logits.shape and logits.dim() > 0:
         if target.dtype != logits.dtype:
             return f"target is {target.dtype}, logits are {logits.dtype}"
@@ -71,14 +71,14 @@ def cross_entropy(
 
 
 def nll_loss(logits: Any, target: Any, weight: Any, size_average: Any, ignore_index: Any, reduce: Any, reduction: Any) -> str | None:
-    problem = _tensors(logits, target, weight) or _options(size_average, reduce, reduction)
+    problem = _tensors(logits, (target,), (weight,)) or _options(size_average, reduce, reduction)
     if problem is None and logits.dim() == 1 and target.dim() != 0:
         return "one row of log-probabilities has one target"
     return problem or _class_indices(logits, target, weight, ignore_index)
 
 
 def softmax(logits: Any, dim: Any, dtype: Any) -> str | None:
-    if not isinstance(dim, int):
+    if not _is_int64(dim):
         return f"dim is {dim!r}"
     problem = _tensors(logits)
     if problem is not None:
@@ -88,10 +88,8 @@ def softmax(logits: Any, dim: Any, dtype: Any) -> str | None:
     return f"there are no kernels for {dtype}" if dtype is not None and dtype not in COMPUTE else None
 
 
-def elementwise(
-    logits: Any, target: Any, weights: tuple[Any, ...], size_average: Any, reduce: Any, reduction: Any
-) -> str | None:
-    problem = _tensors(logits, target, *weights) or _options(size_average, reduce, reduction)
+def elementwise(logits: Any, target: Any, weights: tuple[Any, ...], size_average: Any, reduce: Any, reduction: Any) -> str | None:
+    problem = _tensors(logits, (target,), weights) or _options(size_average, reduce, reduction)
     if problem is not None:
         return problem
     if target.shape != logits.shape or target.dtype != logits.dtype:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import autograd, checks, ops
-from .routing import route
+from .routing import route, served_by_torch, tiny
 from .shapes import as_elements, as_rows
 
 
@@ -50,14 +50,18 @@ def cross_entropy(
         RuntimeError: inplace_backward where the gradient cannot take the place of the logits.
         Whatever torch raises, for all else.
     """
+    if tiny(input) and not inplace_backward:
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     misfit = checks.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    way = route("cross_entropy", misfit, input, target, weight)
+    way = route(misfit, input, target, weight, min_numel=0 if inplace_backward else None)
     if inplace_backward:
         if way.path != "kernel":
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")
         checks.inplace_backward(input, target)
     if way.path == "torch":
-        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        return served_by_torch(
+            "cross_entropy", way, F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        )
     logits, dtype = as_rows(input), _result_dtype(input)
     if target.is_floating_point():
         soft = as_rows(target)
@@ -101,10 +105,12 @@ def nll_loss(
         IndexError: on CPU, a class index that is no class. On CUDA the loss of that row is NaN.
         Whatever torch raises, for all else.
     """
-    misfit = checks.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    way = route("nll_loss", misfit, input, target, weight)
-    if way.path == "torch":
+    if tiny(input):
         return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    misfit = checks.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
+    way = route(misfit, input, target, weight)
+    if way.path == "torch":
+        return served_by_torch("nll_loss", way, F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction))
     arguments = as_rows(input), target.reshape(-1).long(), weight, ignore_index, reduction, _result_dtype(input)
     loss: Tensor = ops.nll_loss(*arguments)[0] if way.path == "op" else autograd.NLLLoss.apply(*arguments)
     return loss.view(target.shape) if reduction == "none" else loss
@@ -123,9 +129,11 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     Returns:
         A tensor of the shape of `input`. Raises what torch raises.
     """
-    way = route("softmax", checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
-    if way.path == "torch":
+    if tiny(input):
         return F.softmax(input, dim, _stacklevel + 1, dtype)
+    way = route(checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
+    if way.path == "torch":
+        return served_by_torch("softmax", way, F.softmax(input, dim, _stacklevel + 1, dtype))
     assert dim is not None
     logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
     prob: Tensor = ops.softmax(logits) if way.path == "op" else autograd.Softmax.apply(logits)
@@ -145,9 +153,11 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
     Returns:
         A tensor of the shape of `input`. Raises what torch raises.
     """
-    way = route("log_softmax", checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
-    if way.path == "torch":
+    if tiny(input):
         return F.log_softmax(input, dim, _stacklevel + 1, dtype)
+    way = route(checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
+    if way.path == "torch":
+        return served_by_torch("log_softmax", way, F.log_softmax(input, dim, _stacklevel + 1, dtype))
     assert dim is not None
     logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
     log_prob: Tensor = ops.log_softmax(logits) if way.path == "op" else autograd.LogSoftmax.apply(logits)
@@ -177,10 +187,16 @@ def binary_cross_entropy_with_logits(
     Returns:
         The loss, () or the shape of `input`, in the dtype of `input` (float32 for half precision under autocast). Raises what torch raises.
     """
-    misfit = checks.elementwise(input, target, (weight, pos_weight), size_average, reduce, reduction)
-    way = route("binary_cross_entropy_with_logits", misfit, input, target, weight, pos_weight)
-    if way.path == "torch":
+    if tiny(input):
         return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
+    misfit = checks.elementwise(input, target, (weight, pos_weight), size_average, reduce, reduction)
+    way = route(misfit, input, target, weight, pos_weight)
+    if way.path == "torch":
+        return served_by_torch(
+            "binary_cross_entropy_with_logits",
+            way,
+            F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight),
+        )
     elements = as_elements(input, target, weight, pos_weight)
     arguments = *elements.tensors, reduction, _result_dtype(input)
     loss: Tensor = ops.bce_with_logits(*arguments) if way.path == "op" else autograd.BCEWithLogits.apply(*arguments)
@@ -213,10 +229,12 @@ def binary_cross_entropy(
         RuntimeError: on CPU, a number of `input` or `target` outside [0, 1].
         Whatever torch raises, for all else.
     """
-    misfit = checks.elementwise(input, target, (weight,), size_average, reduce, reduction) or _autocast_misfit(input)
-    way = route("binary_cross_entropy", misfit, input, target, weight)
-    if way.path == "torch":
+    if tiny(input):
         return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
+    misfit = checks.elementwise(input, target, (weight,), size_average, reduce, reduction) or _autocast_misfit(input)
+    way = route(misfit, input, target, weight)
+    if way.path == "torch":
+        return served_by_torch("binary_cross_entropy", way, F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction))
     elements = as_elements(input, target, weight)
     arguments = *elements.tensors, reduction, input.dtype
     loss: Tensor = ops.binary_cross_entropy(*arguments) if way.path == "op" else autograd.BinaryCrossEntropy.apply(*arguments)
@@ -231,7 +249,7 @@ def _result_dtype(input: Tensor) -> torch.dtype:
 
 def _autocast_misfit(input: Any) -> str | None:
     """Autocast's rules for these functions differ between devices; torch knows them."""
-    if isinstance(input, Tensor) and torch.is_autocast_enabled(input.device.type):
+    if isinstance(input, Tensor) and torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
         return "autocast is active"
     return None
 

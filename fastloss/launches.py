@@ -71,12 +71,12 @@ def cross_entropy_forward(
     if label_smoothing > 0:
         mass = torch.empty_like(loss)
         keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
-        kernels.smoothed_cross_entropy_forward(
-            logits, target, class_weight, ignore_index, keep, spread, loss, row_weight, mass, top, total
-        )
+        kernels.smoothed_cross_entropy_forward(logits, target, class_weight, ignore_index, keep, spread, loss, row_weight, mass, top, total)
     else:
         kernels.cross_entropy_forward(logits, target, class_weight, ignore_index, loss, row_weight, top, total)
     reduced, divisor = _reduced(loss, row_weight, reduction)
+    if mass.numel() and divisor.numel():
+        reduced = reduced + 0 / divisor.view(())  # no weight at all: NaN, although the smoothed part of the sum is not 0
     return reduced.to(dtype), divisor, row_weight, mass, top, total
 
 
@@ -104,9 +104,7 @@ def soft_cross_entropy_forward(
     """Loss in `dtype`; then divisor, mass, top, total."""
     loss, mass, top, total = _vectors(4, logits)
     keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
-    kernels_for(logits).soft_cross_entropy_forward(
-        logits, target, _class_weight(weight, logits), keep, spread, loss, mass, top, total
-    )
+    kernels_for(logits).soft_cross_entropy_forward(logits, target, _class_weight(weight, logits), keep, spread, loss, mass, top, total)
     reduced, divisor = _reduced(loss, None, reduction)
     return reduced.to(dtype), divisor, mass, top, total
 
@@ -136,7 +134,7 @@ def soft_cross_entropy_target_backward(
 
 
 def softmax_forward(logits: Tensor) -> Tensor:
-    prob = memory.empty_like(logits)
+    prob = memory.empty(logits)
     kernels_for(logits).softmax_forward(logits, prob)
     return prob
 
@@ -148,7 +146,7 @@ def softmax_backward(dprob: Tensor, prob: Tensor) -> Tensor:
 
 
 def log_softmax_forward(logits: Tensor) -> Tensor:
-    log_prob = memory.empty_like(logits)
+    log_prob = memory.empty(logits)
     kernels_for(logits).log_softmax_forward(logits, log_prob)
     return log_prob
 
@@ -169,9 +167,7 @@ def nll_loss_forward(
     return reduced.to(dtype), divisor, row_weight
 
 
-def nll_loss_backward(
-    dloss: Tensor, log_prob: Tensor, target: Tensor, ignore_index: int, divisor: Tensor, row_weight: Tensor
-) -> Tensor:
+def nll_loss_backward(dloss: Tensor, log_prob: Tensor, target: Tensor, ignore_index: int, divisor: Tensor, row_weight: Tensor) -> Tensor:
     """dlog_prob. Of log_prob only shape, dtype and strides matter."""
     dlog_prob = memory.empty_like(log_prob)
     row_gradient = _row_gradient(dloss, divisor, log_prob)
@@ -198,7 +194,7 @@ def bce_with_logits_forward(
     """The loss in `dtype`; every tensor is [A, B, P]."""
     kernels, weights = kernels_for(logits), (_element_weight(weight, logits), _element_weight(pos_weight, logits))
     if reduction == "none":
-        loss = torch.empty_like(logits, dtype=compute_dtype(logits))
+        loss = torch.empty_like(target, dtype=compute_dtype(logits))  # torch's result has the target's strides, too
         kernels.bce_with_logits_forward(logits, target, *weights, loss)
         return loss.to(dtype)
     total = logits.new_empty(1, dtype=compute_dtype(logits))

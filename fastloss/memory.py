@@ -23,17 +23,21 @@ _idle: deque[mmap.mmap] = deque()  # appending is atomic, so a finalizer may run
 _lock = threading.Lock()
 
 
-def empty_like(tensor: Tensor) -> Tensor:
-    """An uninitialised tensor like this one, on the same device: shape, dtype and, where they are dense, strides."""
+def empty(tensor: Tensor) -> Tensor:
+    """An uninitialised contiguous tensor: shape, dtype and device of this one."""
     size = tensor.numel() * tensor.element_size()
     if tensor.device.type != "cpu" or size < config.pool_min_bytes or config.pool_max_bytes <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(tensor, requires_grad=False)
+        return torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False)
     block = _take(size) or _map(size)
     exporter = np.frombuffer(block, np.uint8, size)
     weakref.finalize(exporter, _give_back, block).atexit = False
-    flat = torch.from_numpy(exporter).view(tensor.dtype)
-    strides = tensor.stride() if tensor.is_contiguous() else torch.empty_like(tensor, device="meta").stride()
-    return flat.as_strided(tensor.shape, strides)
+    return torch.from_numpy(exporter).view(tensor.dtype).view(tensor.shape)
+
+
+def empty_like(tensor: Tensor) -> Tensor:
+    """The same, with the strides of `tensor` where they are dense, as torch.empty_like has it."""
+    fresh = empty(tensor)
+    return fresh if tensor.is_contiguous() else fresh.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
 
 
 def pool_bytes() -> int:

@@ -31,9 +31,7 @@ class BCEWithLogitsLoss(torch.nn.BCEWithLogitsLoss):
     """torch.nn.BCEWithLogitsLoss, computed by `fastloss.binary_cross_entropy_with_logits`."""
 
     def forward(self, input: Tensor, target: Tensor) -> Tensor:
-        return functional.binary_cross_entropy_with_logits(
-            input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction
-        )
+        return functional.binary_cross_entropy_with_logits(input, target, self.weight, pos_weight=self.pos_weight, reduction=self.reduction)
 
 
 class BCELoss(torch.nn.BCELoss):

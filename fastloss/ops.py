@@ -90,7 +90,7 @@ def _(log_prob, target, weight, ignore_index, reduction, dtype):  # type: ignore
 
 @bce_with_logits.register_fake
 def _(logits, target, weight, pos_weight, reduction, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(logits, dtype=dtype) if reduction == "none" else logits.new_empty((), dtype=dtype)
+    return torch.empty_like(target, dtype=dtype) if reduction == "none" else logits.new_empty((), dtype=dtype)
 
 
 @binary_cross_entropy.register_fake
@@ -102,8 +102,12 @@ def _shaped_like(position: int) -> Callable[..., Tensor]:
     return lambda *args: torch.empty_like(args[position])
 
 
-softmax.register_fake(_shaped_like(0))
-log_softmax.register_fake(_shaped_like(0))
+def _contiguous(logits: Tensor) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+softmax.register_fake(_contiguous)
+log_softmax.register_fake(_contiguous)
 softmax_backward.register_fake(_shaped_like(1))
 log_softmax_backward.register_fake(_shaped_like(1))
 cross_entropy_backward.register_fake(_shaped_like(1))
@@ -140,9 +144,7 @@ def _soft_cross_entropy(ctx: Any, dloss: Tensor, *_: Any) -> Any:
     label_smoothing, reduction, _dtype = ctx.options
     dlogits = dtarget = None
     if ctx.needs_input_grad[0]:
-        dlogits = soft_cross_entropy_backward(
-            dloss, logits, target, weight, label_smoothing, reduction, divisor, mass, top, total
-        )
+        dlogits = soft_cross_entropy_backward(dloss, logits, target, weight, label_smoothing, reduction, divisor, mass, top, total)
     if ctx.needs_input_grad[1]:
         dtarget = soft_cross_entropy_target_backward(dloss, logits, weight, label_smoothing, divisor, top, total)
     return dlogits, dtarget, None, None, None, None
@@ -172,3 +174,67 @@ bce_with_logits.register_autograd(_bce_with_logits, setup_context=_save(4))
 binary_cross_entropy.register_autograd(_binary_cross_entropy, setup_context=_save(3))
 softmax.register_autograd(lambda ctx, d: softmax_backward(d, *ctx.saved_tensors), setup_context=_save_result)
 log_softmax.register_autograd(lambda ctx, d: log_softmax_backward(d, *ctx.saved_tensors), setup_context=_save_result)
+
+
+# ---------------------------------------------------------------- second derivatives: the backward ops' own, through the reference
+
+
+def _differentiate(op: Any, formula: Callable[..., Tensor], differentiable: int) -> None:
+    """Give a backward op the derivatives of `formula`, the same gradient in plain torch, by its first `differentiable` inputs."""
+
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.inputs = inputs[differentiable:]
+        ctx.save_for_backward(*inputs[:differentiable])
+
+    def backward(ctx: Any, ddinput: Tensor) -> Any:
+        with torch.enable_grad():
+            inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
+            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
+            found = torch.autograd.grad(formula(*inputs, *ctx.inputs), wanted, ddinput, allow_unused=True)
+        results = iter(found)
+        return *(next(results) if needed else None for needed in ctx.needs_input_grad[:differentiable]), *(None for _ in ctx.inputs)
+
+    op.register_autograd(backward, setup_context=setup_context)
+
+
+def _cross_entropy_gradient(
+    dloss: Tensor, logits: Tensor, target: Any, weight: Any, ignore_index: Any, smoothing: Any, *rest: Any
+) -> Tensor:
+    def definition(logits: Tensor) -> Tensor:
+        return reference.cross_entropy(logits, target, weight, ignore_index, smoothing, rest[0])
+
+    return _gradient(definition, logits, dloss)
+
+
+def _soft_gradient(dloss: Tensor, logits: Tensor, target: Tensor, weight: Any, smoothing: Any, reduction: str, *_: Any) -> Tensor:
+    return _gradient(lambda logits: reference.soft_cross_entropy(logits, target, weight, smoothing, reduction), logits, dloss)
+
+
+def _bce_gradient(dloss: Tensor, logits: Tensor, target: Any, weight: Any, pos_weight: Any, reduction: str) -> Tensor:
+    return _gradient(lambda logits: reference.bce_with_logits(logits, target, weight, pos_weight, reduction), logits, dloss)
+
+
+def _binary_gradient(dloss: Tensor, prob: Tensor, target: Any, weight: Any, reduction: str) -> Tensor:
+    return _gradient(lambda prob: reference.binary_cross_entropy(prob, target, weight, reduction), prob, dloss)
+
+
+def _gradient(definition: Callable[[Tensor], Tensor], logits: Tensor, dloss: Tensor) -> Tensor:
+    found = differentiable_backward(definition, (logits,), dloss)[0]
+    assert found is not None
+    return found
+
+
+def _softmax_gradient(dprob: Tensor, prob: Tensor) -> Tensor:
+    return prob * (dprob - (dprob * prob).sum(1, keepdim=True))
+
+
+def _log_softmax_gradient(dlog_prob: Tensor, log_prob: Tensor) -> Tensor:
+    return dlog_prob - log_prob.exp() * dlog_prob.sum(1, keepdim=True)
+
+
+_differentiate(cross_entropy_backward, _cross_entropy_gradient, 2)
+_differentiate(soft_cross_entropy_backward, _soft_gradient, 3)
+_differentiate(bce_with_logits_backward, _bce_gradient, 2)
+_differentiate(binary_cross_entropy_backward, _binary_gradient, 2)
+_differentiate(softmax_backward, _softmax_gradient, 2)
+_differentiate(log_softmax_backward, _log_softmax_gradient, 2)

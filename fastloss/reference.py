@@ -52,9 +52,7 @@ def nll_loss(log_prob: Tensor, target: Tensor, weight: Tensor | None, ignore_ind
     return reduced(*_picked(rows(log_prob), target, weight, ignore_index), reduction)
 
 
-def bce_with_logits(
-    logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
-) -> Tensor:
+def bce_with_logits(logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str) -> Tensor:
     """w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)), element by element."""
     log_weight = 1.0 if pos_weight is None else 1 + (pos_weight - 1) * target
     loss = (1 - target) * logits - log_weight * torch.nn.functional.logsigmoid(logits)

@@ -44,23 +44,38 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> Route:
     raise TypeError(f"explain: {function!r} did not call a fastloss function")
 
 
-def route(function: str, misfit: str | None, logits: Tensor, *others: Tensor | None) -> Route:
-    """Where a call of `function` goes. `misfit` says what about its arguments our kernels do not do, None if they fit.
+def tiny(input: Any) -> bool:
+    """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss."""
+    # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size
+    return (
+        isinstance(input, Tensor)
+        and not torch.compiler.is_compiling()
+        and input.numel() < config.min_numel
+        and backends.get_backend() == "auto"
+        and not _explaining.get()
+    )
 
-    Raises BackendError if the user named a backend that cannot serve this call.
-    """
+
+def route(misfit: str | None, logits: Any, *others: Any, min_numel: int | None = None) -> Route:
+    """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; fewer than `min_numel` logits
+    (by default `config.min_numel`) go to torch."""
     if torch.compiler.is_compiling():
         return _compiled(misfit, logits)
-    found = _eager(misfit, logits, others)
-    choice = backends.get_backend()
+    found = _eager(misfit, logits, others, config.min_numel if min_numel is None else min_numel)
     if _explaining.get():
         raise _Explained(found)
-    if found.backend != choice and choice not in ("auto", "torch"):
-        raise backends.BackendError(f"{function}: backend {choice!r} was chosen, but {found.reason}")
     return found
 
 
-def _eager(misfit: str | None, logits: Tensor, others: tuple[Tensor | None, ...]) -> Route:
+def served_by_torch(function: str, way: Route, result: Tensor) -> Tensor:
+    """The result, unless the user named a backend that should have computed it. By now torch has raised what it had to raise."""
+    choice = backends.get_backend()
+    if choice not in ("auto", "torch"):
+        raise backends.BackendError(f"{function}: backend {choice!r} was chosen, but {way.reason}")
+    return result
+
+
+def _eager(misfit: str | None, logits: Any, others: tuple[Any, ...], min_numel: int) -> Route:
     choice = backends.get_backend()
     if choice == "torch":
         return Route("torch", "torch", "backend 'torch' was chosen")
@@ -71,17 +86,18 @@ def _eager(misfit: str | None, logits: Tensor, others: tuple[Tensor | None, ...]
     name = backends.backend_of(logits.device.type)
     if name is None:
         return Route("torch", "torch", f"there are no kernels for device {logits.device}")
+    if choice not in ("auto", name):
+        return Route("torch", "torch", f"the tensors are on device {logits.device}")
     problem = backends.unavailable(name)
     if problem is not None:
         return Route("torch", "torch", problem)
-    if logits.numel() < config.min_numel and choice == "auto":
-        return Route("torch", "torch", f"{logits.numel()} logits are fewer than config.min_numel = {config.min_numel}")
+    if logits.numel() < min_numel and choice == "auto":
+        return Route("torch", "torch", f"{logits.numel()} logits are fewer than config.min_numel = {min_numel}")
     return Route(name, "kernel", f"{logits.dtype} on {logits.device.type}")
 
 
-def _compiled(misfit: str | None, logits: Tensor) -> Route:
-    # no size test: it would mean a guard, and a new compilation, for every size
+def _compiled(misfit: str | None, logits: Any) -> Route:
     name = backends.backend_of(logits.device.type) if misfit is None else None
     if name is not None and backends.get_backend() in ("auto", name) and backends.unavailable(name) is None:
         return Route(name, "op", "a compiler is watching")
-    return Route("torch", "torch", "a compiler is watching, and the call does not fit the kernels")
+    return Route("torch", "torch", misfit or "there are no kernels for this device, or another backend was chosen")

@@ -10,10 +10,14 @@ import fastloss
 
 @pytest.fixture(autouse=True)
 def forced_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No input is too small for the kernels, random numbers are the same every time, and fresh memory holds NaN."""
+    """No input is too small for the kernels, random numbers are the same every time, and fresh memory holds NaN.
+
+    One thread: test_concurrency has more, and results do not depend on their number.
+    """
     monkeypatch.setattr(fastloss.config, "min_numel", 0)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny inputs on busy cores: libgomp's barriers would take twenty times the work
     torch.use_deterministic_algorithms(True)  # with fill_uninitialized_memory: torch.empty holds NaN
     with fastloss.use_backend("auto"):
         yield

@@ -92,16 +92,20 @@ def run(preset: Preset, device: str = "cpu", rounds: int = 5, memory: bool = Tru
         "extras": {},
     }
     with progress(sum(weights) + 20 * len(wanted_extras)) as bar:
-        for case, weight in zip(preset.cases, weights, strict=True):
-            bar.begin(case.key)
-            found = measure(case, preset.providers, preset.seconds, device, memory, rounds)
-            result["cases"].append(found)
-            bar.say(_one_line(found))
-            bar.end(weight)
-        for name in wanted_extras:
-            bar.begin(name)
-            result["extras"][name] = extras.EXTRAS[name]()
-            bar.end(20)
+        try:
+            for case, weight in zip(preset.cases, weights, strict=True):
+                bar.begin(case.key)
+                found = measure(case, preset.providers, preset.seconds, device, memory, rounds)
+                result["cases"].append(found)
+                bar.say(_one_line(found))
+                bar.end(weight)
+            for name in wanted_extras:
+                bar.begin(name)
+                result["extras"][name] = extras.EXTRAS[name]()
+                bar.end(20)
+        except KeyboardInterrupt:
+            bar.say("interrupted: what follows is what was measured until now")
+            result["interrupted"] = True
     return result
 
 

@@ -125,8 +125,12 @@ def _add_memory(case: Case, providers: dict[str, dict[str, Any]]) -> None:
     """Peak memory, in a fresh process: nothing of this one's may be in the way. Huge pages change when memory is mapped, not how much."""
     with child() as process:
         for name, found in providers.items():
-            if found["status"] == "timed" and not PROVIDERS[name].environment:
+            if found["status"] != "timed" or PROVIDERS[name].environment:
+                continue
+            try:
                 found["memory"] = process.ask(do="memory", provider=name, case=case.key, threads=torch.get_num_threads())
+            except RuntimeError as problem:
+                found["reason"] = f"peak memory: {_first_line(problem)}"
 
 
 def _first_line(problem: Exception) -> str:

@@ -45,9 +45,7 @@ def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weig
     sum_rows(partial, total)
 
 
-def bce_with_logits_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor
-) -> None:
+def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor) -> None:
     way = elements(logits)
     _backward(
         logits.dtype, way.tasks,

@@ -1,10 +1,11 @@
 """Binary cross-entropy on probabilities, element by element.
 
-    loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))      dprob = dloss w (p - y) / max((1 - p) p, 1e-12)
+loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))      dprob = dloss w (p - y) / max((1 - p) p, 1e-12)
 """
 
 from typing import Any
 
+import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
@@ -18,6 +19,7 @@ from .rows import AHEAD, bypass_caches, first_vector
 from .simd import fma, lane_max, lane_sum, lanes_of, select, splat
 from .targets import refuse_improbable
 
+_EPSILON = float(np.float32(1e-12))  # torch's constant is a float, for float64 too
 _FORWARD = "TTCC" + "n" * 12 + ELEMENTS
 _SUM = "TTCC" + "n" * 9 + ELEMENTS
 _BACKWARD = "TTCCT" + "n" * 16 + ELEMENTS
@@ -141,7 +143,7 @@ def _backward(a: Any) -> None:
                 prefetch(y, k * y_p + AHEAD)
                 value = load(p, k * p_p, p_p, n, 0.0)
                 variance = (1.0 - value) * value
-                slope = (value - load(y, k * y_p, y_p, n, 0.0)) / select(variance > 1e-12, variance, 1e-12)
+                slope = (value - load(y, k * y_p, y_p, n, 0.0)) / select(variance > _EPSILON, variance, _EPSILON)
                 stream(dp, k * d_p, d_p, n, load(g, k * g_p, g_p, n, 0.0) * load(w, k * w_p, w_p, n, 0.0) * slope, past_caches)
                 k, n = k + n, min(lanes_of(value), size - k - n)
         task = next_task(a)

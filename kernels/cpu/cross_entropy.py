@@ -13,8 +13,21 @@ from torch import Tensor
 from .launch import next_task, raise_flag, region, unpack
 from .math import INLINE, exp, log
 from .memory import load, load_classes, load_one, offset, prefetch, store, stream
-from .rows import AHEAD, WALK, advance, bypass_caches, first_vector, last_tile, row_statistics, rows_of, strides_of, walk, whole_vectors
-from .simd import first_lane, lane_numbers, lanes_of, select, splat
+from .rows import (
+    AHEAD,
+    FEW_CLASSES,
+    WALK,
+    advance,
+    bypass_caches,
+    first_vector,
+    last_tile,
+    row_statistics,
+    rows_of,
+    strides_of,
+    walk,
+    whole_vectors,
+)
+from .simd import first_lane, lane_numbers, lanes_of, pick, select, splat
 from .targets import refuse_out_of_bounds
 
 _FORWARD = "TICCCCCnn" + WALK
@@ -97,12 +110,26 @@ def _gradient(
     stream(dx, to, to_lane, n, prob, past_caches)
 
 
+@njit(**INLINE)
+def _gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, scale: Any, g: Any) -> None:
+    """Rows that follow one another without a gap: the lanes go over their numbers as they lie in memory, and each picks its row's."""
+    lanes = lanes_of(x)
+    for v in range(classes):
+        number = lane_numbers(top) + v * lanes
+        row = (number * (65536 // classes + 1)) >> 16  # number // classes, exact up to FEW_CLASSES
+        prob = exp(load(x, v * lanes, 1, lanes, 0.0) - pick(top, row)) * pick(scale, row)
+        y_row = pick(y, row)
+        prob = select(y_row == number - row * classes, prob - pick(g, row), prob)
+        store(dx, v * lanes, 1, lanes, select(y_row > -1, prob, 0.0))
+
+
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
     (logits, target, row_weight, top, total, dloss, dlogits, ignore_index, dloss_stride, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
+    gapless = classes <= FEW_CLASSES and class_stride == to_class == 1 and position_stride == to_position == classes
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -116,6 +143,9 @@ def _backward(a: Any) -> None:
             g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * load(row_weight, row, across, size, 0.0)
             scale = g / load(total, row, across, size, 1.0)
             # gradient
+            if gapless and count == lanes:
+                _gradient_of_short_rows(x, dx, classes, y, tops, scale, g)
+                continue
             fixed = (y, tops, scale, g, past_caches)
             only = tile > 1 or target[row] != ignore_index
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)

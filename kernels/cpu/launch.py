@@ -61,13 +61,14 @@ def _word(builder: ir.IRBuilder, block: ir.Value, index: int) -> ir.Value:
 @intrinsic(prefer_literal=True)
 def unpack(typingctx: Any, block: Any, kinds: Any) -> Any:
     """The arguments as a tuple. Kinds, one letter each: `T` pointer to numbers as stored, `C` pointer to numbers as computed with
-    (float32 or float64), `I` pointer to int64, `n` an integer, `x` a real number (float32 or float64)."""
+    (float32 or float64), `D` pointer to float64, `I` pointer to int64, `n` an integer, `x` a real number (float32 or float64)."""
     if not isinstance(kinds, types.StringLiteral):
         return None
     compute = llvm.COMPUTE[block.storage]
     kind = {
         "T": types.CPointer(block.storage),
         "C": types.CPointer(compute),
+        "D": types.CPointer(types.float64),
         "I": types.CPointer(types.int64),
         "n": types.int64,
         "x": compute,

@@ -84,7 +84,7 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[ir.Value]
 
 
 def suffix(vector: ir.VectorType) -> str:
-    return f"v{vector.count}{ {'float': 'f32', 'double': 'f64', 'half': 'f16'}.get(str(vector.element)) or str(vector.element)}"
+    return f"v{vector.count}{ {'float': 'f32', 'double': 'f64', 'half': 'f16'}.get(str(vector.element)) or str(vector.element) }"
 
 
 def constant(bits: int, lanes: int, number: Any) -> ir.Constant:

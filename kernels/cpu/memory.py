@@ -10,11 +10,11 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .llvm import (
-    BFloat,
     COMPUTE,
     INT_OF,
     SIZE,
     STORED,
+    BFloat,
     Vector,
     bfloat16,
     call,
@@ -113,9 +113,7 @@ def load(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, othe
         raw = _choose(builder, memory, builder.icmp_signed("==", stride, ir.Constant(i64, 1)), consecutive, strided)
         value = _widen(builder, raw, storage)
         others = spread(builder, other, lanes)
-        return _choose(
-            builder, value.type, whole, lambda: value, lambda: builder.select(mask_below(builder, count, lanes), value, others)
-        )
+        return _choose(builder, value.type, whole, lambda: value, lambda: builder.select(mask_below(builder, count, lanes), value, others))
 
     return vector(pointer, types.int64, types.int64, types.int64, vector.scalar), codegen
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .math import INLINE, exp, exp_for_sum
 from .memory import load, prefetch, to_alignment
-from .simd import any_lane, fma, lane_max, lane_sum, lanes_of, larger, select, splat
+from .simd import any_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
 
 FEW_CLASSES = 48  # up to here lanes are rows
 TASK_NUMEL = 1 << 16  # logits worth handing out as one task: some ten microseconds
@@ -22,7 +22,6 @@ CHUNK = 8192  # classes between two merges of the lanes: keeps float32 sums accu
 AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp
 STREAM_BYTES = 1 << 25  # results from here on bypass the caches: they would not stay there anyway
 SLACK = 8.0  # how far the largest logit may run ahead of the anchor of the sum: e**8 costs float32 nothing
-LOWEST = float(np.finfo(np.float32).min)
 
 
 class Strides(NamedTuple):
@@ -119,7 +118,7 @@ def statistics(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: An
     for each class is enough.
     """
     lanes = lanes_of(x)
-    top, anchor, total = splat(LOWEST, x), splat(LOWEST, x), splat(0.0, x)
+    top, anchor, total = lowest(x), lowest(x), splat(0.0, x)
     c, step = first, 1 if tile > 1 else lanes
     n = count if tile > 1 else lanes
     while c + 4 * step <= last and n == lanes:

@@ -11,13 +11,14 @@ No fast-math flag is set anywhere, so sums are never reordered, and NaN and infi
 import operator
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.core import types
 from numba.core.imputils import lower_builtin
 from numba.core.typing.templates import AbstractTemplate, infer_global, signature
 from numba.extending import intrinsic
 
-from .llvm import FLOAT_OF, INT_OF, Vector, call, constant, float64, fold, llvm_type, spread, suffix, vector_of
+from .llvm import FLOAT_OF, INT_OF, Vector, call, constant, float32, float64, fold, llvm_type, spread, suffix, vector_of
 
 # ---------------------------------------------------------------- arithmetic: + - * / < and friends, a scalar is spread over the lanes
 
@@ -155,10 +156,35 @@ def splat(typingctx: Any, value: Any, like: Any) -> Any:
 
 
 @intrinsic
+def lowest(typingctx: Any, like: Any) -> Any:
+    """The lowest finite number in every lane. A running maximum starts here and not at -inf, whose difference with -inf is NaN."""
+    result = like if isinstance(like, Vector) else vector_of(like.dtype)
+    number = float(np.finfo(np.float32 if result.scalar == float32 else np.float64).min)
+    return result(like), lambda context, builder, sig, args: ir.Constant(llvm_type(result), [number] * result.lanes)
+
+
+@intrinsic
 def lanes_of(typingctx: Any, pointer: Any) -> Any:
     """How many lanes a vector has, or one loaded from this pointer; a compile-time constant."""
     lanes = pointer.lanes if isinstance(pointer, Vector) else vector_of(pointer.dtype).lanes
     return types.int64(pointer), lambda context, builder, sig, args: ir.Constant(ir.IntType(64), lanes)
+
+
+@intrinsic
+def pick(typingctx: Any, a: Any, lanes: Any) -> Any:
+    """a's lanes in the order given: result[i] = a[lanes[i]]."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        width = args[1].type.element.width
+        inside = builder.and_(args[1], constant(width, a.lanes, lambda lane: a.lanes - 1))
+        result = ir.Constant(llvm_type(a), ir.Undefined)
+        for i in range(a.lanes):  # LLVM makes one permutation of this
+            place = ir.Constant(ir.IntType(32), i)
+            lane = builder.extract_element(inside, place)
+            result = builder.insert_element(result, builder.extract_element(args[0], lane), place)
+        return result
+
+    return a(a, lanes), codegen
 
 
 # ---------------------------------------------------------------- reductions over the lanes, in one fixed order

@@ -1,7 +1,7 @@
 """Softmax cross-entropy with class indices and label smoothing; keep = 1 - label smoothing, spread = label smoothing / C.
 
-    mass = keep w_y + spread sum(w)      loss = keep w_y (-log p_y) + spread sum_c w_c (-log p_c)
-    dlogits = dloss (mass p - spread w - keep w_y onehot(y))
+mass = keep w_y + spread sum(w)      loss = keep w_y (-log p_y) + spread sum_c w_c (-log p_c)
+dlogits = dloss (mass p - spread w - keep w_y onehot(y))
 """
 
 from typing import Any

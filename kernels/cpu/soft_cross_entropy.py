@@ -1,7 +1,7 @@
 """Softmax cross-entropy with class probabilities q as targets; keep = 1 - label smoothing, spread = label smoothing / C.
 
-    k_c = w_c (keep q_c + spread)      mass = sum k      loss = sum_c k_c (-log p_c)
-    dlogits = dloss (mass p - k)       dtarget = dloss keep w_c (-log p_c)
+k_c = w_c (keep q_c + spread)      mass = sum k      loss = sum_c k_c (-log p_c)
+dlogits = dloss (mass p - k)       dtarget = dloss keep w_c (-log p_c)
 """
 
 from typing import Any

@@ -1,7 +1,7 @@
 """softmax and log_softmax over the classes.
 
-    p = exp(x - top) / total               dlogits = p (dp - sum_c dp_c p_c)
-    log p = (x - top) - log total          dlogits = d - p sum_c d_c
+p = exp(x - top) / total               dlogits = p (dp - sum_c dp_c p_c)
+log p = (x - top) - log total          dlogits = d - p sum_c d_c
 """
 
 from typing import Any
@@ -56,7 +56,7 @@ def _softmax(a: Any) -> None:
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
+            b, p, _, count = rows_of(number, positions, tile)
             x = offset(logits, b * batch_stride + p * position_stride)
             out = offset(prob, b * to_batch + p * to_position)
             # statistics
@@ -79,7 +79,7 @@ def _log_softmax(a: Any) -> None:
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
+            b, p, _, count = rows_of(number, positions, tile)
             x = offset(logits, b * batch_stride + p * position_stride)
             out = offset(log_prob, b * to_batch + p * to_position)
             # statistics
@@ -102,7 +102,7 @@ def _softmax_backward(a: Any) -> None:
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
+            b, p, _, count = rows_of(number, positions, tile)
             y = offset(prob, b * batch_stride + p * position_stride)
             dy = offset(dprob, b * d_batch + p * d_position)
             dx = offset(dlogits, b * to_batch + p * to_position)
@@ -136,7 +136,7 @@ def _log_softmax_backward(a: Any) -> None:
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
+            b, p, _, count = rows_of(number, positions, tile)
             y = offset(log_prob, b * batch_stride + p * position_stride)
             dy = offset(dlog_prob, b * d_batch + p * d_position)
             dx = offset(dlogits, b * to_batch + p * to_position)

@@ -8,14 +8,19 @@ from typing import Any
 from numba import njit
 
 from .math import INLINE, exp
-from .rows import LOWEST
-from .simd import fma, lane_max, lane_sum, select, splat
+from .simd import fma, lane_max, lane_sum, larger, lowest, select, splat
 
 
 @njit(**INLINE)
 def no_classes(x: Any) -> Any:
     """The statistics before the first class."""
-    return splat(LOWEST, x), splat(0.0, x), splat(0.0, x), splat(0.0, x)
+    return lowest(x), splat(0.0, x), splat(0.0, x), splat(0.0, x)
+
+
+@njit(**INLINE)
+def _rise(top: Any, joint: Any) -> Any:
+    """joint - top, but finite, so that a mass of 0 cancels it."""
+    return 0.0 - larger(lowest(top), top - joint)
 
 
 @njit(**INLINE)
@@ -25,7 +30,7 @@ def add_class(top: Any, total: Any, mass: Any, gap: Any, value: Any, term: Any, 
     e = exp(select(higher, top - value, value - top))
     total = fma(select(higher, total, 1.0), e, select(higher, 1.0, total))
     joint = select(higher, value, top)
-    gap = gap + fma(mass, joint - top, k * (joint - term))
+    gap = gap + fma(mass, _rise(top, joint), k * (joint - term))
     return joint, total, mass + k, gap
 
 
@@ -34,7 +39,7 @@ def merge(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mas
     """Two disjoint sets of classes taken together."""
     joint = select(top2 > top, top2, top)
     total = fma(total, exp(top - joint), total2 * exp(top2 - joint))
-    gap = fma(mass, joint - top, gap) + fma(mass2, joint - top2, gap2)
+    gap = fma(mass, _rise(top, joint), gap) + fma(mass2, _rise(top2, joint), gap2)
     return joint, total, mass + mass2, gap
 
 
@@ -43,5 +48,5 @@ def merge_lanes(top: Any, total: Any, mass: Any, gap: Any) -> Any:
     """All lanes taken together, the result in every lane."""
     joint = splat(lane_max(top), top)
     total = lane_sum(total * exp(top - joint))
-    gap = lane_sum(fma(mass, joint - top, gap))
+    gap = lane_sum(fma(mass, _rise(top, joint), gap))
     return joint, splat(total, top), splat(lane_sum(mass), top), splat(gap, top)

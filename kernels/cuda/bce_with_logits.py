@@ -1,7 +1,7 @@
 """Binary cross-entropy of logits x and targets y.
 
-    loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)),    softplus(-x) = log1p(exp(-|x|)) + max(-x, 0)
-    dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))
+loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)),    softplus(-x) = log1p(exp(-|x|)) + max(-x, 0)
+dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))
 """
 
 import torch
@@ -37,9 +37,7 @@ def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weig
 
 
 def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor) -> None:
-    e = elements(
-        logits.shape, logits.stride(), target.stride(), weight.stride(), pos_weight.stride(), dloss.stride(), dlogits.stride()
-    )
+    e = elements(logits.shape, logits.stride(), target.stride(), weight.stride(), pos_weight.stride(), dloss.stride(), dlogits.stride())
     launch(
         _bce_with_logits_backward, e.programs, 4, logits,
         logits, e.strides[0], target, e.strides[1], weight, e.strides[2], pos_weight, e.strides[3], dloss, e.strides[4],

@@ -24,6 +24,7 @@ def _at(ptr, strides, a, b, p):
 def _number_at(ptr, strides, a, b, p, inside):
     """What comes with each element: [BLOCK_B, BLOCK_P], or one number for all where there are no strides."""
     if strides is None:
-        return tl.load(ptr)
+        number = tl.load(ptr)
     else:
-        return tl.load(_at(ptr, strides, a, b, p), mask=inside, other=0.0)
+        number = tl.load(_at(ptr, strides, a, b, p), mask=inside, other=0.0)
+    return number

@@ -1,34 +1,35 @@
-"""exp and log1p on blocks, in float32 or float64, from what every Triton target has: no libdevice, so the interpreter and AMD run them too."""
+"""exp and log1p on blocks, in float32 or float64, from what every Triton target and the interpreter have: no libdevice."""
+
+from typing import Any
 
 import triton
 import triton.language as tl
+
+fp64 = Any  # `number: "fp64"` is how Triton is told to pass a Python float whole: it would round it to float32
 
 
 @triton.jit
 def _wide(x):
     """Arithmetic is in float64 for float64, else in float32. Widened right after the load: nothing computes in 16 bits."""
-    if x.dtype == tl.float64:
-        return x
-    else:
-        return x.to(tl.float32)
+    if x.dtype != tl.float64:
+        x = x.to(tl.float32)
+    return x
 
 
 @triton.jit
 def _lowest(dtype: tl.constexpr):
     """Where a running maximum starts: finite, so that blocks of -inf make no NaN."""
-    if dtype == tl.float64:
-        return -1.7976931348623157e308
-    else:
-        return -3.4028234663852886e38
+    return -1.7976931348623157e308 if dtype == tl.float64 else -3.4028234663852886e38
 
 
 @triton.jit
 def _exp(x):
     """e**x. exp2 is one instruction; `tl.exp` would add three to reach denormal results."""
     if x.dtype == tl.float64:
-        return tl.exp(x)
+        e = tl.exp(x)
     else:
-        return tl.exp2(x * 1.4426950408889634)
+        e = tl.exp2(x * 1.4426950408889634)
+    return e
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def _log1p(x):
     if x.dtype == tl.float64:
         # log(u) for u = fl(1 + x), plus what that rounding lost
         u = x + 1.0
-        return tl.log(u) + (x - (u - 1.0)) / u
+        result = tl.log(u) + (x - (u - 1.0)) / u
     else:
         # x p(x), a Chebyshev fit, relative error 5e-9
         p = x * -3.176057018e-3 + 1.954252726e-2
@@ -49,7 +50,8 @@ def _log1p(x):
         p = p * x + 3.33297105e-1
         p = p * x - 4.999989265e-1
         p = p * x + 9.999999947e-1
-        return p * x
+        result = p * x
+    return result
 
 
 @triton.jit

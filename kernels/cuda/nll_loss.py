@@ -15,7 +15,8 @@ def nll_loss_forward(log_prob: Tensor, target: Tensor, weight: Tensor, ignore_in
     block = 128
     launch(
         _nll_loss_forward, v.batch * ceil_div(v.positions, block), 4, log_prob,
-        log_prob, v.strides[0], target, ignore_index, weight, class_stride(weight.stride(0)), loss, row_weight, v.classes, v.positions, BLOCK_N=block,
+        log_prob, v.strides[0], target, ignore_index, weight, class_stride(weight.stride(0)), loss, row_weight,
+        v.classes, v.positions, BLOCK_N=block,
     )  # fmt: skip
 
 

@@ -35,18 +35,20 @@ def _lanes_at(ptr, strides, b, p, c):
 def _class_weights(weight_ptr, weight_stride, c, C):
     """[1, BLOCK_C], 0 beyond the classes. Without a stride one number serves all: nothing is loaded for each class."""
     if weight_stride is None:
-        return tl.where(c < C, tl.load(weight_ptr), 0.0)[None, :]
+        w = tl.where(c < C, tl.load(weight_ptr), 0.0)
     else:
-        return tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)[None, :]
+        w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)
+    return w[None, :]
 
 
 @triton.jit
 def _weight_of(weight_ptr, weight_stride, y, is_class):
     """w_y. Outside [0, C) a target is no index: its weight, and with it the loss, is NaN."""
     if weight_stride is None:
-        return tl.where(is_class, tl.load(weight_ptr), float("nan"))
+        w_y = tl.where(is_class, tl.load(weight_ptr), float("nan"))
     else:
-        return tl.load(weight_ptr + y * weight_stride, mask=is_class, other=float("nan"))
+        w_y = tl.load(weight_ptr + y * weight_stride, mask=is_class, other=float("nan"))
+    return w_y
 
 
 @triton.jit
@@ -125,9 +127,7 @@ def _row_statistics(logits_ptr, start, C, VEC: tl.constexpr, BLOCK_C: tl.constex
         tops, totals = _see_vectors(tops, totals, _wide(x), _wide(x2))
     if whole < vectors:
         x = tl.load(body_ptr + (whole * VEC + offset), mask=(whole + lane < vectors)[:, None], other=float("-inf"))
-        x2 = tl.load(
-            body_ptr + (whole * VEC + offset) + LANES * VEC, mask=(whole + LANES + lane < vectors)[:, None], other=float("-inf")
-        )
+        x2 = tl.load(body_ptr + (whole * VEC + offset) + LANES * VEC, mask=(whole + LANES + lane < vectors)[:, None], other=float("-inf"))
         tops, totals = _see_vectors(tops, totals, _wide(x), _wide(x2))
     # merge
     top, total = _merge(tops, totals, 0)

@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import device_of, launch
-from .math import _exp, _wide
+from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, reading_tiles, tiles, view
 from .rows import _anchors, _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of, _weight_of
 
@@ -24,8 +24,8 @@ def smoothed_cross_entropy_forward(
     t = reading_tiles(v, device_of(logits), TILE // 2)
     launch(
         _smoothed_cross_entropy_forward, t.programs, t.num_warps, logits,
-        logits, v.strides[0], target, ignore_index, weight, class_stride(weight.stride(0)), keep, spread, loss, row_weight, mass, top, total,
-        v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
+        logits, v.strides[0], target, ignore_index, weight, class_stride(weight.stride(0)), keep, spread,
+        loss, row_weight, mass, top, total, v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
     )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def smoothed_cross_entropy_backward(
 
 @triton.jit
 def _smoothed_cross_entropy_forward(
-    logits_ptr, strides, target_ptr, ignore_index, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",  # noqa: F722, F821
+    logits_ptr, strides, target_ptr, ignore_index, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",
     loss_ptr, row_weight_ptr, mass_ptr, top_ptr, total_ptr, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """logits [B, C, P]; target, loss, row_weight, mass, top, total [B * P]; weight [C]. One program: all classes of BLOCK_N positions."""
@@ -85,7 +85,7 @@ def _smoothed_cross_entropy_forward(
 
 @triton.jit
 def _smoothed_cross_entropy_backward(
-    logits_ptr, strides, target_ptr, ignore_index, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",  # noqa: F722, F821
+    logits_ptr, strides, target_ptr, ignore_index, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",
     row_weight_ptr, mass_ptr, top_ptr, total_ptr, dloss_ptr, dloss_stride, dlogits_ptr, dstrides, C, P,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

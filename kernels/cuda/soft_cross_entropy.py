@@ -1,7 +1,7 @@
 """Softmax cross-entropy with class probabilities q as targets.
 
-    k_c = w_c (keep q_c + spread)      mass = sum k_c      gap = sum k_c (top - x_c)
-    loss = mass log total + gap        dlogits = dloss (mass p - k)      dtarget = dloss keep w_c (-log p_c)
+k_c = w_c (keep q_c + spread)      mass = sum k_c      gap = sum k_c (top - x_c)
+loss = mass log total + gap        dlogits = dloss (mass p - k)      dtarget = dloss keep w_c (-log p_c)
 """
 
 import triton
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import device_of, launch
-from .math import _exp, _wide
+from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, looping_tiles, tiles, view
 from .rows import _anchors, _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of
 
@@ -53,7 +53,7 @@ def soft_cross_entropy_target_backward(
 
 @triton.jit
 def _soft_cross_entropy_forward(
-    logits_ptr, strides, target_ptr, target_strides, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",  # noqa: F722, F821
+    logits_ptr, strides, target_ptr, target_strides, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",
     loss_ptr, mass_ptr, top_ptr, total_ptr, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """logits, target [B, C, P]; weight [C]; loss, mass, top, total [B * P]. One program: all classes of BLOCK_N positions."""
@@ -86,7 +86,7 @@ def _soft_cross_entropy_forward(
 
 @triton.jit
 def _soft_cross_entropy_backward(
-    logits_ptr, strides, target_ptr, target_strides, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",  # noqa: F722, F821
+    logits_ptr, strides, target_ptr, target_strides, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",
     mass_ptr, top_ptr, total_ptr, dloss_ptr, dloss_stride, dlogits_ptr, dstrides, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """logits, target, dlogits [B, C, P]; weight [C]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
@@ -110,7 +110,7 @@ def _soft_cross_entropy_backward(
 
 @triton.jit
 def _soft_cross_entropy_target_backward(
-    logits_ptr, strides, weight_ptr, weight_stride, keep: "fp64", top_ptr, total_ptr, dloss_ptr, dloss_stride,  # noqa: F722, F821
+    logits_ptr, strides, weight_ptr, weight_stride, keep: "fp64", top_ptr, total_ptr, dloss_ptr, dloss_stride,
     dtarget_ptr, dstrides, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """logits, dtarget [B, C, P]; weight [C]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""

@@ -57,7 +57,7 @@ def _statistics(logits_ptr, strides, b, p, inside, C, BLOCK_N: tl.constexpr, BLO
 @triton.jit
 def _softmax_forward(logits_ptr, strides, prob_ptr, prob_strides, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """logits, prob [B, C, P]. One program: all classes of BLOCK_N positions."""
-    b, p, row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
+    b, p, _row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
     # statistics
     top, total = _statistics(logits_ptr, strides, b, p, inside, C, BLOCK_N, BLOCK_C)
     scale = 1.0 / total
@@ -72,7 +72,7 @@ def _softmax_forward(logits_ptr, strides, prob_ptr, prob_strides, C, P, BLOCK_N:
 @triton.jit
 def _log_softmax_forward(logits_ptr, strides, log_prob_ptr, log_prob_strides, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """logits, log_prob [B, C, P]. One program: all classes of BLOCK_N positions."""
-    b, p, row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
+    b, p, _row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
     # statistics
     top, total = _statistics(logits_ptr, strides, b, p, inside, C, BLOCK_N, BLOCK_C)
     log_total = tl.log(total)
@@ -85,12 +85,10 @@ def _log_softmax_forward(logits_ptr, strides, log_prob_ptr, log_prob_strides, C,
 
 
 @triton.jit
-def _softmax_backward(
-    prob_ptr, strides, dprob_ptr, d_strides, dlogits_ptr, to_strides, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
+def _softmax_backward(prob_ptr, strides, dprob_ptr, d_strides, dlogits_ptr, to_strides, C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """prob, dprob, dlogits [B, C, P]. One program: all classes of BLOCK_N positions."""
     real: tl.constexpr = tl.float64 if prob_ptr.dtype.element_ty == tl.float64 else tl.float32
-    b, p, row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
+    b, p, _row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
     # sum of dp p
     dots = tl.zeros([BLOCK_N, BLOCK_C], real)
     for first in tl.range(0, C, BLOCK_C):
@@ -114,7 +112,7 @@ def _log_softmax_backward(
 ):
     """log_prob, dlog_prob, dlogits [B, C, P]. One program: all classes of BLOCK_N positions."""
     real: tl.constexpr = tl.float64 if log_prob_ptr.dtype.element_ty == tl.float64 else tl.float32
-    b, p, row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
+    b, p, _row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
     # sum of d
     dots = tl.zeros([BLOCK_N, BLOCK_C], real)
     for first in tl.range(0, C, BLOCK_C):

@@ -61,7 +61,8 @@ def test_same_bits_on_every_run(k: Any) -> None:
         outs = [check.poisoned_rows(logits) for _ in range(4)]
         k.cross_entropy_forward(logits, target, weight, -100, *outs)
         runs.append(torch.stack(outs))
-    assert torch.equal(runs[0], runs[1]) and torch.equal(runs[0], runs[2])
+    assert torch.equal(runs[0], runs[1])
+    assert torch.equal(runs[0], runs[2])
 
 
 def test_more_than_2_to_the_31_logits(k: Any) -> None:
@@ -72,9 +73,11 @@ def test_more_than_2_to_the_31_logits(k: Any) -> None:
     target = torch.full((rows,), classes - 1, device="cuda")
     loss, row_weight, top, total = (check.poisoned_rows(logits) for _ in range(4))
     k.cross_entropy_forward(logits, target, torch.ones(1, device="cuda").expand(classes), -100, loss, row_weight, top, total)
-    assert (loss == loss[0]).all() and loss[0].isfinite()
+    assert (loss == loss[0]).all()
+    assert loss[0].isfinite()
     k.cross_entropy_backward(logits, target, -100, row_weight, top, total, torch.ones(1, device="cuda").expand(rows), logits)
-    assert torch.equal(logits[0], logits[-1]) and logits[-1, -1] < 0
+    assert torch.equal(logits[0], logits[-1])
+    assert logits[-1, -1] < 0
 
 
 def test_in_a_cuda_graph(k: Any) -> None:

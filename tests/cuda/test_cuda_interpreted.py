@@ -11,8 +11,9 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed: its interpreter cannot run the CUDA kernels")
 
 import kernel_checks as check
-from fastloss.kernels.cuda.plan import Device
 from triton_interpreter import interpreted
+
+from fastloss.kernels.cuda.plan import Device
 
 PACKAGE = "fastloss.kernels.cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -71,6 +72,7 @@ def test_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
         return k.cross_entropy_forward(logits, target, weight, -100, rows, rows, rows, rows)
     check.cross_entropy(k, logits, target, weight)
     check.cross_entropy(k, logits, target, inplace=True)
+    return None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -93,7 +95,9 @@ def test_cross_entropy_of_many_odd_rows(k: Any, dtype: torch.dtype, monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "layout"), [((3, 1024), "contiguous"), ((3, 5008), "padded8"), ((3, 1031), "contiguous"), ((2, 1040, 3), "shifted")])
+@pytest.mark.parametrize(
+    ("shape", "layout"), [((3, 1024), "contiguous"), ((3, 5008), "padded8"), ((3, 1031), "contiguous"), ((2, 1040, 3), "shifted")]
+)
 def test_one_visit(k: Any, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     """Rows kept in registers, and shapes for which there are two visits after all."""
     logits, target, weight = make(shape, dtype, layout)

@@ -48,7 +48,12 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("rows.py", "b * P + p, p < P", "b * P + p, p <= P", index_targets((2, 7, 3))),
     ("cross_entropy.py", "y - head - v * VEC", "y - v * VEC", ROWS),
     ("cross_entropy.py", "inside = (v + lane < vectors)", "inside = (v + lane < vectors - 1)", ROWS),
-    ("cross_entropy.py", "tl.where(is_row[:, None], d, 0.0)", "d", lambda k: check.cross_entropy(k, torch.full((1, 5), torch.nan), torch.tensor([-100]))),
+    (
+        "cross_entropy.py",
+        "tl.where(is_row[:, None], d, 0.0)",
+        "d",
+        lambda k: check.cross_entropy(k, torch.full((1, 5), torch.nan), torch.tensor([-100])),
+    ),
     ("cross_entropy.py", "number % splits * chunk\n    count = tl.where", "0 * chunk\n    count = tl.where", HUGE),
     ("cross_entropy.py", "(x_y - top)", "(x_y)", FEW),
     ("cross_entropy.py", "tl.where(is_row, w_y * nll, 0.0)", "w_y * nll", FEW),

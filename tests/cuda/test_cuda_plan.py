@@ -10,7 +10,8 @@ import pytest
 # by path: the package itself imports Triton, and plans must be testable without
 _path = Path(__file__).parents[2] / "kernels" / "cuda" / "plan.py"
 _spec = importlib.util.spec_from_file_location("cuda_plan_alone", _path)
-assert _spec is not None and _spec.loader is not None
+assert _spec is not None
+assert _spec.loader is not None
 plan: Any = importlib.util.module_from_spec(_spec)
 sys.modules["cuda_plan_alone"] = plan
 _spec.loader.exec_module(plan)
@@ -64,7 +65,8 @@ def test_rows_plans_cover_every_class_once(rows: int, classes: int, itemsize: in
     for device in (H100, A100, MI300):
         for r in (plan.forward_rows(v, itemsize, device), plan.backward_rows(v, itemsize, device)):
             assert (r.splits - 1) * r.chunk < classes <= r.splits * r.chunk
-            assert r.chunk % r.BLOCK_C == 0 and r.BLOCK_C % (2 * r.VEC) == 0
+            assert r.chunk % r.BLOCK_C == 0
+            assert r.BLOCK_C % (2 * r.VEC) == 0
             assert r.programs == rows * r.splits < 2**31
             assert r.VEC * itemsize == 16
             assert 1 <= r.num_warps * device.warp <= 256
@@ -115,15 +117,19 @@ def test_which_kernel() -> None:
 
 
 @pytest.mark.parametrize("make", [plan.tiles, plan.looping_tiles, plan.reading_tiles])
-@pytest.mark.parametrize("shape", [(1, 1), (5, 10), (1000, 1000), (100000, 2), (3, 7, 50), (64, 1000, 49), (2, 128256, 100), (200, 65, 1)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1), (5, 10), (1000, 1000), (100000, 2), (3, 7, 50), (64, 1000, 49), (2, 128256, 100), (200, 65, 1)], ids=str
+)
 def test_tiles_cover_everything_once(make: Any, shape: tuple[int, ...]) -> None:
     v = plan.view(shape, contiguous(*shape))
     for lanes in (2048, 1024):
         t = make(v, H100, lanes)
         assert t.programs == v.batch * plan.ceil_div(v.positions, t.BLOCK_N)
         assert (t.class_tiles - 1) * t.BLOCK_C < v.classes <= t.class_tiles * t.BLOCK_C
-        assert t.BLOCK_N * t.BLOCK_C <= lanes and t.num_warps in (1, 2, 4)
-        assert t.BLOCK_N & (t.BLOCK_N - 1) == 0 and t.BLOCK_C & (t.BLOCK_C - 1) == 0
+        assert lanes >= t.BLOCK_N * t.BLOCK_C
+        assert t.num_warps in (1, 2, 4)
+        assert t.BLOCK_N & (t.BLOCK_N - 1) == 0
+        assert t.BLOCK_C & (t.BLOCK_C - 1) == 0
 
 
 def test_tiles_follow_memory() -> None:
@@ -148,7 +154,9 @@ def test_more_than_2_to_the_31_elements() -> None:
     v = plan.view((rows, classes), contiguous(rows, classes))
     assert rows * classes > 2**31
     for r in (plan.forward_rows(v, 2, H100), plan.backward_rows(v, 2, H100)):
-        assert r.programs < 2**31 and r.chunk + r.BLOCK_C < 2**31 and classes + r.BLOCK_C < 2**31
+        assert r.programs < 2**31
+        assert r.chunk + r.BLOCK_C < 2**31
+        assert classes + r.BLOCK_C < 2**31
     images = plan.view((64, 1000, 65536), contiguous(64, 1000, 65536))
     t = plan.tiles(images, H100)
     assert t.elementwise_programs < 2**31
@@ -157,9 +165,11 @@ def test_more_than_2_to_the_31_elements() -> None:
 
 def test_elements_merge_into_one_line() -> None:
     e = plan.elements((4, 5, 6), contiguous(4, 5, 6), contiguous(4, 5, 6), (0, 0, 0))
-    assert e.shape == (1, 1, 120) and e.strides == ((0, 0, 1), (0, 0, 1), None)
+    assert e.shape == (1, 1, 120)
+    assert e.strides == ((0, 0, 1), (0, 0, 1), None)
     e = plan.elements((4, 5, 6), contiguous(4, 5, 6), (0, 0, 1))
-    assert e.shape == (1, 20, 6) and e.strides == ((0, 6, 1), (0, 0, 1))
+    assert e.shape == (1, 20, 6)
+    assert e.strides == ((0, 6, 1), (0, 0, 1))
     e = plan.elements((4, 5, 6), contiguous(4, 5, 6), (0, 1, 0))
     assert e.shape == (4, 5, 6)
     assert e.programs * e.BLOCK_B * e.BLOCK_P >= 120
@@ -168,4 +178,6 @@ def test_elements_merge_into_one_line() -> None:
 def test_elements_beyond_int32_stay_apart() -> None:
     shape = (1, 1 << 20, 1 << 12)
     e = plan.elements(shape, contiguous(*shape))
-    assert max(e.shape) < 2**31 and e.shape[0] * e.shape[1] * e.shape[2] == 1 << 32 and e.programs < 2**31
+    assert max(e.shape) < 2**31
+    assert e.shape[0] * e.shape[1] * e.shape[2] == 1 << 32
+    assert e.programs < 2**31

@@ -73,7 +73,9 @@ class _NoDevice(DriverBase):
             def __call__(self, x: int, y: int, z: int, *rest: Any) -> None:
                 # compiled kernels outlive this driver and keep their launcher: ask for the driver of the day
                 driver = triton.runtime.driver.active
-                kernels = [k for cache in self.src.fn.device_caches.values() for k in cache[0].values() if getattr(k, "src", None) is self.src]
+                kernels = [
+                    k for cache in self.src.fn.device_caches.values() for k in cache[0].values() if getattr(k, "src", None) is self.src
+                ]
                 driver.launches.append(Launch(self.src.fn.__name__, (x, y, z), kernels[0]))
 
         self.launcher_cls = Launcher

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import triton
-import triton.experimental.gluon  # noqa: F401  # its lazy import asserts that triton.language holds jitted functions
+import triton.experimental.gluon  # its lazy import asserts that triton.language holds jitted functions
 import triton.language as tl
 from triton.language import math as tl_math
 from triton.language import random as tl_random

@@ -1,0 +1,1 @@
+"""fastloss inside other libraries. Nothing here imports those libraries before it is asked to."""

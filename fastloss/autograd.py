@@ -58,7 +58,7 @@ class CrossEntropy(torch.autograd.Function):
             _refuse_graph()
         if _by_kernel(dloss):
             result = _overwritten(logits) if inplace else None
-            dlogits = launches.cross_entropy_backward(dloss, logits, target, weight, ignore_index, label_smoothing, *saved, result=result)
+            dlogits = launches.cross_entropy_backward(dloss, logits, target, weight, ignore_index, label_smoothing, *saved, result)
             return dlogits, *_NOTHING[:7]
 
         def definition(logits: Tensor) -> Tensor:
@@ -212,3 +212,13 @@ def _overwritten(logits: Tensor) -> Tensor:
     """The logits' own memory as the place of their gradient. Their version moves on, so that autograd refuses whoever needs them still."""
     torch.autograd.graph.increment_version(logits)
     return logits.detach()
+
+
+# by the names of the registered ops in `ops`
+cross_entropy: Callable[..., Tensor] = CrossEntropy.apply
+soft_cross_entropy: Callable[..., Tensor] = SoftCrossEntropy.apply
+softmax: Callable[..., Tensor] = Softmax.apply
+log_softmax: Callable[..., Tensor] = LogSoftmax.apply
+nll_loss: Callable[..., Tensor] = NLLLoss.apply
+bce_with_logits: Callable[..., Tensor] = BCEWithLogits.apply
+binary_cross_entropy: Callable[..., Tensor] = BinaryCrossEntropy.apply

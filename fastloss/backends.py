@@ -11,7 +11,8 @@ from typing import Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-BackendName = Literal["auto", "numba", "triton", "torch"]
+KernelsName = Literal["numba", "triton"]
+BackendName = Literal["auto", KernelsName, "torch"]
 
 
 class Kernels(Protocol):
@@ -218,12 +219,12 @@ def use_backend(name: BackendName) -> Iterator[None]:
         set_backend(before)
 
 
-def backend_of(device: str) -> BackendName | None:
+def backend_of(device: str) -> KernelsName | None:
     """The kernels for a device type, or None if there are none."""
-    return next((cast(BackendName, name) for name, served in _DEVICE_OF.items() if served == device), None)
+    return next((cast(KernelsName, name) for name, served in _DEVICE_OF.items() if served == device), None)
 
 
-@torch.compiler.assume_constant_result  # Dynamo cannot trace an import
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo cannot trace an import
 def unavailable(name: BackendName) -> str | None:
     """Why these kernels cannot run on this machine, or None if they can."""
     return _problem(name)

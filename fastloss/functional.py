@@ -62,19 +62,20 @@ def cross_entropy(
         return served_by_torch(
             "cross_entropy", way, F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         )
+    loss: Tensor
     logits, dtype = as_rows(input), _result_dtype(input)
     if target.is_floating_point():
         soft = as_rows(target)
         if way.path == "op":
             loss = ops.soft_cross_entropy(logits, soft, weight, label_smoothing, reduction, dtype)[0]
         else:
-            loss = autograd.SoftCrossEntropy.apply(logits, soft, weight, label_smoothing, reduction, dtype, inplace_backward)
+            loss = autograd.soft_cross_entropy(logits, soft, weight, label_smoothing, reduction, dtype, inplace_backward)
         return loss.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()) if reduction == "none" else loss
     indices = target.reshape(-1).long()
     if way.path == "op":
         loss = ops.cross_entropy(logits, indices, weight, ignore_index, label_smoothing, reduction, dtype)[0]
     else:
-        loss = autograd.CrossEntropy.apply(logits, indices, weight, ignore_index, label_smoothing, reduction, dtype, inplace_backward)
+        loss = autograd.cross_entropy(logits, indices, weight, ignore_index, label_smoothing, reduction, dtype, inplace_backward)
     return loss.view(target.shape if input.dim() > 1 else ()) if reduction == "none" else loss
 
 
@@ -112,7 +113,7 @@ def nll_loss(
     if way.path == "torch":
         return served_by_torch("nll_loss", way, F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction))
     arguments = as_rows(input), target.reshape(-1).long(), weight, ignore_index, reduction, _result_dtype(input)
-    loss: Tensor = ops.nll_loss(*arguments)[0] if way.path == "op" else autograd.NLLLoss.apply(*arguments)
+    loss: Tensor = ops.nll_loss(*arguments)[0] if way.path == "op" else autograd.nll_loss(*arguments)
     return loss.view(target.shape) if reduction == "none" else loss
 
 
@@ -136,7 +137,7 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
         return served_by_torch("softmax", way, F.softmax(input, dim, _stacklevel + 1, dtype))
     assert dim is not None
     logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
-    prob: Tensor = ops.softmax(logits) if way.path == "op" else autograd.Softmax.apply(logits)
+    prob: Tensor = ops.softmax(logits) if way.path == "op" else autograd.softmax(logits)
     return _back(prob, input, dim)
 
 
@@ -160,7 +161,7 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
         return served_by_torch("log_softmax", way, F.log_softmax(input, dim, _stacklevel + 1, dtype))
     assert dim is not None
     logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
-    log_prob: Tensor = ops.log_softmax(logits) if way.path == "op" else autograd.LogSoftmax.apply(logits)
+    log_prob: Tensor = ops.log_softmax(logits) if way.path == "op" else autograd.log_softmax(logits)
     return _back(log_prob, input, dim)
 
 
@@ -199,7 +200,7 @@ def binary_cross_entropy_with_logits(
         )
     elements = as_elements(input, target, weight, pos_weight)
     arguments = *elements.tensors, reduction, _result_dtype(input)
-    loss: Tensor = ops.bce_with_logits(*arguments) if way.path == "op" else autograd.BCEWithLogits.apply(*arguments)
+    loss: Tensor = ops.bce_with_logits(*arguments) if way.path == "op" else autograd.bce_with_logits(*arguments)
     return elements.restore(loss) if reduction == "none" else loss
 
 
@@ -237,7 +238,7 @@ def binary_cross_entropy(
         return served_by_torch("binary_cross_entropy", way, F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction))
     elements = as_elements(input, target, weight)
     arguments = *elements.tensors, reduction, input.dtype
-    loss: Tensor = ops.binary_cross_entropy(*arguments) if way.path == "op" else autograd.BinaryCrossEntropy.apply(*arguments)
+    loss: Tensor = ops.binary_cross_entropy(*arguments) if way.path == "op" else autograd.binary_cross_entropy(*arguments)
     return elements.restore(loss) if reduction == "none" else loss
 
 

@@ -36,7 +36,7 @@ def as_elements(logits: Tensor, *others: Tensor | None) -> Elements:
     everything = (logits, *(None if t is None else t.expand(shape) for t in others))
     order = tuple(range(dims))
     if not logits.is_contiguous() and 0 not in logits.stride():
-        order = tuple(sorted(order, key=lambda d: -logits.stride(d)))
+        order = tuple(sorted(order, key=lambda d: -logits.stride()[d]))
         everything = tuple(None if t is None else t.permute(order) for t in everything)
     first = everything[0]
     assert first is not None

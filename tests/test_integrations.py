@@ -1,6 +1,7 @@
 """fastloss inside real libraries, with the real libraries: small, random, offline."""
 
 import copy
+import sys
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,13 @@ def forced(monkeypatch):
 
 
 @pytest.fixture
-def model():
+def without_checkout(monkeypatch):
+    """transformers imports a package `kernels` if it sees one; with PYTHONPATH at the checkout that would be our folder."""
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if not (Path(entry) / "kernels" / "cpu").is_dir()])
+
+
+@pytest.fixture
+def model(without_checkout):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed (pip install transformers)")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(

@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any
 
 
@@ -39,9 +39,9 @@ class Child:
         return answer["answer"]
 
     def close(self) -> None:
-        stdin, stdout = self._pipes()
-        stdin.close()
-        stdout.close()
+        for pipe in self._pipes():
+            with suppress(BrokenPipeError):  # what could not be asked of a dead process need not be asked
+                pipe.close()
         self._process.wait()
 
     def _pipes(self) -> tuple[IO[str], IO[str]]:

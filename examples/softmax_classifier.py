@@ -1,6 +1,6 @@
 """A softmax classifier by gradient descent, twice: with bare weight tensors, and as an nn.Module. Prints the cost of both.
 
-    python examples/softmax_classifier.py
+python examples/softmax_classifier.py
 """
 
 import torch

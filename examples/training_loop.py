@@ -2,8 +2,8 @@
 
     python examples/training_loop.py
 
-A small language model (embedding, GRU, vocabulary head) learns a fixed random text. Half-precision logits go into the loss as they are: under
-autocast fastloss computes in float32 and returns float32 without a float32 copy of the logits.
+A small language model (embedding, GRU, vocabulary head) learns a fixed random text. Half-precision logits go into the loss as they are:
+under autocast fastloss computes in float32 and returns float32 without a float32 copy of the logits.
 """
 
 import argparse

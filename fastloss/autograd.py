@@ -52,13 +52,15 @@ class CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:  # type: ignore[override]
-        logits, target, weight, *saved = ctx.saved_tensors
+        logits, target, weight, divisor, row_weight, mass, top, total = ctx.saved_tensors
         ignore_index, label_smoothing, reduction, inplace = ctx.options
         if inplace:
             _refuse_graph()
         if _by_kernel(dloss):
             result = _overwritten(logits) if inplace else None
-            dlogits = launches.cross_entropy_backward(dloss, logits, target, weight, ignore_index, label_smoothing, *saved, result)
+            dlogits = launches.cross_entropy_backward(
+                dloss, logits, target, weight, ignore_index, label_smoothing, divisor, row_weight, mass, top, total, result
+            )
             return dlogits, *_NOTHING[:7]
 
         def definition(logits: Tensor) -> Tensor:

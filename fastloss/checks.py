@@ -110,11 +110,22 @@ def elementwise(logits: Any, target: Any, weights: tuple[Any, ...], size_average
 def inplace_backward(logits: Tensor, target: Tensor) -> None:
     """Raise RuntimeError where overwriting the logits with their gradient would be wrong."""
     problem = None
-    if logits.requires_grad and logits.is_leaf:
-        problem = "the logits are a leaf that requires a gradient, and would be lost"
-    elif logits.numel() > 1 and any(s == 0 and n > 1 for s, n in zip(logits.stride(), logits.shape, strict=True)):
+    owner = logits if logits._base is None else logits._base
+    if owner.requires_grad and owner.is_leaf:
+        problem = "the logits are (a view of) a leaf that requires a gradient, and would be lost"
+    elif _may_overlap(logits):
         problem = f"logits with strides {tuple(logits.stride())} share memory among themselves"
     elif logits.untyped_storage().data_ptr() == target.untyped_storage().data_ptr() and logits.numel():
         problem = "target shares the memory of the logits"
     if problem is not None:
         raise RuntimeError(f"inplace_backward: {problem}")
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements might share memory: a dimension does not reach beyond all smaller ones."""
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

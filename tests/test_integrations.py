@@ -124,9 +124,7 @@ def test_lightning_module_trains_as_with_torch(forced, tmp_path):
 
     def train(criterion):
         generator = torch.Generator().manual_seed(0)
-        data = torch.utils.data.TensorDataset(
-            torch.randn(64, 8, generator=generator), torch.randint(5, (64,), generator=generator)
-        )
+        data = torch.utils.data.TensorDataset(torch.randn(64, 8, generator=generator), torch.randint(5, (64,), generator=generator))
         quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
         trainer = lightning.Trainer(max_epochs=3, accelerator="cpu", default_root_dir=tmp_path, **quiet)
         module = Classifier(criterion)

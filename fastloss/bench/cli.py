@@ -36,6 +36,9 @@ examples:
 exit status: 0; 1 if fastloss was wrong or failed on any case; 2 for a wrong command line.
 """
 
+_COLUMNS = ("loss", "shape", "dtype", "provider", "status", "forward_s", "backward_s", "step_s", "step_low_s", "step_high_s", "copies")
+_COLUMNS += ("error_output", "error_gradient")
+
 
 def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser("fastloss bench", description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=_Help)
@@ -165,7 +168,7 @@ def _write_csv(path: Path, result: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         write = csv.writer(file).writerow
-        write("loss shape dtype provider status forward_s backward_s step_s step_low_s step_high_s copies error_output error_gradient".split())
+        write(_COLUMNS)
         for case in result["cases"]:
             for name, found in case["providers"].items():
                 line = [case["loss"], tables.size(case["shape"]), case["dtype"], name, found["status"]]

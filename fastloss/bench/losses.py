@@ -65,7 +65,7 @@ def _in_place(function: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
 
 
 def noise(shape: tuple[int, ...], dtype: torch.dtype, scale: float = 2.0) -> Tensor:
-    """Normal numbers. Beyond 4 M they repeat with a period that divides no row length in use: randn is slow, and content is not the point."""
+    """Normal numbers. Beyond 4 M they repeat, with a period no row length in use divides: randn is slow, and content is not the point."""
     size = torch.Size(shape).numel()
     period = torch.randn(min(size, (1 << 22) + 1)).mul_(scale).to(dtype)
     flat = torch.empty(size, dtype=dtype)

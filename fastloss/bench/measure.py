@@ -20,9 +20,7 @@ from .timing import Series, Step, interleave
 COPY = "copy"
 
 
-def measure(
-    case: Case, names: Sequence[str], seconds: float, device: str = "cpu", memory: bool = True, least: int = 5
-) -> dict[str, Any]:
+def measure(case: Case, names: Sequence[str], seconds: float, device: str = "cpu", memory: bool = True, least: int = 5) -> dict[str, Any]:
     """The result of one case: a dictionary for every provider, and what a copy of the logits costs."""
     inputs = make_inputs(case, inputs_to_miss(case, last_level_cache()), device)
     true = accuracy.truth(case, inputs[0])
@@ -93,9 +91,7 @@ def _copier(inputs: list[Inputs]) -> Step:
     return copy
 
 
-def _elsewhere(
-    provider: Provider, case: Case, inputs: int, true: accuracy.Truth, processes: ExitStack
-) -> tuple[accuracy.Error, Step]:
+def _elsewhere(provider: Provider, case: Case, inputs: int, true: accuracy.Truth, processes: ExitStack) -> tuple[accuracy.Error, Step]:
     """A provider that lives in a process with other environment variables; its steps are taken in turn with ours all the same."""
     process = processes.enter_context(child(provider.environment))
     process.ask(do="prepare", provider=provider.name, case=case.key, inputs=inputs, threads=torch.get_num_threads())

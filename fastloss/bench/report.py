@@ -30,7 +30,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found = argparse.ArgumentParser("report.py", description="Pictures and an HTML page from the JSON of a benchmark.")
     found.add_argument("result", type=Path, help="what bench/run.py --json wrote")
     found.add_argument("--out", type=Path, default=Path("bench/out"), metavar="FOLDER", help="for the PNG files and report.html")
-    found.add_argument("--tables", type=Path, nargs="*", default=[], metavar="FILE", help="Markdown files or folders with markers to fill in")
+    found.add_argument(
+        "--tables", type=Path, nargs="*", default=[], metavar="FILE", help="Markdown files or folders with markers to fill in"
+    )
     found.add_argument("--check", action="store_true", help="write nothing; fail if a table in a Markdown file is not this result's")
     options = found.parse_args(arguments)
     result = json.loads(options.result.read_text())
@@ -76,7 +78,7 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
 def fill_in(paths: Sequence[Path], contents: dict[str, str], write: bool = True) -> list[Path]:
     """Put `contents` between their markers in these files (and the .md files in these folders); the files that were not up to date."""
     stale = []
-    for path in [file for path in paths for file in (sorted(path.glob("*.md")) if path.is_dir() else [path])]:
+    for path in [file for given in paths for file in (sorted(given.glob("*.md")) if given.is_dir() else [given])]:
         text = path.read_text()
         filled = text
         for name, content in contents.items():

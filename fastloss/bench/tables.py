@@ -32,7 +32,20 @@ def overview(result: dict[str, Any]) -> Table:
 
 def targets(result: dict[str, Any]) -> Table:
     """The targets of the CPU kernels beside what was measured."""
-    header = ["loss", "logits", "dtype", "mode", "vs eager", "target", "vs compile", "target", "copies", "target", "extra memory", "verdict"]
+    header = [
+        "loss",
+        "logits",
+        "dtype",
+        "mode",
+        "vs eager",
+        "target",
+        "vs compile",
+        "target",
+        "copies",
+        "target",
+        "extra memory",
+        "verdict",
+    ]
     by_key = {case["key"]: case for case in result["cases"]}
     lines = []
     for target in CPU_TARGETS:

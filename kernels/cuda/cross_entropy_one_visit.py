@@ -17,6 +17,9 @@ from .math import _exp, _lowest, _wide
 from .plan import class_stride, one_visit, view
 from .rows import _row_of, _weight_of
 
+# Before 3.8 Triton failed to compile reductions across a cluster
+_TRITON_HAS_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 8)
+
 
 def cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor,
@@ -24,7 +27,7 @@ def cross_entropy_forward_backward(
 ) -> None:  # fmt: skip
     """What `cross_entropy_forward` and then `cross_entropy_backward` with this `dloss` compute."""
     v = view(logits.shape, logits.stride(), dlogits.stride())
-    clusters = os.environ.get("FASTLOSS_CLUSTER", "0") == "1"
+    clusters = _TRITON_HAS_CLUSTERS and os.environ.get("FASTLOSS_CLUSTER", "0") == "1"
     plan = one_visit(v, logits.element_size(), device_of(logits), clusters)
     if plan is None:
         cross_entropy_forward(logits, target, weight, ignore_index, loss, row_weight, top, total)

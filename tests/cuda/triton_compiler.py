@@ -107,9 +107,10 @@ class _NoDevice(DriverBase):
 def compiling(target: str) -> Iterator[list[Launch]]:
     """Within, launches are compiled for the target and appended to the list."""
     driver, config = _NoDevice(TARGETS[target]), triton.runtime.driver
-    saved = config._active
+    saved = dict(vars(config))
     config.set_active(driver)
     try:
         yield driver.launches
     finally:
-        config._active = saved
+        vars(config).clear()
+        vars(config).update(saved)

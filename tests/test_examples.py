@@ -1,0 +1,57 @@
+"""The examples run, quickly and offline, and show what they claim."""
+
+import importlib.util
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastloss
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports an example by name, with the kernels forced."""
+    monkeypatch.setattr(fastloss.config, "min_numel", 0)
+
+    def load(name):
+        spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, name, module)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
+
+
+def test_softmax_classifier_prints_both_cost_columns(example, capsys):
+    example("softmax_classifier").main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[1:12]]
+    assert [int(line[0]) for line in lines] == list(range(0, 1001, 100))
+    expected = [1.098612, 0.761050, 0.689991, 0.643229, 0.604117, 0.568255, 0.533922, 0.500291, 0.466908, 0.433507, 0.399962]
+    assert [float(line[1]) for line in lines] == pytest.approx(expected, abs=2e-5)
+    module = [float(line[2]) for line in lines]
+    assert module == sorted(module, reverse=True)
+
+
+def test_digits_curves_coincide(example, tmp_path, capsys):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    picture = tmp_path / "curves.png"
+    runs = example("train_digits").main(["--epochs", "12", "--repeat", "1", "--plot", str(picture)])
+    assert runs["fastloss"].losses == pytest.approx(runs["torch"].losses, rel=1e-4)
+    assert runs["fastloss"].losses[-1] < runs["fastloss"].losses[0] / 3
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    text = capsys.readouterr().out
+    assert "computed by numba" in text
+    assert text.count("ms per step") == 2
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_training_loop_learns_as_with_torch(example, dtype):
+    found = example("training_loop").main(["--steps", "12", "--dtype", dtype])
+    assert found["fastloss"] == pytest.approx(found["torch"], rel=0.02)
+    assert all(math.isfinite(loss) for loss in found["fastloss"])
+    assert found["fastloss"][-1] < found["fastloss"][0] - 1

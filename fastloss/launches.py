@@ -29,6 +29,11 @@ def _class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     return weight.detach().to(compute_dtype(logits))
 
 
+def _dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
+    """The same for kernels that read it along with the logits: side by side in memory, also where all are one."""
+    return _class_weight(weight, logits).contiguous()
+
+
 def _vectors(count: int, logits: Tensor) -> tuple[Tensor, ...]:
     """`count` uninitialised [N] vectors in the compute dtype."""
     # one storage each: outputs of a registered op must not share memory
@@ -65,15 +70,16 @@ def cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss in `dtype`; then divisor, row_weight, mass (without elements if nothing is smoothed), top, total."""
-    kernels, class_weight = kernels_for(logits), _class_weight(weight, logits)
+    kernels = kernels_for(logits)
     loss, row_weight, top, total = _vectors(4, logits)
     mass = loss.new_empty(0)
     if label_smoothing > 0:
         mass = torch.empty_like(loss)
         keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
-        kernels.smoothed_cross_entropy_forward(logits, target, class_weight, ignore_index, keep, spread, loss, row_weight, mass, top, total)
+        dense_weight = _dense_class_weight(weight, logits)
+        kernels.smoothed_cross_entropy_forward(logits, target, dense_weight, ignore_index, keep, spread, loss, row_weight, mass, top, total)
     else:
-        kernels.cross_entropy_forward(logits, target, class_weight, ignore_index, loss, row_weight, top, total)
+        kernels.cross_entropy_forward(logits, target, _class_weight(weight, logits), ignore_index, loss, row_weight, top, total)
     reduced, divisor = _reduced(loss, row_weight, reduction)
     if mass.numel() and divisor.numel():
         reduced = reduced + 0 / divisor.view(())  # no weight at all: NaN, although the smoothed part of the sum is not 0
@@ -89,7 +95,7 @@ def cross_entropy_backward(
     kernels, row_gradient = kernels_for(logits), _row_gradient(dloss, divisor, logits)
     if mass.numel():
         keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
-        class_weight = _class_weight(weight, logits)
+        class_weight = _dense_class_weight(weight, logits)
         kernels.smoothed_cross_entropy_backward(
             logits, target, class_weight, ignore_index, keep, spread, row_weight, mass, top, total, row_gradient, dlogits
         )
@@ -104,7 +110,9 @@ def soft_cross_entropy_forward(
     """Loss in `dtype`; then divisor, mass, top, total."""
     loss, mass, top, total = _vectors(4, logits)
     keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
-    kernels_for(logits).soft_cross_entropy_forward(logits, target, _class_weight(weight, logits), keep, spread, loss, mass, top, total)
+    kernels_for(logits).soft_cross_entropy_forward(
+        logits, target, _dense_class_weight(weight, logits), keep, spread, loss, mass, top, total
+    )
     reduced, divisor = _reduced(loss, None, reduction)
     return reduced.to(dtype), divisor, mass, top, total
 
@@ -117,7 +125,7 @@ def soft_cross_entropy_backward(
     dlogits = memory.empty_like(logits) if result is None else result
     keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
     kernels_for(logits).soft_cross_entropy_backward(
-        logits, target, _class_weight(weight, logits), keep, spread, mass, top, total, _row_gradient(dloss, divisor, logits), dlogits
+        logits, target, _dense_class_weight(weight, logits), keep, spread, mass, top, total, _row_gradient(dloss, divisor, logits), dlogits
     )
     return dlogits
 
@@ -128,7 +136,7 @@ def soft_cross_entropy_target_backward(
     """The gradient of the class probabilities."""
     dtarget = memory.empty_like(logits)
     kernels_for(logits).soft_cross_entropy_target_backward(
-        logits, _class_weight(weight, logits), 1 - label_smoothing, top, total, _row_gradient(dloss, divisor, logits), dtarget
+        logits, _dense_class_weight(weight, logits), 1 - label_smoothing, top, total, _row_gradient(dloss, divisor, logits), dtarget
     )
     return dtarget
 

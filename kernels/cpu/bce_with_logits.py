@@ -17,7 +17,7 @@ from .launch import next_task, region, unpack
 from .math import INLINE, exp, log1p
 from .memory import load, offset, prefetch, store, stream
 from .reduction import sum_rows
-from .rows import AHEAD, bypass_caches, first_vector
+from .rows import AHEAD, bypass_caches, first_vector, whole_vectors
 from .simd import fma, lane_sum, lanes_of, select, splat
 
 _FORWARD = "TTCCC" + "n" * 15 + ELEMENTS
@@ -66,12 +66,34 @@ def _loss(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
 
 
 @njit(**INLINE)
-def _gradient(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
+def _slope(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
     e = exp(select(x > 0.0, 0.0 - x, x))
     large = 1.0 / (e + 1.0)
     small = e * large
     positive = x > 0.0
     return weight * ((1.0 - y) * select(positive, large, small) - pos_weight * y * select(positive, small, large))
+
+
+@njit(**INLINE)
+def _loss_at(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, k: Any, n: Any) -> Any:
+    return _loss(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0), load(v, k * v_p, v_p, n, 0.0))
+
+
+@njit(**INLINE)
+def _sum_of_piece(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, size: Any) -> Any:
+    """Called with strides that the compiler knows wherever that is possible: see `rows.whole_vectors`."""
+    lanes = lanes_of(x)
+    subtotal, other, whole = splat(0.0, x), splat(0.0, x), size // (2 * lanes) * (2 * lanes)
+    for k in range(0, whole, 2 * lanes):
+        prefetch(x, k * x_p + AHEAD)
+        prefetch(y, k * y_p + AHEAD)
+        prefetch(x, (k + lanes) * x_p + AHEAD)
+        prefetch(y, (k + lanes) * y_p + AHEAD)
+        subtotal = subtotal + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, lanes)
+        other = other + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k + lanes, lanes)
+    for k in range(whole, size, lanes):
+        subtotal = subtotal + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, size - k)
+    return lane_sum(subtotal + other)
 
 
 @region(_FORWARD)
@@ -89,8 +111,7 @@ def _forward(a: Any) -> None:
                 n = size - k
                 prefetch(x, k * x_p + AHEAD)
                 prefetch(y, k * y_p + AHEAD)
-                value = _loss(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0),
-                              load(v, k * v_p, v_p, n, 0.0))  # fmt: skip
+                value = _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, n)
                 store(out, k * l_p, l_p, n, value)
         task = next_task(a)
 
@@ -105,22 +126,37 @@ def _sum(a: Any) -> None:
             i, j, first, size = piece_of(number, size_b, size_p)
             x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
             w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
-            subtotal = splat(0.0, x)
-            for k in range(0, size, lanes_of(x)):
-                n = size - k
-                prefetch(x, k * x_p + AHEAD)
-                prefetch(y, k * y_p + AHEAD)
-                value = _loss(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0),
-                              load(v, k * v_p, v_p, n, 0.0))  # fmt: skip
-                subtotal = subtotal + value
-            partial[number] = lane_sum(subtotal)
+            if x_p == y_p == 1 and w_p == v_p == 0:
+                partial[number] = _sum_of_piece(x, 1, y, 1, w, 0, v, 0, size)
+            elif x_p == y_p == v_p == 1 and w_p == 0:
+                partial[number] = _sum_of_piece(x, 1, y, 1, w, 0, v, 1, size)
+            else:
+                partial[number] = _sum_of_piece(x, x_p, y, y_p, w, w_p, v, v_p, size)
         task = next_task(a)
+
+
+@njit(**INLINE)
+def _slope_at(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, k: Any, n: Any) -> Any:
+    return _slope(
+        load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0), load(v, k * v_p, v_p, n, 0.0)
+    )
+
+
+@njit(**INLINE)
+def _slopes_of_piece(x: Any, y: Any, w: Any, v: Any, v_p: Any, g: Any, g_p: Any, dx: Any, first: Any, last: Any, past_caches: Any) -> None:
+    """Whole vectors of logits, targets and gradients that lie side by side, with one weight for all."""
+    lanes = lanes_of(x)
+    for k in range(first, last, lanes):
+        prefetch(x, k + AHEAD)
+        prefetch(y, k + AHEAD)
+        stream(dx, k, load(g, k * g_p, g_p, lanes, 0.0) * _slope_at(x, 1, y, 1, w, 0, v, v_p, k, lanes), past_caches)
 
 
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
     (logits, target, weight, pos_weight, dloss, dlogits, past_caches, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p,
      g_a, g_b, g_p, d_a, d_b, d_p, size_a, size_b, size_p, grain) = unpack(a, _BACKWARD)  # fmt: skip
+    lanes = lanes_of(logits)
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
@@ -130,10 +166,17 @@ def _backward(a: Any) -> None:
             g, dx = offset(dloss, i * g_a + j * g_b + first * g_p), offset(dlogits, i * d_a + j * d_b + first * d_p)
             k, n = 0, first_vector(dx, size, 1, 0, past_caches)
             while k < size:
-                prefetch(x, k * x_p + AHEAD)
-                prefetch(y, k * y_p + AHEAD)
-                slope = _gradient(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0),
-                                  load(v, k * v_p, v_p, n, 0.0))  # fmt: skip
-                stream(dx, k * d_p, d_p, n, load(g, k * g_p, g_p, n, 0.0) * slope, past_caches)
-                k, n = k + n, min(lanes_of(x), size - k - n)
+                stop = whole_vectors(k, n, size, 1, lanes) if x_p == y_p == d_p == 1 and w_p == g_p == 0 else k
+                if stop > k and v_p == 0:
+                    _slopes_of_piece(x, y, w, v, 0, g, 0, dx, k, stop, past_caches)
+                    k, n = stop, size - stop
+                elif stop > k and v_p == 1:
+                    _slopes_of_piece(x, y, w, v, 1, g, 0, dx, k, stop, past_caches)
+                    k, n = stop, size - stop
+                else:
+                    prefetch(x, k * x_p + AHEAD)
+                    prefetch(y, k * y_p + AHEAD)
+                    slope = _slope_at(x, x_p, y, y_p, w, w_p, v, v_p, k, n)
+                    store(dx, k * d_p, d_p, n, load(g, k * g_p, g_p, n, 0.0) * slope)
+                    k, n = k + n, min(lanes, size - k - n)
         task = next_task(a)

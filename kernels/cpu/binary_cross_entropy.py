@@ -13,16 +13,16 @@ from torch import Tensor
 from .elements import ELEMENTS, elements, last_piece, piece_of
 from .launch import next_task, raise_flag, region, unpack
 from .math import INLINE, log
-from .memory import load, offset, prefetch, store, stream
+from .memory import load, offset, prefetch, store
 from .reduction import sum_rows
-from .rows import AHEAD, bypass_caches, first_vector
+from .rows import AHEAD
 from .simd import fma, lane_max, lane_sum, lanes_of, select, splat
 from .targets import refuse_improbable
 
 _EPSILON = float(np.float32(1e-12))  # torch's constant is a float, for float64 too
 _FORWARD = "TTCC" + "n" * 12 + ELEMENTS
 _SUM = "TTCC" + "n" * 9 + ELEMENTS
-_BACKWARD = "TTCCT" + "n" * 16 + ELEMENTS
+_BACKWARD = "TTCCT" + "n" * 15 + ELEMENTS
 
 
 def binary_cross_entropy_forward(prob: Tensor, target: Tensor, weight: Tensor, loss: Tensor) -> None:
@@ -53,7 +53,7 @@ def binary_cross_entropy_backward(prob: Tensor, target: Tensor, weight: Tensor, 
     way = elements(prob)
     _backward(
         prob.dtype, way.tasks,
-        prob.data_ptr(), target.data_ptr(), weight.data_ptr(), dloss.data_ptr(), dprob.data_ptr(), bypass_caches(prob, dprob),
+        prob.data_ptr(), target.data_ptr(), weight.data_ptr(), dloss.data_ptr(), dprob.data_ptr(),
         *prob.stride(), *target.stride(), *weight.stride(), *dloss.stride(), *dprob.stride(), *way,
     )  # fmt: skip
 
@@ -128,7 +128,7 @@ def _sum(a: Any) -> None:
 
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
-    (prob, target, weight, dloss, dprob, past_caches, p_a, p_b, p_p, y_a, y_b, y_p, w_a, w_b, w_p, g_a, g_b, g_p, d_a, d_b, d_p,
+    (prob, target, weight, dloss, dprob, p_a, p_b, p_p, y_a, y_b, y_p, w_a, w_b, w_p, g_a, g_b, g_p, d_a, d_b, d_p,
      size_a, size_b, size_p, grain) = unpack(a, _BACKWARD)  # fmt: skip
     task = next_task(a)
     while task >= 0:
@@ -137,13 +137,12 @@ def _backward(a: Any) -> None:
             p, y = offset(prob, i * p_a + j * p_b + first * p_p), offset(target, i * y_a + j * y_b + first * y_p)
             w, g = offset(weight, i * w_a + j * w_b + first * w_p), offset(dloss, i * g_a + j * g_b + first * g_p)
             dp = offset(dprob, i * d_a + j * d_b + first * d_p)
-            k, n = 0, first_vector(dp, size, 1, 0, past_caches)
-            while k < size:
+            for k in range(0, size, lanes_of(p)):
+                n = size - k
                 prefetch(p, k * p_p + AHEAD)
                 prefetch(y, k * y_p + AHEAD)
                 value = load(p, k * p_p, p_p, n, 0.0)
                 variance = (1.0 - value) * value
                 slope = (value - load(y, k * y_p, y_p, n, 0.0)) / select(variance > _EPSILON, variance, _EPSILON)
-                stream(dp, k * d_p, d_p, n, load(g, k * g_p, g_p, n, 0.0) * load(w, k * w_p, w_p, n, 0.0) * slope, past_caches)
-                k, n = k + n, min(lanes_of(value), size - k - n)
+                store(dp, k * d_p, d_p, n, load(g, k * g_p, g_p, n, 0.0) * load(w, k * w_p, w_p, n, 0.0) * slope)
         task = next_task(a)

@@ -96,18 +96,8 @@ def _forward(a: Any) -> None:
 
 
 @njit(**INLINE)
-def _gradient(
-    x: Any, at: Any, lane_stride: Any, dx: Any, to: Any, to_lane: Any, c: Any, n: Any, across: Any, y_row: Any,
-    y: Any, top: Any, scale: Any, g: Any, past_caches: Any,
-) -> None:  # fmt: skip
-    """One vector of the gradient, at class c."""
-    prefetch(x, at + AHEAD)
-    prob = exp(load(x, at, lane_stride, n, 0.0) - top) * scale
-    if across == 1:
-        prob = select(y > -1, select(y == c, prob - g, prob), 0.0)
-    elif c <= y_row < c + n:
-        prob = select(lane_numbers(prob) + c == y, prob - g, prob)
-    stream(dx, to, to_lane, n, prob, past_caches)
+def _probability(x: Any, at: Any, lane_stride: Any, n: Any, top: Any, scale: Any) -> Any:
+    return exp(load(x, at, lane_stride, n, 0.0) - top) * scale
 
 
 @njit(**INLINE)
@@ -129,7 +119,8 @@ def _backward(a: Any) -> None:
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
-    gapless = classes <= FEW_CLASSES and class_stride == to_class == 1 and position_stride == to_position == classes
+    consecutive = class_stride == to_class == 1
+    gapless = classes <= FEW_CLASSES and consecutive and position_stride == to_position == classes
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -146,19 +137,22 @@ def _backward(a: Any) -> None:
             if gapless and count == lanes:
                 _gradient_of_short_rows(x, dx, classes, y, tops, scale, g)
                 continue
-            fixed = (y, tops, scale, g, past_caches)
-            only = tile > 1 or target[row] != ignore_index
+            y_row, ignored = target[row], tile == 1 and target[row] == ignore_index
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, tile, lanes, class_stride, to_class) if only else c
+                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive and not ignored else c
+                if c <= y_row < stop:
+                    stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
                 for k in range(c, stop, lanes):
-                    _gradient(x, k, 1, dx, k, 1, k, lanes, 0, target[row], *fixed)
+                    prefetch(x, k + AHEAD)
+                    stream(dx, k, _probability(x, k, 1, lanes, tops, scale), past_caches)
                 if stop > c:
-                    c, n = stop, classes - stop
-                elif only:
-                    _gradient(x, c * class_stride, lane_stride, dx, c * to_class, to_lane, c, n, across, target[row], *fixed)
-                    c, n = advance(c, n, classes, tile, lanes)
+                    c, n = stop, min(lanes, classes - stop)
                 else:
-                    stream(dx, c * to_class, to_lane, n, splat(0.0, x), past_caches)
+                    prob = splat(0.0, x)
+                    if not ignored:
+                        prob = _probability(x, c * class_stride, lane_stride, n, tops, scale)
+                        prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - g, prob)
+                    store(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0))
                     c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)

@@ -118,59 +118,51 @@ def load(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, othe
     return vector(pointer, types.int64, types.int64, types.int64, vector.scalar), codegen
 
 
-def _store(builder: ir.IRBuilder, storage: types.Type, args: Any, past_caches: ir.Value | None) -> None:
-    pointer, index, stride, count, value = args[:5]
-    raw = _narrow(builder, value, storage)
-    lanes, i64, align = raw.type.count, ir.IntType(64), ir.Constant(ir.IntType(32), 1)
-    place = builder.bitcast(builder.gep(pointer, [index]), raw.type.as_pointer())
-
-    def whole() -> None:
-        if past_caches is None:
-            builder.store(raw, place, align=1)
-            return
-        size = lanes * SIZE[storage]
-        address = builder.and_(builder.ptrtoint(place, i64), ir.Constant(i64, size - 1))
-        fits = builder.and_(past_caches, builder.icmp_signed("==", address, ir.Constant(i64, 0)))
-        with builder.if_else(fits) as (aligned, not_aligned):
-            with aligned:
-                hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-                builder.store(raw, place, align=size).set_metadata("nontemporal", hint)
-            with not_aligned:
-                builder.store(raw, place, align=1)
-
-    with builder.if_else(builder.icmp_signed("==", stride, ir.Constant(i64, 1))) as (consecutive, apart):
-        with consecutive, builder.if_else(builder.icmp_signed(">=", count, ir.Constant(i64, lanes))) as (all_lanes, some_lanes):
-            with all_lanes:
-                whole()
-            with some_lanes:
-                arguments = [raw, place, align, mask_below(builder, count, lanes)]
-                call(builder, f"llvm.masked.store.{suffix(raw.type)}.p0", ir.VoidType(), arguments)
-        with apart:
-            places = _places(builder, place, stride, raw.type)
-            arguments = [raw, places, align, mask_below(builder, count, lanes)]
-            call(builder, f"llvm.masked.scatter.{suffix(raw.type)}.v{lanes}p0", ir.VoidType(), arguments)
-
-
 @intrinsic
 def store(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, value: Any) -> Any:
     """Write lane i < count to element index + i * stride."""
+    storage, lanes = pointer.dtype, value.lanes
+    i64, align = ir.IntType(64), ir.Constant(ir.IntType(32), 1)
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _store(builder, pointer.dtype, args, past_caches=None)
+        pointer, index, stride, count, value = args
+        raw = _narrow(builder, value, storage)
+        place = builder.bitcast(builder.gep(pointer, [index]), raw.type.as_pointer())
+        with builder.if_else(builder.icmp_signed("==", stride, ir.Constant(i64, 1))) as (consecutive, apart):
+            with consecutive, builder.if_else(builder.icmp_signed(">=", count, ir.Constant(i64, lanes))) as (whole, part):
+                with whole:
+                    builder.store(raw, place, align=1)
+                with part:
+                    arguments = [raw, place, align, mask_below(builder, count, lanes)]
+                    call(builder, f"llvm.masked.store.{suffix(raw.type)}.p0", ir.VoidType(), arguments)
+            with apart:
+                places = _places(builder, place, stride, raw.type)
+                arguments = [raw, places, align, mask_below(builder, count, lanes)]
+                call(builder, f"llvm.masked.scatter.{suffix(raw.type)}.v{lanes}p0", ir.VoidType(), arguments)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.int64, types.int64, value), codegen
 
 
 @intrinsic
-def stream(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, value: Any, past_caches: Any) -> Any:
-    """Like `store`; if `past_caches` is not 0, whole aligned vectors bypass the caches, which saves reading the old content first."""
+def stream(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: Any) -> Any:
+    """Write a whole vector from element `index` on. If `past_caches` is not 0, its address must be a multiple of its size, and it
+    bypasses the caches, which saves reading the old content of that memory first."""
+    storage = pointer.dtype
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _store(builder, pointer.dtype, args, past_caches=builder.icmp_signed("!=", args[5], ir.Constant(ir.IntType(64), 0)))
+        pointer, index, value, past_caches = args
+        raw = _narrow(builder, value, storage)
+        place = builder.bitcast(builder.gep(pointer, [index]), raw.type.as_pointer())
+        with builder.if_else(builder.icmp_signed("!=", past_caches, ir.Constant(ir.IntType(64), 0))) as (past, through):
+            with past:
+                hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+                builder.store(raw, place, align=raw.type.count * SIZE[storage]).set_metadata("nontemporal", hint)
+            with through:
+                builder.store(raw, place, align=1)
         return context.get_dummy_value()
 
-    return types.void(pointer, types.int64, types.int64, types.int64, value, types.int64), codegen
+    return types.void(pointer, types.int64, value, types.int64), codegen
 
 
 @intrinsic

@@ -5,8 +5,8 @@ from typing import Any
 from torch import Tensor
 
 from .launch import next_task, raise_flag, region, unpack
-from .memory import load, load_classes, load_one, offset, stream
-from .rows import WALK, advance, bypass_caches, first_vector, last_tile, rows_of, walk
+from .memory import load, load_classes, load_one, offset, store, stream
+from .rows import WALK, advance, bypass_caches, first_vector, last_tile, rows_of, walk, whole_vectors
 from .simd import lane_numbers, lanes_of, select, splat
 from .targets import refuse_out_of_bounds
 
@@ -72,11 +72,18 @@ def _backward(a: Any) -> None:
             y = load_classes(target, row, across, size, ignore_index, nothing)
             g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * load(row_weight, row, across, size, 0.0)
             # gradient
+            y_row = target[row]
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
-                value = nothing
-                if tile > 1 or c <= target[row] < c + n:
+                stop = whole_vectors(c, n, classes, tile, lanes) if class_stride == 1 else c
+                if c <= y_row < stop:
+                    stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
+                for k in range(c, stop, lanes):
+                    stream(dx, k, nothing, past_caches)
+                if stop > c:
+                    c, n = stop, min(lanes, classes - stop)
+                else:
                     value = select(lane_numbers(nothing) * (1 - across) + c == y, nothing - g, nothing)
-                stream(dx, c * class_stride, lane_stride, n, value, past_caches)
-                c, n = advance(c, n, classes, tile, lanes)
+                    store(dx, c * class_stride, lane_stride, n, value)
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)

@@ -101,13 +101,13 @@ def advance(c: Any, n: Any, classes: Any, tile: Any, lanes: Any) -> Any:
 
 
 @njit(**INLINE)
-def whole_vectors(c: Any, n: Any, classes: Any, tile: Any, lanes: Any, stride: Any, other_stride: Any) -> Any:
-    """Where the stretch of whole vectors of consecutive classes from c on ends; c if there is none.
+def whole_vectors(c: Any, n: Any, classes: Any, tile: Any, lanes: Any) -> Any:
+    """Where the stretch of whole vectors of one row from class c on ends; c if there is none.
 
-    Such a stretch is walked by a loop of its own, with strides and counts that the compiler knows: without their branches it is a
-    third faster.
+    Where classes lie side by side, such a stretch gets a loop of its own, with strides and counts that the compiler knows: only
+    without a branch does it keep the constants of exp in registers.
     """
-    return c + (classes - c) // lanes * lanes if tile == 1 and n == lanes and stride == 1 and other_stride == 1 else c
+    return c + (classes - c) // lanes * lanes if tile == 1 and n == lanes else c
 
 
 @njit(**INLINE)
@@ -157,6 +157,12 @@ def chunk_statistics(x: Any, first: Any, last: Any, class_stride: Any) -> Any:
 
 
 @njit(**INLINE)
+def real_total(total: Any) -> Any:
+    """NaN where a row was all -inf: every other has its largest term, 1, in the sum."""
+    return select(total > 0.5, total, np.nan)
+
+
+@njit(**INLINE)
 def row_statistics(x: Any, classes: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any) -> Any:
     """`top` and `total` of the rows in the lanes, or of one row, chunk by chunk in order."""
     if tile > 1:
@@ -168,4 +174,4 @@ def row_statistics(x: Any, classes: Any, class_stride: Any, lane_stride: Any, ti
             joint = select(chunk_top > top, chunk_top, top)
             total = fma(total, exp(top - joint), chunk_total * exp(chunk_top - joint))
             top = joint
-    return top, select(total > 0.5, total, np.nan)  # every real row has its largest term, 1: this one is all -inf
+    return top, real_total(total)

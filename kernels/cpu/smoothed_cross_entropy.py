@@ -13,10 +13,23 @@ from torch import Tensor
 from .launch import next_task, raise_flag, region, unpack
 from .math import INLINE, exp, log
 from .memory import load, load_classes, load_one, offset, prefetch, store, stream
-from .rows import AHEAD, CHUNK, WALK, advance, bypass_caches, first_vector, last_tile, rows_of, strides_of, walk
-from .simd import fma, lane_numbers, lanes_of, select, splat
+from .rows import (
+    AHEAD,
+    CHUNK,
+    WALK,
+    advance,
+    bypass_caches,
+    first_vector,
+    last_tile,
+    real_total,
+    rows_of,
+    strides_of,
+    walk,
+    whole_vectors,
+)
+from .simd import fma, lane_numbers, lanes_of, larger, select, splat
 from .targets import refuse_out_of_bounds
-from .weighted import add_class, merge, merge_lanes, no_classes
+from .weighted import add_class, follow, merge, merge_lanes, no_classes, settle
 
 _FORWARD = "TICCCCCCxxnn" + WALK
 _BACKWARD = "TICCCCCCTxxnnnnnnn" + WALK
@@ -54,16 +67,27 @@ def _statistics(
     x: Any, weight: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, w_class: Any, w_lane: Any, tile: Any, count: Any
 ) -> Any:
     lanes = lanes_of(x)
-    top, total, mass, gap = no_classes(x)
-    c, n = first, count if tile > 1 else min(lanes, last - first)
+    top, anchor, total, mass, gap = no_classes(x)
+    c = first
+    if tile == 1 and class_stride == w_class == 1:
+        while c + 2 * lanes <= last:
+            prefetch(x, c + AHEAD)
+            prefetch(x, c + lanes + AHEAD)
+            v0, v1 = load(x, c, 1, lanes, -np.inf), load(x, c + lanes, 1, lanes, -np.inf)
+            top = larger(top, larger(v0, v1))
+            anchor, total, gap = follow(top, anchor, total, mass, gap)
+            total, mass, gap = add_class(anchor, total, mass, gap, v0, v0, load(weight, c, 1, lanes, 0.0))
+            total, mass, gap = add_class(anchor, total, mass, gap, v1, v1, load(weight, c + lanes, 1, lanes, 0.0))
+            c += 2 * lanes
+    n = count if tile > 1 else min(lanes, last - c)
     while c < last:
-        if tile == 1:
-            prefetch(x, c * class_stride + AHEAD)
         value = load(x, c * class_stride, lane_stride, n, -np.inf)
         term = value if n == lanes else load(x, c * class_stride, lane_stride, n, 0.0)
-        top, total, mass, gap = add_class(top, total, mass, gap, value, term, load(weight, c * w_class, w_lane, n, 0.0))
+        top = larger(top, value)
+        anchor, total, gap = follow(top, anchor, total, mass, gap)
+        total, mass, gap = add_class(anchor, total, mass, gap, value, term, load(weight, c * w_class, w_lane, n, 0.0))
         c, n = advance(c, n, last, tile, lanes)
-    return top, total, mass, gap
+    return settle(top, anchor, total, mass, gap)
 
 
 @region(_FORWARD)
@@ -89,7 +113,7 @@ def _forward(a: Any) -> None:
                     stop = min(classes, first + CHUNK)
                     chunk = _statistics(x, weight, first, stop, class_stride, lane_stride, w_class, w_lane, tile, count)
                     tops, totals, masses, gaps = merge(tops, totals, masses, gaps, *merge_lanes(*chunk))
-            totals = select(tops == np.inf, np.nan, totals)
+            totals = real_total(totals)
             # target logit and class weight
             for i in range(row, row + count):
                 y = target[i]
@@ -120,6 +144,7 @@ def _backward(a: Any) -> None:
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
+    consecutive = class_stride == to_class == w_class == 1
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -134,15 +159,24 @@ def _backward(a: Any) -> None:
             scale = g * load(mass, row, across, size, 0.0) / load(total, row, across, size, 1.0)
             kept, spread_g = g * keep * load(row_weight, row, across, size, 0.0), g * spread
             # gradient
+            y_row, ignored = target[row], tile == 1 and target[row] == ignore_index
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
-                prob = splat(0.0, x)
-                if tile > 1 or target[row] != ignore_index:
-                    prefetch(x, c * class_stride + AHEAD)
-                    prob = exp(load(x, c * class_stride, lane_stride, n, 0.0) - tops) * scale
-                    prob = prob - spread_g * load(weight, c * w_class, w_lane, n, 0.0)
-                if tile > 1 or c <= target[row] < c + n:
-                    prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - kept, prob)
-                stream(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0), past_caches)
-                c, n = advance(c, n, classes, tile, lanes)
+                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive and not ignored else c
+                if c <= y_row < stop:
+                    stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
+                for k in range(c, stop, lanes):
+                    prefetch(x, k + AHEAD)
+                    prob = exp(load(x, k, 1, lanes, 0.0) - tops) * scale
+                    stream(dx, k, prob - spread_g * load(weight, k, 1, lanes, 0.0), past_caches)
+                if stop > c:
+                    c, n = stop, min(lanes, classes - stop)
+                else:
+                    prob = splat(0.0, x)
+                    if not ignored:
+                        prob = exp(load(x, c * class_stride, lane_stride, n, 0.0) - tops) * scale
+                        prob = prob - spread_g * load(weight, c * w_class, w_lane, n, 0.0)
+                        prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - kept, prob)
+                    store(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0))
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)

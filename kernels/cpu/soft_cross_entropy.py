@@ -13,13 +13,26 @@ from torch import Tensor
 from .launch import next_task, region, unpack
 from .math import INLINE, exp, log
 from .memory import load, offset, prefetch, store, stream
-from .rows import AHEAD, CHUNK, WALK, advance, bypass_caches, first_vector, last_tile, rows_of, strides_of, walk
-from .simd import fma, lanes_of, select
-from .weighted import add_class, merge, merge_lanes, no_classes
+from .rows import (
+    AHEAD,
+    CHUNK,
+    WALK,
+    advance,
+    bypass_caches,
+    first_vector,
+    last_tile,
+    real_total,
+    rows_of,
+    strides_of,
+    walk,
+    whole_vectors,
+)
+from .simd import fma, lanes_of, larger
+from .weighted import add_class, follow, merge, merge_lanes, no_classes, settle
 
 _FORWARD = "TTCCCCCxxnnnn" + WALK
 _BACKWARD = "TTCCCCCTxxnnnnnnnnn" + WALK
-_TARGET_BACKWARD = "TCCCCTxnnnnnn" + WALK
+_TARGET_BACKWARD = "TCCCCTxnnnnn" + WALK
 
 
 def soft_cross_entropy_forward(
@@ -53,7 +66,7 @@ def soft_cross_entropy_target_backward(
     _target_backward(
         logits.dtype, way.tasks,
         logits.data_ptr(), weight.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dtarget.data_ptr(),
-        keep, weight.stride(0), dloss.stride(0), bypass_caches(logits, dtarget), *strides_of(dtarget), *way,
+        keep, weight.stride(0), dloss.stride(0), *strides_of(dtarget), *way,
     )  # fmt: skip
 
 
@@ -69,18 +82,32 @@ def _statistics(
     class_stride: Any, lane_stride: Any, q_class: Any, q_lane: Any, w_class: Any, w_lane: Any, tile: Any, count: Any,
 ) -> Any:  # fmt: skip
     lanes = lanes_of(x)
-    top, total, mass, gap = no_classes(x)
-    c, n = first, count if tile > 1 else min(lanes, last - first)
+    top, anchor, total, mass, gap = no_classes(x)
+    c = first
+    if tile == 1 and class_stride == q_class == w_class == 1:
+        while c + 2 * lanes <= last:
+            prefetch(x, c + AHEAD)
+            prefetch(q, c + AHEAD)
+            prefetch(x, c + lanes + AHEAD)
+            prefetch(q, c + lanes + AHEAD)
+            v0, v1 = load(x, c, 1, lanes, -np.inf), load(x, c + lanes, 1, lanes, -np.inf)
+            k0 = _factor(q, c, 1, weight, c, 1, lanes, keep, spread)
+            k1 = _factor(q, c + lanes, 1, weight, c + lanes, 1, lanes, keep, spread)
+            top = larger(top, larger(v0, v1))
+            anchor, total, gap = follow(top, anchor, total, mass, gap)
+            total, mass, gap = add_class(anchor, total, mass, gap, v0, v0, k0)
+            total, mass, gap = add_class(anchor, total, mass, gap, v1, v1, k1)
+            c += 2 * lanes
+    n = count if tile > 1 else min(lanes, last - c)
     while c < last:
-        if tile == 1:
-            prefetch(x, c * class_stride + AHEAD)
-            prefetch(q, c * q_class + AHEAD)
         value = load(x, c * class_stride, lane_stride, n, -np.inf)
         term = value if n == lanes else load(x, c * class_stride, lane_stride, n, 0.0)
         k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
-        top, total, mass, gap = add_class(top, total, mass, gap, value, term, k)
+        top = larger(top, value)
+        anchor, total, gap = follow(top, anchor, total, mass, gap)
+        total, mass, gap = add_class(anchor, total, mass, gap, value, term, k)
         c, n = advance(c, n, last, tile, lanes)
-    return top, total, mass, gap
+    return settle(top, anchor, total, mass, gap)
 
 
 @region(_FORWARD)
@@ -108,7 +135,7 @@ def _forward(a: Any) -> None:
                     )  # fmt: skip
                     tops, totals, masses, gaps = merge(tops, totals, masses, gaps, *merge_lanes(*chunk))
             # loss
-            totals = select(tops == np.inf, np.nan, totals)
+            totals = real_total(totals)
             store(top, row, 1, count, tops)
             store(total, row, 1, count, totals)
             store(mass, row, 1, count, masses)
@@ -124,6 +151,7 @@ def _backward(a: Any) -> None:
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
     q_lane, w_lane = (q_position, 0) if tile > 1 else (q_class, w_class)
+    consecutive = class_stride == to_class == q_class == w_class == 1
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -139,19 +167,25 @@ def _backward(a: Any) -> None:
             # gradient
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
-                if tile == 1:
-                    prefetch(x, c * class_stride + AHEAD)
-                    prefetch(q, c * q_class + AHEAD)
-                k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
-                prob = exp(load(x, c * class_stride, lane_stride, n, 0.0) - tops) * scale
-                stream(dx, c * to_class, to_lane, n, prob - g * k, past_caches)
-                c, n = advance(c, n, classes, tile, lanes)
+                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                for k in range(c, stop, lanes):
+                    prefetch(x, k + AHEAD)
+                    prefetch(q, k + AHEAD)
+                    prob = exp(load(x, k, 1, lanes, 0.0) - tops) * scale
+                    stream(dx, k, prob - g * _factor(q, k, 1, weight, k, 1, lanes, keep, spread), past_caches)
+                if stop > c:
+                    c, n = stop, classes - stop
+                else:
+                    factor = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
+                    prob = exp(load(x, c * class_stride, lane_stride, n, 0.0) - tops) * scale
+                    store(dx, c * to_class, to_lane, n, prob - g * factor)
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)
 
 
 @region(_TARGET_BACKWARD)
 def _target_backward(a: Any) -> None:
-    (logits, weight, top, total, dloss, dtarget, keep, w_class, dloss_stride, past_caches, to_batch, to_class, to_position,
+    (logits, weight, top, total, dloss, dtarget, keep, w_class, dloss_stride, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _TARGET_BACKWARD)  # fmt: skip
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
@@ -167,9 +201,9 @@ def _target_backward(a: Any) -> None:
             log_total = log(load(total, row, across, size, 1.0))
             g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * keep
             # gradient
-            c, n = 0, first_vector(dq, classes, tile, count, past_caches)
+            c, n = 0, count if tile > 1 else min(lanes, classes)
             while c < classes:
                 nll = log_total - (load(x, c * class_stride, lane_stride, n, 0.0) - tops)
-                stream(dq, c * to_class, to_lane, n, g * load(weight, c * w_class, w_lane, n, 0.0) * nll, past_caches)
+                store(dq, c * to_class, to_lane, n, g * load(weight, c * w_class, w_lane, n, 0.0) * nll)
                 c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)

@@ -11,8 +11,21 @@ from torch import Tensor
 
 from .launch import next_task, region, unpack
 from .math import INLINE, exp, log
-from .memory import load, offset, prefetch, stream
-from .rows import AHEAD, CHUNK, WALK, advance, bypass_caches, first_vector, last_tile, row_statistics, rows_of, strides_of, walk
+from .memory import load, offset, prefetch, store, stream
+from .rows import (
+    AHEAD,
+    CHUNK,
+    WALK,
+    advance,
+    bypass_caches,
+    first_vector,
+    last_tile,
+    row_statistics,
+    rows_of,
+    strides_of,
+    walk,
+    whole_vectors,
+)
 from .simd import fma, lane_sum, lanes_of, splat
 
 _FORWARD = "TTnnnn" + WALK
@@ -53,6 +66,7 @@ def _softmax(a: Any) -> None:
     (logits, prob, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
+    lanes, consecutive = lanes_of(logits), class_stride == to_class == 1
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -65,9 +79,14 @@ def _softmax(a: Any) -> None:
             # probabilities
             c, n = 0, first_vector(out, classes, tile, count, past_caches)
             while c < classes:
-                value = exp(load(x, c * class_stride, lane_stride, n, 0.0) - top) * scale
-                stream(out, c * to_class, to_lane, n, value, past_caches)
-                c, n = advance(c, n, classes, tile, lanes_of(x))
+                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                for k in range(c, stop, lanes):
+                    stream(out, k, exp(load(x, k, 1, lanes, 0.0) - top) * scale, past_caches)
+                if stop > c:
+                    c, n = stop, classes - stop
+                else:
+                    store(out, c * to_class, to_lane, n, exp(load(x, c * class_stride, lane_stride, n, 0.0) - top) * scale)
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)
 
 
@@ -76,6 +95,7 @@ def _log_softmax(a: Any) -> None:
     (logits, log_prob, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
+    lanes, consecutive = lanes_of(logits), class_stride == to_class == 1
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -88,9 +108,14 @@ def _log_softmax(a: Any) -> None:
             # log-probabilities
             c, n = 0, first_vector(out, classes, tile, count, past_caches)
             while c < classes:
-                value = (load(x, c * class_stride, lane_stride, n, 0.0) - top) - log_total
-                stream(out, c * to_class, to_lane, n, value, past_caches)
-                c, n = advance(c, n, classes, tile, lanes_of(x))
+                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                for k in range(c, stop, lanes):
+                    stream(out, k, (load(x, k, 1, lanes, 0.0) - top) - log_total, past_caches)
+                if stop > c:
+                    c, n = stop, classes - stop
+                else:
+                    store(out, c * to_class, to_lane, n, (load(x, c * class_stride, lane_stride, n, 0.0) - top) - log_total)
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)
 
 
@@ -99,6 +124,7 @@ def _softmax_backward(a: Any) -> None:
     (prob, dprob, dlogits, past_caches, d_batch, d_class, d_position, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lane_stride, d_lane, to_lane = (position_stride, d_position, to_position) if tile > 1 else (class_stride, d_class, to_class)
+    lanes, consecutive = lanes_of(dlogits), class_stride == d_class == to_class == 1
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -111,20 +137,26 @@ def _softmax_backward(a: Any) -> None:
             for first in range(0, classes, CHUNK):
                 subtotal = splat(0.0, y)
                 last = min(classes, first + CHUNK)
-                c, n = first, count if tile > 1 else min(lanes_of(y), last - first)
+                c, n = first, count if tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, c * class_stride, dy, c * d_class, tile)
                     subtotal = fma(load(y, c * class_stride, lane_stride, n, 0.0), load(dy, c * d_class, d_lane, n, 0.0), subtotal)
-                    c, n = advance(c, n, last, tile, lanes_of(y))
+                    c, n = advance(c, n, last, tile, lanes)
                 dot = dot + subtotal
             if tile == 1:
                 dot = splat(lane_sum(dot), y)
             # gradient
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
-                value = load(y, c * class_stride, lane_stride, n, 0.0) * (load(dy, c * d_class, d_lane, n, 0.0) - dot)
-                stream(dx, c * to_class, to_lane, n, value, past_caches)
-                c, n = advance(c, n, classes, tile, lanes_of(y))
+                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                for k in range(c, stop, lanes):
+                    stream(dx, k, load(y, k, 1, lanes, 0.0) * (load(dy, k, 1, lanes, 0.0) - dot), past_caches)
+                if stop > c:
+                    c, n = stop, classes - stop
+                else:
+                    value = load(y, c * class_stride, lane_stride, n, 0.0) * (load(dy, c * d_class, d_lane, n, 0.0) - dot)
+                    store(dx, c * to_class, to_lane, n, value)
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)
 
 
@@ -133,6 +165,7 @@ def _log_softmax_backward(a: Any) -> None:
     (log_prob, dlog_prob, dlogits, past_caches, d_batch, d_class, d_position, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lane_stride, d_lane, to_lane = (position_stride, d_position, to_position) if tile > 1 else (class_stride, d_class, to_class)
+    lanes, consecutive = lanes_of(dlogits), class_stride == d_class == to_class == 1
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -145,20 +178,26 @@ def _log_softmax_backward(a: Any) -> None:
             for first in range(0, classes, CHUNK):
                 subtotal = splat(0.0, y)
                 last = min(classes, first + CHUNK)
-                c, n = first, count if tile > 1 else min(lanes_of(y), last - first)
+                c, n = first, count if tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, c * class_stride, dy, c * d_class, tile)
                     subtotal = subtotal + load(dy, c * d_class, d_lane, n, 0.0)
-                    c, n = advance(c, n, last, tile, lanes_of(y))
+                    c, n = advance(c, n, last, tile, lanes)
                 dot = dot + subtotal
             if tile == 1:
                 dot = splat(lane_sum(dot), y)
             # gradient
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
-                prob = exp(load(y, c * class_stride, lane_stride, n, 0.0))
-                stream(dx, c * to_class, to_lane, n, load(dy, c * d_class, d_lane, n, 0.0) - prob * dot, past_caches)
-                c, n = advance(c, n, classes, tile, lanes_of(y))
+                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                for k in range(c, stop, lanes):
+                    stream(dx, k, load(dy, k, 1, lanes, 0.0) - exp(load(y, k, 1, lanes, 0.0)) * dot, past_caches)
+                if stop > c:
+                    c, n = stop, classes - stop
+                else:
+                    prob = exp(load(y, c * class_stride, lane_stride, n, 0.0))
+                    store(dx, c * to_class, to_lane, n, load(dy, c * d_class, d_lane, n, 0.0) - prob * dot)
+                    c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)
 
 

@@ -44,6 +44,10 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     return written
 
 
+def _without(case: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {**case, "providers": {name: found for name, found in case["providers"].items() if name not in names}}
+
+
 def _label(case: dict[str, Any]) -> str:
     return f"{SHORT[case['loss']]}  {size(case['shape'])}  {case['dtype']}"
 
@@ -66,12 +70,17 @@ def _dots(cases: list[dict[str, Any]], value: str, title: str, axis: str) -> tup
                 points[name].append((worst, row, worst, worst))
     if not points:
         return None
-    figure, axes = plt.subplots(figsize=(10, 1.9 + 0.36 * len(cases)), layout="constrained")
-    for name in sorted(points, key=lambda name: list(STYLE).index(name) if name in STYLE else len(STYLE)):
+    figure, axes = plt.subplots(figsize=(10, 1.9 + 0.5 * len(cases)), layout="constrained")
+    for row in range(0, len(cases), 2):
+        axes.axhspan(row - 0.5, row + 0.5, color="#f6f6f6", zorder=0, linewidth=0)
+    names = sorted(points, key=lambda name: list(STYLE).index(name) if name in STYLE else len(STYLE))
+    for place, name in enumerate(names):
         colour, mark = STYLE.get(name, _OTHER)
-        x, y, low, high = zip(*points[name], strict=True)
+        x, rows, low, high = zip(*points[name], strict=True)
+        # side by side within the band of the case: marks on the same number must not hide each other
+        y = [row + 0.6 * ((place + 0.5) / len(names) - 0.5) for row in rows]
         axes.hlines(y, low, high, color=colour, alpha=0.45, linewidth=2)
-        axes.scatter(x, y, s=52, color=colour, marker=mark, label=name, zorder=3, linewidths=0)
+        axes.scatter(x, y, s=42, color=colour, marker=mark, label=name, zorder=3, linewidths=0)
     axes.set_yticks(range(len(cases)), [_label(case) for case in cases])
     axes.set_ylim(len(cases) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -108,7 +117,10 @@ def _memory(cases: list[dict[str, Any]]) -> Figure | None:
 
 def _error(cases: list[dict[str, Any]]) -> Figure | None:
     drawn = _dots(
-        cases, "error", "Error against float64", "largest error of loss or gradient, relative to the largest true value (log scale)"
+        [_without(case, INPLACE, NO_POOL, HUGE_PAGES) for case in cases],  # the same arithmetic as the mode they vary
+        "error",
+        "Error against float64",
+        "largest error of loss or gradient, relative to the largest true value (log scale)",
     )
     if drawn is None:
         return None

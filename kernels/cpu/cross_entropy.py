@@ -15,12 +15,17 @@ from .math import INLINE, exp, log
 from .memory import load, load_classes, load_one, offset, prefetch, store, stream
 from .rows import (
     AHEAD,
+    CHUNK,
     FEW_CLASSES,
     WALK,
     advance,
     bypass_caches,
+    chunk_statistics,
+    chunks_apart,
     first_vector,
     last_tile,
+    merge,
+    real_total,
     row_statistics,
     rows_of,
     strides_of,
@@ -30,18 +35,23 @@ from .rows import (
 from .simd import first_lane, lane_numbers, lanes_of, pick, select, splat
 from .targets import refuse_out_of_bounds
 
-_FORWARD = "TICCCCCnn" + WALK
-_BACKWARD = "TICCCCTnnnnnn" + WALK
+_CHUNKS = "TCCn" + WALK
+_FORWARD = "TICCCCCCCnnn" + WALK
+_BACKWARD = "TICCCCTnnnnnnn" + WALK
 
 
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor
 ) -> None:
     way = walk(logits)
+    chunks = chunks_apart(way)
+    parts = top.new_empty((2, loss.numel() * chunks if chunks > 1 else 0))
+    if chunks > 1:
+        _statistics_of_chunks(logits.dtype, parts.shape[1], logits.data_ptr(), parts[0].data_ptr(), parts[1].data_ptr(), chunks, *way)
     out_of_bounds = _forward(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(),
-        ignore_index, weight.stride(0), *way,
+        parts[0].data_ptr(), parts[1].data_ptr(), chunks, ignore_index, weight.stride(0), *way,
     )  # fmt: skip
     if out_of_bounds:
         refuse_out_of_bounds(target, way.classes, ignore_index)
@@ -51,16 +61,40 @@ def cross_entropy_backward(
     logits: Tensor, target: Tensor, ignore_index: int, row_weight: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor
 ) -> None:
     way = walk(logits)
+    chunks = chunks_apart(way)
     _backward(
-        logits.dtype, way.tasks,
+        logits.dtype, way.tasks * chunks,
         logits.data_ptr(), target.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
-        ignore_index, dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
+        chunks, ignore_index, dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
     )  # fmt: skip
+
+
+@region(_CHUNKS)
+def _statistics_of_chunks(a: Any) -> None:
+    (logits, tops, totals, chunks, _batch, classes, positions, batch_stride, class_stride, position_stride, _tile, _grain) = unpack(
+        a, _CHUNKS
+    )
+    task = next_task(a)
+    while task >= 0:
+        b, p, _row, _count = rows_of(task // chunks, positions, 1)
+        x, first = offset(logits, b * batch_stride + p * position_stride), task % chunks * CHUNK
+        top, total = chunk_statistics(x, first, min(classes, first + CHUNK), class_stride)
+        tops[task], totals[task] = first_lane(top), first_lane(total)
+        task = next_task(a)
+
+
+@njit(**INLINE)
+def _merged(tops: Any, totals: Any, first: Any, chunks: Any, like: Any) -> Any:
+    """What `row_statistics` gives, from statistics of its chunks that are there already: the same steps, the same bits."""
+    top, total = splat(tops[first], like), splat(totals[first], like)
+    for i in range(first + 1, first + chunks):
+        top, total = merge(top, total, splat(tops[i], like), splat(totals[i], like))
+    return top, real_total(total)
 
 
 @region(_FORWARD)
 def _forward(a: Any) -> None:
-    (logits, target, weight, loss, row_weight, top, total, ignore_index, weight_stride,
+    (logits, target, weight, loss, row_weight, top, total, chunk_tops, chunk_totals, chunks, ignore_index, weight_stride,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
     task = next_task(a)
     while task >= 0:
@@ -76,7 +110,10 @@ def _forward(a: Any) -> None:
                 store(top, row, 1, count, tops)
                 store(total, row, 1, count, totals)
             elif target[row] != ignore_index:
-                tops, totals = row_statistics(x, classes, class_stride, class_stride, tile, count)
+                if chunks > 1:
+                    tops, totals = _merged(chunk_tops, chunk_totals, row * chunks, chunks, x)
+                else:
+                    tops, totals = row_statistics(x, classes, class_stride, class_stride, tile, count)
                 top[row], total[row] = first_lane(tops), first_lane(totals)
             # target logit and class weight
             for i in range(row, end):
@@ -115,7 +152,7 @@ def _gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, sca
 
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
-    (logits, target, row_weight, top, total, dloss, dlogits, ignore_index, dloss_stride, past_caches, to_batch, to_class, to_position,
+    (logits, target, row_weight, top, total, dloss, dlogits, chunks, ignore_index, dloss_stride, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
@@ -123,8 +160,10 @@ def _backward(a: Any) -> None:
     gapless = classes <= FEW_CLASSES and consecutive and position_stride == to_position == classes
     task = next_task(a)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
+        for number in range(task * grain, last_tile(task, grain, batch * chunks, positions, tile)):
+            b, p, row, count = rows_of(number // chunks, positions, tile)
+            first = number % chunks * CHUNK
+            last = min(classes, first + CHUNK) if chunks > 1 else classes
             x = offset(logits, b * batch_stride + p * position_stride)
             dx = offset(dlogits, b * to_batch + p * to_position)
             # row numbers: one for each lane, or the row's in every lane
@@ -138,21 +177,21 @@ def _backward(a: Any) -> None:
                 _gradient_of_short_rows(x, dx, classes, y, tops, scale, g)
                 continue
             y_row, ignored = target[row], tile == 1 and target[row] == ignore_index
-            c, n = 0, first_vector(dx, classes, tile, count, past_caches)
-            while c < classes:
-                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive and not ignored else c
+            c, n = first, first_vector(offset(dx, first * to_class), last - first, tile, count, past_caches)
+            while c < last:
+                stop = whole_vectors(c, n, last, tile, lanes) if consecutive and not ignored else c
                 if c <= y_row < stop:
                     stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
                 for k in range(c, stop, lanes):
                     prefetch(x, k + AHEAD)
                     stream(dx, k, _probability(x, k, 1, lanes, tops, scale), past_caches)
                 if stop > c:
-                    c, n = stop, min(lanes, classes - stop)
+                    c, n = stop, min(lanes, last - stop)
                 else:
                     prob = splat(0.0, x)
                     if not ignored:
                         prob = _probability(x, c * class_stride, lane_stride, n, tops, scale)
                         prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - g, prob)
                     store(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0))
-                    c, n = advance(c, n, classes, tile, lanes)
+                    c, n = advance(c, n, last, tile, lanes)
         task = next_task(a)

@@ -66,6 +66,12 @@ def walk(logits: Tensor) -> Walk:
     return Walk(batch, classes, positions, *strides, tile, max(1, min(TASK_NUMEL // max(1, tile * classes), share)))
 
 
+def chunks_apart(way: Walk) -> int:
+    """How many chunks of a row to hand out one by one: all of them if there are fewer rows than threads, else 1."""
+    few = way.tile == 1 and way.batch * way.positions < torch.get_num_threads()
+    return -(-way.classes // CHUNK) if few and way.classes > CHUNK else 1
+
+
 def bypass_caches(source: Tensor, result: Tensor) -> bool:
     """Whether to write a result past the caches: it is large, and it is not the memory just read."""
     return result.numel() * result.element_size() >= STREAM_BYTES and result.data_ptr() != source.data_ptr()
@@ -163,6 +169,13 @@ def real_total(total: Any) -> Any:
 
 
 @njit(**INLINE)
+def merge(top: Any, total: Any, top2: Any, total2: Any) -> Any:
+    """The statistics of two disjoint sets of classes taken together."""
+    joint = larger(top, top2)
+    return joint, fma(total, exp(top - joint), total2 * exp(top2 - joint))
+
+
+@njit(**INLINE)
 def row_statistics(x: Any, classes: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any) -> Any:
     """`top` and `total` of the rows in the lanes, or of one row, chunk by chunk in order."""
     if tile > 1:
@@ -170,8 +183,5 @@ def row_statistics(x: Any, classes: Any, class_stride: Any, lane_stride: Any, ti
     else:
         top, total = chunk_statistics(x, 0, min(classes, CHUNK), class_stride)
         for first in range(CHUNK, classes, CHUNK):
-            chunk_top, chunk_total = chunk_statistics(x, first, min(classes, first + CHUNK), class_stride)
-            joint = select(chunk_top > top, chunk_top, top)
-            total = fma(total, exp(top - joint), chunk_total * exp(chunk_top - joint))
-            top = joint
+            top, total = merge(top, total, *chunk_statistics(x, first, min(classes, first + CHUNK), class_stride))
     return top, real_total(total)

@@ -68,7 +68,8 @@ def assert_close(got: Tensor, want: Tensor, scale: float = 1.0, what: str = "") 
     assert torch.equal(got64.isnan(), want.isnan()), f"{what}: NaN where there should be none, or none where there should be"
     infinite = want.isinf()
     assert torch.equal(got64[infinite], want[infinite]), f"{what}: infinities differ"
-    limit = RELATIVE[dtype] * want.abs() + ABSOLUTE[dtype] * scale
+    denormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    limit = RELATIVE[dtype] * want.abs() + ABSOLUTE[dtype] * scale + denormal
     worst = ((got64 - want).abs() - limit)[~infinite & ~want.isnan()]
     assert worst.numel() == 0 or worst.max() <= 0, f"{what}: error beyond the limit by {worst.max():.3g}"
 

@@ -1,0 +1,46 @@
+"""What LLVM makes of the hot loops: vectors on x86-64, and no call to libm anywhere."""
+
+import platform
+import re
+
+import numba
+import pytest
+import torch
+from numba.core import types
+
+from fastloss.kernels.cpu import bce_with_logits, cross_entropy, smoothed_cross_entropy, soft_cross_entropy, softmax
+from fastloss.kernels.cpu.launch import STORAGE, Arguments, Region
+
+REGIONS = {
+    f"{module.__name__.rsplit('.', 1)[1]}.{name}": region
+    for module in (bce_with_logits, cross_entropy, smoothed_cross_entropy, soft_cross_entropy, softmax)
+    for name, region in vars(module).items()
+    if isinstance(region, Region)
+}
+LIBM = re.compile(r"\b(expf?|exp2f?|logf?|log1pf?|log2f?|powf?|fmaf?|_ZGV\w+)(@PLT)?\b")
+
+
+def assembly(region: Region, dtype: torch.dtype) -> str:
+    """Compiled here and now: what comes from Numba's cache has no text."""
+    signature = types.void(Arguments(STORAGE[dtype]))
+    return numba.cfunc(signature, error_model="numpy")(region.body)._library.get_asm_str()
+
+
+@pytest.mark.parametrize("name", REGIONS)
+def test_no_call_to_libm(name: str) -> None:
+    assert not LIBM.search(assembly(REGIONS[name], torch.float32))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction names are those of x86-64")
+@pytest.mark.parametrize("name", ["cross_entropy._forward", "cross_entropy._backward", "bce_with_logits._sum"])
+def test_arithmetic_is_on_vectors(name: str) -> None:
+    text = assembly(REGIONS[name], torch.float32)
+    on_vectors = len(re.findall(r"\bv?(?:fn?m(?:add|sub)\d*|mul|add|sub)ps\b", text))
+    on_scalars = len(re.findall(r"\bv?(?:fn?m(?:add|sub)\d*|mul|add|sub)ss\b", text))
+    assert on_vectors > 50
+    assert on_scalars < on_vectors / 4  # the ends of lane sums and a number per row
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction names are those of x86-64")
+def test_large_gradients_bypass_the_caches() -> None:
+    assert re.search(r"\bv?movntps\b", assembly(REGIONS["cross_entropy._backward"], torch.float32))

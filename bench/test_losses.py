@@ -2,8 +2,8 @@
 
     pytest bench --benchmark-enable -k "32000 and float32" --benchmark-group-by=group
 
-A provider is checked against float64 before it is timed, as everywhere. pytest-benchmark times one provider after the other: for ratios on a
-machine with other load use bench/run.py, which takes turns.
+A provider is checked against float64 before it is timed, as everywhere. pytest-benchmark times one provider after the other: for ratios
+on a machine with other load use bench/run.py, which takes turns.
 """
 
 import pytest

@@ -14,14 +14,23 @@ _NOTHING = (None,) * 8
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """True if nothing but the numbers in memory matters: no subclass, vmap, forward-mode level, trace, mode or lazy sign."""
+    """True if nothing but the numbers in memory matters: no subclass, vmap, forward-mode level, trace, mode or lazy tensor."""
     return (
-        all(t is None or ((type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_neg()) for t in tensors)
+        all(t is None or _has_its_numbers_in_memory(t) for t in tensors)
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
         and not torch._C._is_torch_function_mode_enabled()
+    )
+
+
+def _has_its_numbers_in_memory(tensor: Tensor) -> bool:
+    return (
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and not tensor.is_neg()  # a lazy minus sign
+        and not tensor._is_zerotensor()  # no memory at all
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # `is_grads_batched`
     )
 
 

@@ -224,10 +224,13 @@ def backend_of(device: str) -> KernelsName | None:
     return next((cast(KernelsName, name) for name, served in _DEVICE_OF.items() if served == device), None)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]  # Dynamo cannot trace an import
 def unavailable(name: BackendName) -> str | None:
     """Why these kernels cannot run on this machine, or None if they can."""
     return _problem(name)
+
+
+# torch.compiler.assume_constant_result, which Dynamo needs as it cannot trace an import, without loading Dynamo
+unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

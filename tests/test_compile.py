@@ -183,7 +183,7 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def op_samples() -> Iterator[tuple[str, Any, tuple[Any, ...]]]:
     """Name, op, arguments; every option of every op once."""
-    for dtype, shape in ((torch.float32, (6, 7)), (torch.bfloat16, (2, 7, 3)), (torch.float64, (1, 50))):
+    for dtype, shape in ((torch.float32, (6, 7)), (torch.bfloat16, (2, 7, 3)), (torch.float64, (5, 50))):
         logits, weight = torch.randn(shape).to(dtype), torch.rand(shape[1]).to(dtype)
         n = launches.rows_in(logits)
         target = indices(n)

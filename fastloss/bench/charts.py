@@ -93,7 +93,10 @@ def _dots(cases: list[dict[str, Any]], value: str, title: str, axis: str) -> tup
 
 def _speed(cases: list[dict[str, Any]]) -> Figure | None:
     drawn = _dots(
-        cases, "copies", "Time of a training step: forward and backward", "time in copies of the logits (log scale; left is faster)"
+        cases,
+        "copies",
+        "Time of a training step: forward and backward",
+        "time in copies of the logits (log scale; left is faster; bars: quartiles of the rounds)",
     )
     if drawn is None:
         return None

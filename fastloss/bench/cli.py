@@ -36,8 +36,8 @@ examples:
 exit status: 0; 1 if fastloss was wrong or failed on any case; 2 for a wrong command line.
 """
 
-_COLUMNS = ("loss", "shape", "dtype", "provider", "status", "forward_s", "backward_s", "step_s", "step_low_s", "step_high_s", "copies")
-_COLUMNS += ("error_output", "error_gradient")
+_TIMED_COLUMNS = ("forward_s", "backward_s", "step_s", "step_low_s", "step_high_s", "copies", "error_output", "error_gradient")
+_COLUMNS = ("loss", "shape", "dtype", "provider", "status", *_TIMED_COLUMNS)
 
 
 def parser() -> argparse.ArgumentParser:

@@ -53,7 +53,7 @@ def measure(case: Case, names: Sequence[str], seconds: float, device: str = "cpu
     for name in steps.keys() - {COPY}:
         providers[name] |= _numbers(case, series, name)
     copied = series[COPY].spread()
-    result = {
+    result: dict[str, Any] = {
         "key": case.key,
         "title": case.title,
         "loss": case.loss,

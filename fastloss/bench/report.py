@@ -6,6 +6,7 @@ import html
 import json
 import re
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +84,17 @@ def fill_in(paths: Sequence[Path], contents: dict[str, str], write: bool = True)
         filled = text
         for name, content in contents.items():
             block = f"<!-- {name} -->\n{content}\n<!-- /{name} -->"
-            filled = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, filled, flags=re.DOTALL)
+            filled = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", partial(_constant, block), filled, flags=re.DOTALL)
         if filled != text:
             stale.append(path)
             if write:
                 path.write_text(filled)
     return stale
+
+
+def _constant(text: str, match: re.Match[str]) -> str:
+    """A replacement in which backslashes mean nothing."""
+    return text
 
 
 def as_html(result: dict[str, Any], pictures: Sequence[Path]) -> str:

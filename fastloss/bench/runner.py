@@ -85,7 +85,7 @@ class Runner:
         if self._buffer is None:
             return one.input.detach().requires_grad_()
         self._buffer.copy_(one.input)
-        logits: Tensor = _FromBuffer.apply(self._handle, self._buffer)
+        logits: Tensor = _FromBuffer.apply(self._handle, self._buffer)  # type: ignore[no-untyped-call]
         return logits
 
     def _wait(self) -> None:

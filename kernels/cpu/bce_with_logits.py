@@ -18,10 +18,10 @@ from .math import INLINE, exp, log1p
 from .memory import load, offset, prefetch, store, stream
 from .reduction import sum_rows
 from .rows import AHEAD, bypass_caches, first_vector, whole_vectors
-from .simd import fma, lane_sum, lanes_of, select, splat
+from .simd import fma, lane_sum, lanes_of, select, splat, widen
 
 _FORWARD = "TTCCC" + "n" * 15 + ELEMENTS
-_SUM = "TTCCC" + "n" * 12 + ELEMENTS
+_SUM = "TTCCD" + "n" * 12 + ELEMENTS
 _BACKWARD = "TTCCCT" + "n" * 19 + ELEMENTS
 
 
@@ -36,7 +36,7 @@ def bce_with_logits_forward(logits: Tensor, target: Tensor, weight: Tensor, pos_
 
 def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, total: Tensor) -> None:
     way = elements(logits)
-    partial = torch.empty(way.pieces, dtype=total.dtype)
+    partial = torch.empty(way.pieces, dtype=torch.float64)
     _sum(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), partial.data_ptr(),
@@ -83,17 +83,17 @@ def _loss_at(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: 
 def _sum_of_piece(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, size: Any) -> Any:
     """Called with strides that the compiler knows wherever that is possible: see `rows.whole_vectors`."""
     lanes = lanes_of(x)
-    subtotal, other, whole = splat(0.0, x), splat(0.0, x), size // (2 * lanes) * (2 * lanes)
-    for k in range(0, whole, 2 * lanes):
-        prefetch(x, k * x_p + AHEAD)
-        prefetch(y, k * y_p + AHEAD)
-        prefetch(x, (k + lanes) * x_p + AHEAD)
-        prefetch(y, (k + lanes) * y_p + AHEAD)
-        subtotal = subtotal + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, lanes)
-        other = other + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k + lanes, lanes)
+    subtotal, whole = widen(splat(0.0, x)), size // (4 * lanes) * (4 * lanes)
+    for k in range(0, whole, 4 * lanes):
+        four = splat(0.0, x)
+        for i in range(k, k + 4 * lanes, lanes):
+            prefetch(x, i * x_p + AHEAD)
+            prefetch(y, i * y_p + AHEAD)
+            four = four + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, i, lanes)
+        subtotal = subtotal + widen(four)
     for k in range(whole, size, lanes):
-        subtotal = subtotal + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, size - k)
-    return lane_sum(subtotal + other)
+        subtotal = subtotal + widen(_loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, size - k))
+    return lane_sum(subtotal)
 
 
 @region(_FORWARD)

@@ -16,12 +16,12 @@ from .math import INLINE, log
 from .memory import load, offset, prefetch, store
 from .reduction import sum_rows
 from .rows import AHEAD
-from .simd import fma, lane_max, lane_sum, lanes_of, select, splat
+from .simd import fma, lane_max, lane_sum, lanes_of, select, splat, widen
 from .targets import refuse_improbable
 
 _EPSILON = float(np.float32(1e-12))  # torch's constant is a float, for float64 too
 _FORWARD = "TTCC" + "n" * 12 + ELEMENTS
-_SUM = "TTCC" + "n" * 9 + ELEMENTS
+_SUM = "TTCD" + "n" * 9 + ELEMENTS
 _BACKWARD = "TTCCT" + "n" * 15 + ELEMENTS
 
 
@@ -38,7 +38,7 @@ def binary_cross_entropy_forward(prob: Tensor, target: Tensor, weight: Tensor, l
 
 def binary_cross_entropy_sum(prob: Tensor, target: Tensor, weight: Tensor, total: Tensor) -> None:
     way = elements(prob)
-    partial = torch.empty(way.pieces, dtype=total.dtype)
+    partial = torch.empty(way.pieces, dtype=torch.float64)
     improbable = _sum(
         prob.dtype, way.tasks,
         prob.data_ptr(), target.data_ptr(), weight.data_ptr(), partial.data_ptr(),
@@ -112,14 +112,14 @@ def _sum(a: Any) -> None:
             i, j, first, size = piece_of(number, size_b, size_p)
             p, y = offset(prob, i * p_a + j * p_b + first * p_p), offset(target, i * y_a + j * y_b + first * y_p)
             w = offset(weight, i * w_a + j * w_b + first * w_p)
-            subtotal, wrong = splat(0.0, p), splat(0.0, p)
+            subtotal, wrong = widen(splat(0.0, p)), splat(0.0, p)
             for k in range(0, size, lanes_of(p)):
                 n = size - k
                 prefetch(p, k * p_p + AHEAD)
                 prefetch(y, k * y_p + AHEAD)
                 value, label = load(p, k * p_p, p_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0)
                 wrong = wrong + _outside(value, label)
-                subtotal = subtotal + _loss(value, label, load(w, k * w_p, w_p, n, 0.0))
+                subtotal = subtotal + widen(_loss(value, label, load(w, k * w_p, w_p, n, 0.0)))
             partial[number] = lane_sum(subtotal)
             if lane_max(wrong) > 0:
                 raise_flag(a)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .math import INLINE
 
-PIECE = 8192  # numbers summed in the compute dtype before float64 takes over
+PIECE = 8192  # numbers in a piece
 TASK_NUMEL = 1 << 15  # elements worth handing out as one task
 
 

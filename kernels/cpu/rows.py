@@ -19,6 +19,7 @@ from .simd import any_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, s
 FEW_CLASSES = 48  # up to here lanes are rows
 TASK_NUMEL = 1 << 16  # logits worth handing out as one task: some ten microseconds
 CHUNK = 8192  # classes between two merges of the lanes: keeps float32 sums accurate
+WEIGHTED_CHUNK = 4096  # the same where the sums are the loss itself, not the argument of a logarithm
 AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp
 STREAM_BYTES = 1 << 25  # results from here on bypass the caches: they would not stay there anyway
 SLACK = 8.0  # how far the largest logit may run ahead of the anchor of the sum: e**8 costs float32 nothing

@@ -15,8 +15,8 @@ from .math import INLINE, exp, log
 from .memory import load, load_classes, load_one, offset, prefetch, store, stream
 from .rows import (
     AHEAD,
-    CHUNK,
     WALK,
+    WEIGHTED_CHUNK,
     advance,
     bypass_caches,
     first_vector,
@@ -70,15 +70,24 @@ def _statistics(
     top, anchor, total, mass, gap = no_classes(x)
     c = first
     if tile == 1 and class_stride == w_class == 1:
-        while c + 2 * lanes <= last:
+        while c + 4 * lanes <= last:
             prefetch(x, c + AHEAD)
             prefetch(x, c + lanes + AHEAD)
-            v0, v1 = load(x, c, 1, lanes, -np.inf), load(x, c + lanes, 1, lanes, -np.inf)
-            top = larger(top, larger(v0, v1))
+            prefetch(x, c + 2 * lanes + AHEAD)
+            prefetch(x, c + 3 * lanes + AHEAD)
+            v0 = load(x, c, 1, lanes, -np.inf)
+            v1 = load(x, c + lanes, 1, lanes, -np.inf)
+            v2 = load(x, c + 2 * lanes, 1, lanes, -np.inf)
+            v3 = load(x, c + 3 * lanes, 1, lanes, -np.inf)
+            top = larger(larger(top, larger(v0, v1)), larger(v2, v3))
             anchor, total, gap = follow(top, anchor, total, mass, gap)
-            total, mass, gap = add_class(anchor, total, mass, gap, v0, v0, load(weight, c, 1, lanes, 0.0))
-            total, mass, gap = add_class(anchor, total, mass, gap, v1, v1, load(weight, c + lanes, 1, lanes, 0.0))
-            c += 2 * lanes
+            none = splat(0.0, x)
+            four = add_class(anchor, none, none, none, v0, v0, load(weight, c, 1, lanes, 0.0))
+            four = add_class(anchor, *four, v1, v1, load(weight, c + lanes, 1, lanes, 0.0))
+            four = add_class(anchor, *four, v2, v2, load(weight, c + 2 * lanes, 1, lanes, 0.0))
+            four = add_class(anchor, *four, v3, v3, load(weight, c + 3 * lanes, 1, lanes, 0.0))
+            total, mass, gap = total + four[0], mass + four[1], gap + four[2]
+            c += 4 * lanes
     n = count if tile > 1 else min(lanes, last - c)
     while c < last:
         value = load(x, c * class_stride, lane_stride, n, -np.inf)
@@ -105,12 +114,12 @@ def _forward(a: Any) -> None:
             if tile > 1:
                 tops, totals, masses, gaps = _statistics(x, weight, 0, classes, class_stride, lane_stride, w_class, w_lane, tile, count)
             elif target[row] != ignore_index:
-                stop = min(classes, CHUNK)
+                stop = min(classes, WEIGHTED_CHUNK)
                 tops, totals, masses, gaps = merge_lanes(
                     *_statistics(x, weight, 0, stop, class_stride, lane_stride, w_class, w_lane, tile, count)
                 )
-                for first in range(CHUNK, classes, CHUNK):
-                    stop = min(classes, first + CHUNK)
+                for first in range(WEIGHTED_CHUNK, classes, WEIGHTED_CHUNK):
+                    stop = min(classes, first + WEIGHTED_CHUNK)
                     chunk = _statistics(x, weight, first, stop, class_stride, lane_stride, w_class, w_lane, tile, count)
                     tops, totals, masses, gaps = merge(tops, totals, masses, gaps, *merge_lanes(*chunk))
             totals = real_total(totals)

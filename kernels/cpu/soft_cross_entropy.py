@@ -15,8 +15,8 @@ from .math import INLINE, exp, log
 from .memory import load, offset, prefetch, store, stream
 from .rows import (
     AHEAD,
-    CHUNK,
     WALK,
+    WEIGHTED_CHUNK,
     advance,
     bypass_caches,
     first_vector,
@@ -27,7 +27,7 @@ from .rows import (
     walk,
     whole_vectors,
 )
-from .simd import fma, lanes_of, larger
+from .simd import fma, lanes_of, larger, splat
 from .weighted import add_class, follow, merge, merge_lanes, no_classes, settle
 
 _FORWARD = "TTCCCCCxxnnnn" + WALK
@@ -85,19 +85,28 @@ def _statistics(
     top, anchor, total, mass, gap = no_classes(x)
     c = first
     if tile == 1 and class_stride == q_class == w_class == 1:
-        while c + 2 * lanes <= last:
+        while c + 4 * lanes <= last:
             prefetch(x, c + AHEAD)
             prefetch(q, c + AHEAD)
             prefetch(x, c + lanes + AHEAD)
             prefetch(q, c + lanes + AHEAD)
-            v0, v1 = load(x, c, 1, lanes, -np.inf), load(x, c + lanes, 1, lanes, -np.inf)
-            k0 = _factor(q, c, 1, weight, c, 1, lanes, keep, spread)
-            k1 = _factor(q, c + lanes, 1, weight, c + lanes, 1, lanes, keep, spread)
-            top = larger(top, larger(v0, v1))
+            prefetch(x, c + 2 * lanes + AHEAD)
+            prefetch(q, c + 2 * lanes + AHEAD)
+            prefetch(x, c + 3 * lanes + AHEAD)
+            prefetch(q, c + 3 * lanes + AHEAD)
+            v0 = load(x, c, 1, lanes, -np.inf)
+            v1 = load(x, c + lanes, 1, lanes, -np.inf)
+            v2 = load(x, c + 2 * lanes, 1, lanes, -np.inf)
+            v3 = load(x, c + 3 * lanes, 1, lanes, -np.inf)
+            top = larger(larger(top, larger(v0, v1)), larger(v2, v3))
             anchor, total, gap = follow(top, anchor, total, mass, gap)
-            total, mass, gap = add_class(anchor, total, mass, gap, v0, v0, k0)
-            total, mass, gap = add_class(anchor, total, mass, gap, v1, v1, k1)
-            c += 2 * lanes
+            none = splat(0.0, x)
+            four = add_class(anchor, none, none, none, v0, v0, _factor(q, c, 1, weight, c, 1, lanes, keep, spread))
+            four = add_class(anchor, *four, v1, v1, _factor(q, c + lanes, 1, weight, c + lanes, 1, lanes, keep, spread))
+            four = add_class(anchor, *four, v2, v2, _factor(q, c + 2 * lanes, 1, weight, c + 2 * lanes, 1, lanes, keep, spread))
+            four = add_class(anchor, *four, v3, v3, _factor(q, c + 3 * lanes, 1, weight, c + 3 * lanes, 1, lanes, keep, spread))
+            total, mass, gap = total + four[0], mass + four[1], gap + four[2]
+            c += 4 * lanes
     n = count if tile > 1 else min(lanes, last - c)
     while c < last:
         value = load(x, c * class_stride, lane_stride, n, -np.inf)
@@ -122,15 +131,15 @@ def _forward(a: Any) -> None:
             x = offset(logits, b * batch_stride + p * position_stride)
             q = offset(target, b * q_batch + p * q_position)
             # statistics
-            stop = classes if tile > 1 else min(classes, CHUNK)
+            stop = classes if tile > 1 else min(classes, WEIGHTED_CHUNK)
             tops, totals, masses, gaps = _statistics(
                 x, q, weight, keep, spread, 0, stop, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count
             )
             if tile == 1:
                 tops, totals, masses, gaps = merge_lanes(tops, totals, masses, gaps)
-                for first in range(CHUNK, classes, CHUNK):
+                for first in range(WEIGHTED_CHUNK, classes, WEIGHTED_CHUNK):
                     chunk = _statistics(
-                        x, q, weight, keep, spread, first, min(classes, first + CHUNK),
+                        x, q, weight, keep, spread, first, min(classes, first + WEIGHTED_CHUNK),
                         class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count,
                     )  # fmt: skip
                     tops, totals, masses, gaps = merge(tops, totals, masses, gaps, *merge_lanes(*chunk))

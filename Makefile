@@ -9,7 +9,7 @@ PRESET ?= quick
 VENV := .venv
 BIN := $(VENV)/bin
 OUT := bench/out
-MEASURED := docs/measured/cpu.json
+MEASURED := docs/measured
 
 .PHONY: help bench test test-all lint docs measure clean
 .DEFAULT_GOAL := help
@@ -35,11 +35,13 @@ lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml
 
 docs: $(VENV)/.bench ## regenerate every generated table and picture from docs/measured and from the code
-	$(BIN)/python bench/report.py $(MEASURED) --out docs/measured --tables README.md docs
-	$(BIN)/python docs/coverage.py
+	$(BIN)/python bench/report.py $(MEASURED)/cpu.json --out $(MEASURED) --tables README.md docs
+	$(BIN)/python bench/report.py $(MEASURED)/sizes.json --out $(MEASURED)/sizes
+	$(BIN)/python docs/make_coverage.py
 
 measure: $(VENV)/.bench ## measure this machine for the README (about half an hour), then `make docs`
-	$(BIN)/python bench/run.py --preset all --json $(MEASURED)
+	$(BIN)/python bench/run.py --preset cpu-table --extra overhead scaling startup --json $(MEASURED)/cpu.json
+	$(BIN)/python bench/run.py --preset sizes --json $(MEASURED)/sizes.json
 	$(MAKE) docs
 
 clean: ## remove what make made

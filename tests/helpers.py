@@ -83,7 +83,11 @@ def kernel_call(function: str, *args: Any, **options: Any) -> Tensor:
 
 
 def value_and_gradients(
-    call: Callable[..., Tensor], leaves: Tensors, views: dict[str, Callable[[Tensor], Tensor]], wanted: tuple[str, ...], dloss: Tensor | None
+    call: Callable[..., Tensor],
+    leaves: Tensors,
+    views: dict[str, Callable[[Tensor], Tensor]],
+    wanted: tuple[str, ...],
+    dloss: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """What `call` makes of views of the leaves, and the gradients of the wanted leaves; dloss None is a forward without a graph."""
     leaves = {k: None if t is None else t.detach().clone().requires_grad_(k in wanted and dloss is not None) for k, t in leaves.items()}
@@ -106,7 +110,9 @@ def assert_no_worse(mine: Tensor, theirs: Tensor, truth: Tensor, what: str, ulps
     represented = truth.to(mine.dtype).double()
     odd = ~wide.isfinite()
     same = (wide == other) | (wide.isnan() & other.isnan()) | (wide == represented) | (wide.isnan() & represented.isnan())
-    assert bool(same[odd].all()), f"{what}: {wide[odd][:5].tolist()}, torch {other[odd][:5].tolist()}, truth {represented[odd][:5].tolist()}"
+    assert bool(same[odd].all()), (
+        f"{what}: {wide[odd][:5].tolist()}, torch {other[odd][:5].tolist()}, truth {represented[odd][:5].tolist()}"
+    )
     lost = ~odd & ~other.isfinite() & ~represented.isfinite()
     assert not bool(lost.any()), f"{what}: {wide[lost][:5].tolist()}, torch {other[lost][:5].tolist()}"
     fine = ~odd & represented.isfinite()
@@ -166,7 +172,13 @@ def check(
 
 
 def class_inputs(
-    shape: tuple[int, ...], dtype: torch.dtype, *, ignored: int | None = None, weighted: bool = False, soft: bool = False, spread: float = 3.0
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    ignored: int | None = None,
+    weighted: bool = False,
+    soft: bool = False,
+    spread: float = 3.0,
 ) -> Tensors:
     """Logits (N, C, ...), targets of either kind and a class weight. Every fourth target is `ignored`; the last class always occurs."""
     classes = shape[1] if len(shape) > 1 else shape[0]

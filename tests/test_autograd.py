@@ -28,20 +28,20 @@ def cases() -> dict[str, tuple[str, torch.Tensor, dict[str, Any]]]:
     soft = torch.softmax(randn(4, 5), 1)
     result: dict[str, tuple[str, torch.Tensor, dict[str, Any]]] = {}
     for reduction in ("none", "mean", "sum"):
+        reduced = {"reduction": reduction}
+        weighted = {"target": ignoring, "weight": rand(5), **reduced}
+        smoothed_soft = {"target": soft, "weight": rand(5), "label_smoothing": 0.2, **reduced}
+        binary = {"target": rand(4, 5), "weight": rand(5), **reduced}
         result |= {
-            f"indices {reduction}": ("cross_entropy", randn(4, 5), {"target": index, "reduction": reduction}),
-            f"ignoring, weighted {reduction}": ("cross_entropy", randn(4, 5), {"target": ignoring, "weight": rand(5), "reduction": reduction}),
-            f"smoothed {reduction}": (
-                "cross_entropy", randn(4, 5), {"target": ignoring, "weight": rand(5), "label_smoothing": 0.2, "reduction": reduction},
-            ),
-            f"probabilities {reduction}": ("cross_entropy", randn(4, 5), {"target": soft, "weight": rand(5), "label_smoothing": 0.2, "reduction": reduction}),
-            f"image {reduction}": ("cross_entropy", randn(2, 3, 2), {"target": torch.tensor([[0, 1], [2, -100]]), "reduction": reduction}),
-            f"nll_loss {reduction}": ("nll_loss", -rand(4, 5), {"target": ignoring, "weight": rand(5), "reduction": reduction}),
-            f"bce with logits {reduction}": (
-                "binary_cross_entropy_with_logits", randn(4, 5), {"target": rand(4, 5), "weight": rand(5), "pos_weight": rand(5), "reduction": reduction},
-            ),
-            f"bce {reduction}": ("binary_cross_entropy", rand(4, 5), {"target": rand(4, 5), "weight": rand(5), "reduction": reduction}),
-        }  # fmt: skip
+            f"indices {reduction}": ("cross_entropy", randn(4, 5), {"target": index, **reduced}),
+            f"ignoring, weighted {reduction}": ("cross_entropy", randn(4, 5), weighted),
+            f"smoothed {reduction}": ("cross_entropy", randn(4, 5), {**weighted, "label_smoothing": 0.2}),
+            f"probabilities {reduction}": ("cross_entropy", randn(4, 5), smoothed_soft),
+            f"image {reduction}": ("cross_entropy", randn(2, 3, 2), {"target": torch.tensor([[0, 1], [2, -100]]), **reduced}),
+            f"nll_loss {reduction}": ("nll_loss", -rand(4, 5), weighted),
+            f"bce with logits {reduction}": ("binary_cross_entropy_with_logits", randn(4, 5), {**binary, "pos_weight": rand(5)}),
+            f"bce {reduction}": ("binary_cross_entropy", rand(4, 5), binary),
+        }
     for dim in (0, 1):
         result[f"softmax {dim}"] = ("softmax", randn(4, 5), {"dim": dim})
         result[f"log_softmax {dim}"] = ("log_softmax", randn(4, 5), {"dim": dim})

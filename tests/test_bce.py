@@ -10,10 +10,32 @@ from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors, check, kernel_call
 import fastloss
 
 WITH_LOGITS, PLAIN = "binary_cross_entropy_with_logits", "binary_cross_entropy"
-SHAPES = [(), (1,), (5,), (16,), (17,), (33,), (100,), (8191,), (8193,), (20011,), (3, 7), (40, 48), (2, 3, 5), (2, 1, 4, 3), (2, 3, 2, 3, 2)]
+SHAPES = [
+    (),
+    (1,),
+    (5,),
+    (16,),
+    (17,),
+    (33,),
+    (100,),
+    (8191,),
+    (8193,),
+    (20011,),
+    (3, 7),
+    (40, 48),
+    (2, 3, 5),
+    (2, 1, 4, 3),
+    (2, 3, 2, 3, 2),
+]
 
 
-def inputs(function: str, shape: tuple[int, ...], dtype: torch.dtype, weight: tuple[int, ...] | None = None, positive: tuple[int, ...] | None = None) -> Tensors:
+def inputs(
+    function: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    weight: tuple[int, ...] | None = None,
+    positive: tuple[int, ...] | None = None,
+) -> Tensors:
     logits = torch.randn(shape) * 4
     tensors: Tensors = {
         "input": (logits if function == WITH_LOGITS else torch.sigmoid(logits)).to(dtype),
@@ -58,7 +80,9 @@ def test_every_layout(other: str, layout: str, function: str) -> None:
 
 
 @pytest.mark.parametrize("function", [WITH_LOGITS, PLAIN])
-@pytest.mark.parametrize("weight", [(), (1,), (5,), (1, 5), (4, 1), (4, 5), (1, 1), (3, 1, 1), (3, 1, 5), (1, 4, 1), (3, 4, 5), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize(
+    "weight", [(), (1,), (5,), (1, 5), (4, 1), (4, 5), (1, 1), (3, 1, 1), (3, 1, 5), (1, 4, 1), (3, 4, 5), (1, 1, 1)], ids=str
+)
 def test_weights_of_every_broadcastable_shape(weight: tuple[int, ...], function: str) -> None:
     for shape in ((3, 4, 5), (2, 3, 4, 5)):
         for positive in (weight, shape[-1:]):
@@ -152,4 +176,6 @@ def test_strides_of_the_unreduced_loss_are_torchs(layout: str, function: str) ->
         tensors = inputs(function, shape, torch.float32)
         leaf, view = LAYOUTS[layout](tensors["input"])
         mine = kernel_call(function, view(leaf), tensors["target"], reduction="none")
-        assert mine.is_contiguous() or mine.stride() == getattr(F, function)(view(leaf), tensors["target"], reduction="none").stride(), shape
+        assert mine.is_contiguous() or mine.stride() == getattr(F, function)(view(leaf), tensors["target"], reduction="none").stride(), (
+            shape
+        )

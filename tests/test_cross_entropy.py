@@ -57,7 +57,9 @@ def test_every_layout(dtype: str, shape: tuple[int, ...], layout: str, kind: str
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("layout", "other"), list(itertools.permutations(["contiguous", "transposed", "padded", "expanded", "every_other"], 2)))
+@pytest.mark.parametrize(
+    ("layout", "other"), list(itertools.permutations(["contiguous", "transposed", "padded", "expanded", "every_other"], 2))
+)
 def test_probabilities_laid_out_unlike_the_logits(layout: str, other: str) -> None:
     for shape in ((19, 11), (3, 70)):
         tensors = class_inputs(shape, torch.float32, weighted=True, soft=True)
@@ -68,7 +70,11 @@ def test_probabilities_laid_out_unlike_the_logits(layout: str, other: str) -> No
 def test_indices_in_any_layout(layout: str) -> None:
     for shape in ((6, 7, 5), (20, 9, 3)):
         target = torch.randint(shape[1], (shape[0], shape[2]))
-        odd = {"every_other": target.repeat_interleave(2, 1)[:, ::2], "transposed": target.t().contiguous().t(), "expanded": target[:1].expand_as(target)}
+        odd = {
+            "every_other": target.repeat_interleave(2, 1)[:, ::2],
+            "transposed": target.t().contiguous().t(),
+            "expanded": target[:1].expand_as(target),
+        }
         check("cross_entropy", {"input": torch.randn(shape), "target": odd[layout]}, reduction="none")
 
 
@@ -80,7 +86,13 @@ def test_gradients_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, shap
     monkeypatch.setattr(rows, "STREAM_BYTES", 0)
     for dtype, layout, soft in itertools.product(DTYPES.values(), ("contiguous", "misaligned", "padded"), (False, True)):
         tensors = class_inputs(shape, dtype, soft=soft)
-        check("cross_entropy", tensors, wanted=("input", "target") if soft else ("input",), layouts={"input": layout}, label_smoothing=smoothing)
+        check(
+            "cross_entropy",
+            tensors,
+            wanted=("input", "target") if soft else ("input",),
+            layouts={"input": layout},
+            label_smoothing=smoothing,
+        )
 
 
 def test_large_enough_to_be_written_past_the_caches() -> None:
@@ -135,7 +147,9 @@ def test_every_number_of_rows_and_classes(dtype: str, kind: str) -> None:
     soft = kind == "probabilities"
     for rows, classes in itertools.product((*range(1, 35), 63, 64, 65), (*range(1, 52, 3), *range(61, 67), 127, 128, 129)):
         tensors = class_inputs((rows, classes), DTYPES[dtype], weighted=True, soft=soft)
-        check("cross_entropy", tensors, wanted=("input", "target") if soft else ("input",), label_smoothing=0.1 if kind == "smoothed" else 0.0)
+        check(
+            "cross_entropy", tensors, wanted=("input", "target") if soft else ("input",), label_smoothing=0.1 if kind == "smoothed" else 0.0
+        )
 
 
 def test_the_result_is_the_mean_over_positions_of_an_image() -> None:

@@ -81,11 +81,20 @@ both("weight and input require grad", lambda: ((x(3, 5, grad=True), y(0, 1, 2), 
 both("weight a list", lambda: ((x(3, 5), y(0, 1, 2), [1.0] * 5), {}))
 for _reduction in ("bad", "elementwise_mean", None, "Mean", 1):
     both(f"reduction {_reduction!r}", lambda r=_reduction: ((x(3, 5), y(0, 1, 2)), {"reduction": r}))
-for _options in ({"size_average": False}, {"size_average": True}, {"reduce": False}, {"reduce": True}, {"size_average": False, "reduce": True}):
+for _options in (
+    {"size_average": False},
+    {"size_average": True},
+    {"reduce": False},
+    {"reduce": True},
+    {"size_average": False, "reduce": True},
+):
     both(str(_options), lambda o=_options: ((x(3, 5), y(0, 1, 2)), o))
 for _shape in ((0, 5), (0, 5, 2, 2), (2, 5, 0), (2, 5, 0, 3), (0, 0), (0, 70)):
     for _reduction in ("mean", "sum", "none"):
-        both(f"input {_shape} {_reduction}", lambda s=_shape, r=_reduction: ((x(*s), torch.zeros(s[:1] + s[2:], dtype=i64)), {"reduction": r}))
+        both(
+            f"input {_shape} {_reduction}",
+            lambda s=_shape, r=_reduction: ((x(*s), torch.zeros(s[:1] + s[2:], dtype=i64)), {"reduction": r}),
+        )
 both("C = 0", lambda: ((x(3, 0), y(0, 0, 0)), {}))
 both("C = 0, all ignored", lambda: ((x(3, 0), y(-100, -100, -100)), {}))
 both("C = 0, all ignored, weight", lambda: ((x(3, 0), y(-100, -100, -100), u(0)), {}))
@@ -202,14 +211,18 @@ for _function in ("binary_cross_entropy_with_logits", "binary_cross_entropy"):
     call("target on meta", _function, lambda: ((u(3, 5), u(3, 5).to("meta")), {}))
 for _shape in ((4,), (2, 3, 5), (3, 1), (), (5,)):
     call(
-        f"pos_weight {_shape}", "binary_cross_entropy_with_logits", lambda s=_shape: ((u(3, 5), u(3, 5)), {"pos_weight": u(*s), "reduction": "none"})
+        f"pos_weight {_shape}",
+        "binary_cross_entropy_with_logits",
+        lambda s=_shape: ((u(3, 5), u(3, 5)), {"pos_weight": u(*s), "reduction": "none"}),
     )
 call("pos_weight float64", "binary_cross_entropy_with_logits", lambda: ((u(3, 5), u(3, 5)), {"pos_weight": u(5, dtype=f64)}))
 call("pos_weight requires grad", "binary_cross_entropy_with_logits", lambda: ((u(3, 5), u(3, 5)), {"pos_weight": u(5, grad=True)}))
 for _logit, _target in ((INF, 1.0), (INF, 0.0), (-INF, 0.0), (-INF, 1.0), (NAN, 1.0)):
     call(f"logit {_logit}, target {_target}", "binary_cross_entropy_with_logits", lambda x=_logit, t=_target: ((row(x), row(t)), {}))
 for _prob, _target in ((0.0, 1.0), (1.0, 0.0), (0.0, 0.0), (1.0, 1.0)):
-    call(f"probability {_prob}, target {_target}", "binary_cross_entropy", lambda p=_prob, t=_target: ((row(p).requires_grad_(), row(t)), {}))
+    call(
+        f"probability {_prob}, target {_target}", "binary_cross_entropy", lambda p=_prob, t=_target: ((row(p).requires_grad_(), row(t)), {})
+    )
 
 # ---------------------------------------------------------------- softmax and log_softmax
 
@@ -254,7 +267,7 @@ def outcome(function: Callable[..., torch.Tensor], made: tuple[tuple[Any, ...], 
             if result.requires_grad:
                 result.backward(torch.full_like(result, 1.7))
             end = None
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:
             # which function is named, and the list of all dispatch keys, are not the point
             text = re.sub(r"^(\w+\.)*\w+\(\)", "function()", str(error))
             end, result = f"{type(error).__name__}: {text[:300]}", None

@@ -13,7 +13,9 @@ import fastloss
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_gradient_is_right_and_lies_in_the_logits(dtype: str, kind: str, layout: str) -> None:
     for shape in ((20, 11), (3, 70), (2, 9000), (2, 5, 6)):
-        tensors = class_inputs(shape, DTYPES[dtype], ignored=None if kind == "probabilities" else -100, weighted=True, soft=kind == "probabilities")
+        tensors = class_inputs(
+            shape, DTYPES[dtype], ignored=None if kind == "probabilities" else -100, weighted=True, soft=kind == "probabilities"
+        )
         options = {"label_smoothing": 0.1} if kind == "smoothed" else {}
         target, weight = tensors["target"], tensors["weight"]
         leaf, view = LAYOUTS[layout](tensors["input"])
@@ -59,7 +61,7 @@ TARGET = torch.randint(11, (20,))
 
 
 def test_refused_for_a_leaf() -> None:
-    with pytest.raises(RuntimeError, match="inplace_backward: .*leaf"):
+    with pytest.raises(RuntimeError, match=r"inplace_backward: .*leaf"):
         fastloss.cross_entropy(torch.randn(20, 11, requires_grad=True), TARGET, inplace_backward=True)
 
 
@@ -80,14 +82,14 @@ def test_refused_for_logits_that_overlap_themselves(overlap: str) -> None:
         "expanded classes": lambda: base[:20, None].expand(20, 11),
         "sliding window": lambda: base.unfold(0, 11, 1)[:20],
     }[overlap]()
-    with pytest.raises(RuntimeError, match="inplace_backward: .*share memory"):
+    with pytest.raises(RuntimeError, match=r"inplace_backward: .*share memory"):
         fastloss.cross_entropy(logits, TARGET, inplace_backward=True)
 
 
 def test_refused_for_a_second_derivative() -> None:
     leaf = torch.randn(20, 11, requires_grad=True)
     loss = fastloss.cross_entropy(leaf * 1, TARGET, inplace_backward=True)
-    with pytest.raises(RuntimeError, match="inplace_backward: .*create_graph"):
+    with pytest.raises(RuntimeError, match=r"inplace_backward: .*create_graph"):
         torch.autograd.grad(loss, leaf, create_graph=True)
 
 
@@ -116,13 +118,13 @@ def test_refused_by_autograd_where_the_logits_are_used_again() -> None:
 
 
 def test_refused_where_the_kernels_do_not_serve() -> None:
-    with fastloss.use_backend("torch"), pytest.raises(RuntimeError, match="inplace_backward: .*torch"):
+    with fastloss.use_backend("torch"), pytest.raises(RuntimeError, match=r"inplace_backward: .*torch"):
         fastloss.cross_entropy(torch.randn(20, 11), TARGET, inplace_backward=True)
 
 
 def test_refused_where_the_target_is_the_logits() -> None:
     logits = torch.rand(20, 11, requires_grad=True) * 1
-    with pytest.raises(RuntimeError, match="inplace_backward: .*target"):
+    with pytest.raises(RuntimeError, match=r"inplace_backward: .*target"):
         fastloss.cross_entropy(logits, logits.detach(), inplace_backward=True)
 
 

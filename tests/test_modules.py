@@ -13,14 +13,18 @@ import fastloss
 
 LOSSES: dict[str, tuple[dict[str, Any], tuple[torch.Tensor, ...]]] = {
     "CrossEntropyLoss": (
-        {"weight": torch.rand(5), "ignore_index": 2, "label_smoothing": 0.1, "reduction": "sum"}, (torch.randn(4, 5), torch.tensor([0, 2, 4, 1])),
+        {"weight": torch.rand(5), "ignore_index": 2, "label_smoothing": 0.1, "reduction": "sum"},
+        (torch.randn(4, 5), torch.tensor([0, 2, 4, 1])),
     ),
     "NLLLoss": ({"weight": torch.rand(5), "ignore_index": 2, "reduction": "none"}, (-torch.rand(4, 5), torch.tensor([0, 2, 4, 1]))),
     "BCELoss": ({"weight": torch.rand(5), "reduction": "sum"}, (torch.rand(4, 5), torch.rand(4, 5))),
-    "BCEWithLogitsLoss": ({"weight": torch.rand(5), "pos_weight": torch.rand(5), "reduction": "none"}, (torch.randn(4, 5), torch.rand(4, 5))),
+    "BCEWithLogitsLoss": (
+        {"weight": torch.rand(5), "pos_weight": torch.rand(5), "reduction": "none"},
+        (torch.randn(4, 5), torch.rand(4, 5)),
+    ),
     "Softmax": ({"dim": 1}, (torch.randn(4, 5),)),
     "LogSoftmax": ({"dim": 0}, (torch.randn(4, 5),)),
-}  # fmt: skip
+}
 on_every_module = pytest.mark.parametrize("name", LOSSES)
 
 
@@ -51,7 +55,7 @@ def test_repr_state_and_attributes(name: str) -> None:
     mine, theirs, _ = both(name)
     assert repr(mine) == repr(theirs)
     assert mine.state_dict().keys() == theirs.state_dict().keys()
-    assert {k for k in vars(mine)} == {k for k in vars(theirs)}
+    assert set(vars(mine)) == set(vars(theirs))
     other = getattr(fastloss, name)(**{k: torch.zeros_like(v) if isinstance(v, torch.Tensor) else v for k, v in LOSSES[name][0].items()})
     other.load_state_dict(theirs.state_dict())
     for key, value in theirs.state_dict().items():

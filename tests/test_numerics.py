@@ -74,7 +74,11 @@ def test_a_sure_and_right_prediction_keeps_its_tiny_loss() -> None:
 @pytest.mark.parametrize("value", ["lowest", "lowest / 2", "float32 lowest"])
 def test_rows_masked_by_the_lowest_number(dtype: str, kind: str, value: str) -> None:
     """A fill with finfo.min, of single classes and of whole rows, in the dtype of the logits."""
-    fill = {"lowest": torch.finfo(DTYPES[dtype]).min, "lowest / 2": torch.finfo(DTYPES[dtype]).min / 2, "float32 lowest": torch.finfo(torch.float32).min}[value]
+    fill = {
+        "lowest": torch.finfo(DTYPES[dtype]).min,
+        "lowest / 2": torch.finfo(DTYPES[dtype]).min / 2,
+        "float32 lowest": torch.finfo(torch.float32).min,
+    }[value]
     options = {"label_smoothing": 0.1} if kind == "smoothed" else {}
     for shape in ((20, 11), (3, 70)):
         tensors = class_inputs(shape, DTYPES[dtype], soft=kind == "probabilities")

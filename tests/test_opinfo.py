@@ -41,7 +41,9 @@ def test_samples(op: Any, dtype: str) -> None:
         if "softmax" in function and options.get("dtype") in (None, DTYPES[dtype]):
             options.pop("dtype", None)
         try:
-            route = fastloss.explain(getattr(fastloss, function), **{k: t.clone().requires_grad_(k in wanted) for k, t in tensors.items()}, **options)
+            route = fastloss.explain(
+                getattr(fastloss, function), **{k: t.clone().requires_grad_(k in wanted) for k, t in tensors.items()}, **options
+            )
         except TypeError:
             raise AssertionError(f"{sample} never reached fastloss") from None
         if route.path != "kernel":

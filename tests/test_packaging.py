@@ -53,9 +53,9 @@ def test_plain_import_of_kernels_is_refused() -> None:
 
 
 def test_public_names_are_there() -> None:
-    assert sorted(fastloss.__all__) == fastloss.__all__ or set(fastloss.__all__) == {n for n in fastloss.__all__ if hasattr(fastloss, n)}
+    assert len(set(fastloss.__all__)) == len(fastloss.__all__)
     for name in fastloss.__all__:
-        assert getattr(fastloss, name).__doc__, name
+        assert hasattr(fastloss, name), name
 
 
 def test_functions_have_torchs_signatures() -> None:

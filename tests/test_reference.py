@@ -64,7 +64,11 @@ def test_binary(weighted: bool, reduction: str) -> None:
     theirs = F.binary_cross_entropy_with_logits(leaf, target, weight, reduction=reduction, pos_weight=positive)
     compare(reference.bce_with_logits(leaf, target, weight, positive, reduction), theirs, leaf)
     prob = torch.rand(4, 5, dtype=f64, requires_grad=True)
-    compare(reference.binary_cross_entropy(prob, target, weight, reduction), F.binary_cross_entropy(prob, target, weight, reduction=reduction), prob)
+    compare(
+        reference.binary_cross_entropy(prob, target, weight, reduction),
+        F.binary_cross_entropy(prob, target, weight, reduction=reduction),
+        prob,
+    )
 
 
 def test_all_ignored_and_no_rows() -> None:

@@ -115,7 +115,10 @@ def test_s2a_bce_value_by_the_kernel_alone() -> None:
 def test_s2b_bce_gradient() -> None:
     target = S2[1]
     expected = [0.0484, -0.2772, 0.2360]
-    for loss in (lambda z: kernel_call("binary_cross_entropy_with_logits", z, target), lambda z: fastloss.BCELoss()(torch.sigmoid(z), target)):
+    for loss in (
+        lambda z: kernel_call("binary_cross_entropy_with_logits", z, target),
+        lambda z: fastloss.BCELoss()(torch.sigmoid(z), target),
+    ):
         logits = S2[0].clone().requires_grad_()
         loss(logits).backward()
         close(logits.grad, expected)

@@ -12,7 +12,7 @@ from torch import Tensor
 from .math import INLINE
 
 PIECE = 8192  # numbers in a piece
-TASK_NUMEL = 1 << 15  # elements worth handing out as one task
+TASK_NUMEL = (1 << 13, 1 << 15)  # elements in a task, at least and at most: see `rows.TASK_NUMEL`
 
 
 class Elements(NamedTuple):
@@ -38,8 +38,9 @@ ELEMENTS = "nnnn"
 def elements(tensor: Tensor) -> Elements:
     a, b, p = tensor.shape
     whole = Elements(a, b, p, 1)
+    least, most = (numel // max(1, min(p, PIECE)) for numel in TASK_NUMEL)
     share = whole.pieces // (4 * torch.get_num_threads())  # pieces in a task if every thread is to get four
-    return Elements(a, b, p, max(1, min(TASK_NUMEL // max(1, min(p, PIECE)), share)))
+    return Elements(a, b, p, max(1, least, min(most, share)))
 
 
 @njit(**INLINE)

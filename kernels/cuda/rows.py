@@ -83,14 +83,6 @@ def _merge(tops, totals, axis: tl.constexpr):
 
 
 @triton.jit
-def _anchors(logits_ptr, strides, b, p, inside, C, BLOCK_C: tl.constexpr):
-    """From where each lane measures its gap, sum k (anchor - x): its first logit, so that no digits cancel. -inf would make NaN of it."""
-    c = tl.arange(0, BLOCK_C)
-    x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=inside[:, None] & (c < C)[None, :], other=0.0))
-    return tl.where(x == float("-inf"), 0.0, x)
-
-
-@triton.jit
 def _body_of(start, C, VEC: tl.constexpr):
     """Of C classes from offset `start`: those before the first aligned vector, whole vectors, and the offset of the first vector.
     The offset is written as a product so that the compiler sees its alignment, wherever the row starts."""

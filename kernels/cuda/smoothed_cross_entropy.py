@@ -3,7 +3,7 @@
     k_c = keep w_y onehot(y) + spread w_c      mass = sum k_c      gap = sum k_c (top - x_c)
     loss = mass log total + gap                dlogits = dloss (mass p - k)
 
-Smoothing is two numbers, keep = 1 - eps and spread = eps / C. The gap is measured from logits, never from zero: no digits cancel.
+Smoothing is two numbers, keep = 1 - eps and spread = eps / C. The gap follows the running top: no digits cancel, nor do masks.
 """
 
 import triton
@@ -13,7 +13,7 @@ from torch import Tensor
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, reading_tiles, tiles, view
-from .rows import _anchors, _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of, _weight_of
+from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of, _weight_of
 
 
 def smoothed_cross_entropy_forward(
@@ -56,17 +56,17 @@ def _smoothed_cross_entropy_forward(
     tops, totals = _no_statistics([BLOCK_N, BLOCK_C], real)
     gaps = tl.zeros([BLOCK_N, BLOCK_C], real)
     weights = tl.zeros([1, BLOCK_C], real)
-    anchors = _anchors(logits_ptr, strides, b, p, inside, C, BLOCK_C)
     for first in tl.range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         lanes = inside[:, None] & (c < C)[None, :]
         x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=lanes, other=float("-inf")))
         w = _class_weights(weight_ptr, weight_stride, c, C)
+        before = tops
         tops, totals = _see(tops, totals, x)
-        gaps += tl.where(lanes, w * (anchors - x), 0.0)
+        gaps += weights * (tops - before) + tl.where(lanes, w * (tops - x), 0.0)
         weights += w
     top, total = _merge(tops, totals, 1)
-    gap = tl.sum(gaps + weights * (top[:, None] - anchors), 1) * spread.to(real)
+    gap = tl.sum(gaps + weights * (top[:, None] - tops), 1) * spread.to(real)
     # target logit and class weight: outside [0, C) a target is no index, and its weight is NaN
     is_class = is_row & (y >= 0) & (y < C)
     x_y = _wide(tl.load(logits_ptr + b * strides.batch + p * strides.position + y * strides.class_, mask=is_class, other=0.0))

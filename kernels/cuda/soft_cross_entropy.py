@@ -11,7 +11,7 @@ from torch import Tensor
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, looping_tiles, tiles, view
-from .rows import _anchors, _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of
+from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of
 
 
 def soft_cross_entropy_forward(
@@ -63,7 +63,6 @@ def _soft_cross_entropy_forward(
     tops, totals = _no_statistics([BLOCK_N, BLOCK_C], real)
     gaps = tl.zeros([BLOCK_N, BLOCK_C], real)
     masses = tl.zeros([BLOCK_N, BLOCK_C], real)
-    anchors = _anchors(logits_ptr, strides, b, p, inside, C, BLOCK_C)
     for first in tl.range(0, C, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
         lanes = inside[:, None] & (c < C)[None, :]
@@ -71,11 +70,12 @@ def _soft_cross_entropy_forward(
         q = _wide(tl.load(_lanes_at(target_ptr, target_strides, b, p, c), mask=lanes, other=0.0))
         w = _class_weights(weight_ptr, weight_stride, c, C)
         k = w * (keep.to(real) * q + spread.to(real))
+        before = tops
         tops, totals = _see(tops, totals, x)
-        gaps += tl.where(lanes, k * (anchors - x), 0.0)
+        gaps += masses * (tops - before) + tl.where(lanes, k * (tops - x), 0.0)
         masses += k
     top, total = _merge(tops, totals, 1)
-    gap = tl.sum(gaps + masses * (top[:, None] - anchors), 1)
+    gap = tl.sum(gaps + masses * (top[:, None] - tops), 1)
     # loss
     mass = tl.sum(masses, 1)
     tl.store(loss_ptr + row, mass * tl.log(total) + gap, mask=inside)

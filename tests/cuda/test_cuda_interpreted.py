@@ -186,6 +186,20 @@ def test_soft_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 50), (2, 4099), (2, 30, 3)], ids=str)
+def test_classes_masked_by_the_lowest_number(k: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """No probability there, so the loss is ordinary: the gap must not be measured from a mask."""
+    logits, q = torch.randn(shape).to(dtype), torch.softmax(torch.randn(shape), 1).to(dtype)
+    masked = shape[1] // 2 + 3
+    logits[:, :masked], q[:, :masked] = torch.finfo(dtype).min, 0.0
+    check.soft_cross_entropy(k, logits, q, target_too=False)
+    weight = torch.ones(shape[1], dtype=check.real(dtype))
+    weight[:masked] = 0.0
+    target = torch.full((logits.numel() // shape[1],), shape[1] - 1)
+    check.cross_entropy(k, logits, target, weight, smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
 def test_softmax(k: Any, name: str, dtype: torch.dtype) -> None:
     shape, layout = SHAPES[name]

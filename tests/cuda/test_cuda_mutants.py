@@ -57,7 +57,7 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("cross_entropy.py", "number % splits * chunk\n    count = tl.where", "0 * chunk\n    count = tl.where", HUGE),
     ("cross_entropy.py", "(x_y - top)", "(x_y)", FEW),
     ("cross_entropy.py", "tl.where(is_row, w_y * nll, 0.0)", "w_y * nll", FEW),
-    ("smoothed_cross_entropy.py", "(top[:, None] - anchors), 1)", "(top[:, None] * 0), 1)", index_targets((5, 300), 0.1)),
+    ("smoothed_cross_entropy.py", "(top[:, None] - tops), 1)", "(top[:, None] * 0), 1)", index_targets((5, 300), 0.1)),
     ("smoothed_cross_entropy.py", "- g[:, None] * w", "", index_targets((5, 10), 0.1)),
     ("soft_cross_entropy.py", "+ spread.to(real))\n    d = ", ")\n    d = ", SOFT),
     ("soft_cross_entropy.py", "log_total[:, None] - (x", "log_total[:, None] * 0 - (x", SOFT),

@@ -4,6 +4,8 @@ Each loss has a forward, which returns the loss and what the backward wants to s
 'mean' or 'sum'. Per-row numbers are float32, float64 for float64 logits. Inputs are never written to, unless `result` is one of them.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,14 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 def _class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     """[C] in the compute dtype; no weight is a one with stride 0."""
     if weight is None:
-        return torch.ones(1, dtype=compute_dtype(logits), device=logits.device).expand(logits.shape[1])
+        return _one(compute_dtype(logits), logits.device).expand(logits.shape[1])
     return weight.detach().to(compute_dtype(logits))
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A one, made once: nothing ever writes to it."""
+    return torch.ones(1, dtype=dtype, device=device)
 
 
 def _dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
@@ -186,7 +194,7 @@ def nll_loss_backward(dloss: Tensor, log_prob: Tensor, target: Tensor, ignore_in
 def _element_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     """[A, B, P] in the compute dtype; no weight is a one with strides 0."""
     if weight is None:
-        return torch.ones((1, 1, 1), dtype=compute_dtype(logits), device=logits.device).expand(logits.shape)
+        return _one(compute_dtype(logits), logits.device).expand(logits.shape)
     return weight.detach().to(compute_dtype(logits))
 
 

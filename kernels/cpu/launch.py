@@ -130,28 +130,29 @@ class Region:
     def __init__(self, body: Callable[[Any], None], kinds: str) -> None:
         self.body = body
         self._layout = struct.Struct("=qqq" + "".join("d" if letter == "x" else "q" for letter in kinds))
-        self._compiled: dict[torch.dtype, Any] = {}
+        self._compiled: dict[torch.dtype, tuple[Any, Callable[[int], None]]] = {}
         self._lock = threading.Lock()
 
-    def compile(self, dtype: torch.dtype) -> Any:
-        """The native function for this dtype; `.inspect_llvm()` shows its code."""
+    def compile(self, dtype: torch.dtype) -> tuple[Any, Callable[[int], None]]:
+        """Numba's compiled function for this dtype, and the same as a function of an address."""
         with self._lock:
             if dtype not in self._compiled:
                 signature = types.void(Arguments(STORAGE[dtype]))
                 try:
-                    self._compiled[dtype] = cfunc(signature, cache=True, error_model="numpy")(self.body)
+                    compiled = cfunc(signature, cache=True, error_model="numpy")(self.body)
                 except RuntimeError:  # Numba found no place for its cache that can be written
-                    self._compiled[dtype] = cfunc(signature, error_model="numpy")(self.body)
+                    compiled = cfunc(signature, error_model="numpy")(self.body)
+                self._compiled[dtype] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
             return self._compiled[dtype]
 
     def __call__(self, dtype: torch.dtype, tasks: int, *args: float) -> bool:
         """Run all tasks and wait. True if one of them raised the flag."""
-        compiled = self._compiled.get(dtype) or self.compile(dtype)
+        compiled, on_this_thread = self._compiled.get(dtype) or self.compile(dtype)
         block = ctypes.create_string_buffer(self._layout.pack(tasks, 0, 0, *args), self._layout.size)
         threads = min(tasks, torch.get_num_threads())
         parallel = _openmp() if threads > 1 else None
         if parallel is None:
-            ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)(ctypes.addressof(block))
+            on_this_thread(ctypes.addressof(block))
         else:
             parallel(compiled.address, ctypes.addressof(block), threads, 0)
         return block.raw[8 * _FLAG] != 0

@@ -153,7 +153,8 @@ def _gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, sca
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
     (logits, target, row_weight, top, total, dloss, dlogits, chunks, ignore_index, dloss_stride, past_caches,
-     to_batch, to_class, to_position, batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
+     to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
     consecutive = class_stride == to_class == 1

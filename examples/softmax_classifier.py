@@ -3,6 +3,8 @@
 python examples/softmax_classifier.py
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ def as_module() -> list[float]:
     return _descend(list(model.parameters()), lambda: criterion(model(X), Y))
 
 
-def _descend(parameters: list[Tensor], cost_of_now) -> list[float]:  # type: ignore[no-untyped-def]
+def _descend(parameters: list[Tensor], cost_of_now: Callable[[], Tensor]) -> list[float]:
     """The cost at every epoch, the one before the first step included."""
     optimizer = torch.optim.SGD(parameters, lr=RATE)
     costs = []

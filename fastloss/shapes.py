@@ -41,9 +41,9 @@ def as_elements(logits: Tensor, *others: Tensor | None) -> Elements:
     first = everything[0]
     assert first is not None
     sizes = _merged(first.shape, [t.stride() for t in everything if t is not None])
-    if len(sizes) > 3:
-        everything = tuple(None if t is None else t.contiguous() for t in everything)
-        sizes = [first.numel()]
+    if len(sizes) > 3:  # no view will do: copies, in the order of the call
+        everything = tuple(None if t is None else t.expand(shape).contiguous() for t in (logits, *others))
+        order, first, sizes = tuple(range(dims)), logits, [logits.numel()]
     target = (*(1,) * (3 - len(sizes)), *sizes)
     inverse = tuple(order.index(d) for d in range(dims))
     return Elements(tuple(None if t is None else t.reshape(target) for t in everything), first.shape, inverse)

@@ -36,7 +36,7 @@ def test_every_option(dtype: str, kind: str, weighted: bool, smoothing: float, r
 def test_every_shape(dtype: str, shape: tuple[int, ...], soft: bool) -> None:
     wanted = ("input", "target") if soft else ("input",)
     tensors = class_inputs(shape, DTYPES[dtype], ignored=None if soft else -100, weighted=True, soft=soft)
-    ulps = 8 if soft else 2  # one more sum over the classes
+    ulps = 8 if soft and shape == (40, 48) else 2  # 48 sequential additions: up to 8 ulp, torch 1 to 2
     scale = 1.0 if 1 in shape[1:2] else 0.0  # the gradient of a single class is a difference of equal numbers
     for smoothing in (0.0, 0.2):
         check("cross_entropy", tensors, wanted=wanted, reduction="none", label_smoothing=smoothing, ulps=ulps, scale=scale)

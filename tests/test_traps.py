@@ -438,4 +438,29 @@ def test_trap_22_launchers_write_only_where_they_should() -> None:
                 assert memory[:32].isnan().all()
                 assert memory[-32:].isnan().all()
             assert (dlogits[target == -100] == 0).all()
-            assert (loss[target == -100] == 0).all()
+            ignored = [loss, row_weight, mass] if smoothed else [loss, row_weight]
+            assert all((vector[target == -100] == 0).all() for vector in ignored)
+
+
+@on_both_walks
+def test_trap_22_launchers_take_a_class_weight_of_any_stride(shape: tuple[int, int]) -> None:
+    """The functions hand over dense weights; the launchers' contract is any stride, 0 included."""
+    numba = kernels("numba")
+    (rows, classes), spread = shape, 0.1 / shape[1]
+    logits, soft, target = torch.randn(shape), torch.rand(shape), torch.randint(classes, (rows,))
+    apart = torch.full((classes * 2,), NAN)
+    apart[::2] = torch.rand(classes)
+    dloss = torch.randn(rows)
+    for weight in (apart[::2], torch.tensor([1.7]).expand(classes)):
+        results = []
+        for w in (weight, weight.contiguous()):
+            loss, row_weight, mass, top, total, soft_loss, soft_mass, hard_loss = torch.full((8, rows), NAN).unbind()
+            dlogits, dsoft, dtarget = torch.full((3, rows, classes), NAN).unbind()
+            numba.cross_entropy_forward(logits, target, w, -100, hard_loss, row_weight, top, total)
+            numba.smoothed_cross_entropy_forward(logits, target, w, -100, 0.9, spread, loss, row_weight, mass, top, total)
+            numba.smoothed_cross_entropy_backward(logits, target, w, -100, 0.9, spread, row_weight, mass, top, total, dloss, dlogits)
+            numba.soft_cross_entropy_forward(logits, soft, w, 0.9, spread, soft_loss, soft_mass, top, total)
+            numba.soft_cross_entropy_backward(logits, soft, w, 0.9, spread, soft_mass, top, total, dloss, dsoft)
+            numba.soft_cross_entropy_target_backward(logits, w, 0.9, top, total, dloss, dtarget)
+            results.append((hard_loss, row_weight, loss, mass, dlogits, soft_loss, soft_mass, dsoft, dtarget))
+        torch.testing.assert_close(*results)

@@ -4,7 +4,7 @@ import argparse
 import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -71,18 +71,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.device == "cuda" and not torch.cuda.is_available():
         parser().error("--device cuda: torch sees no CUDA device")
     preset = _plan(options)
-    result = run(preset, options.device, options.rounds, not options.no_memory)
+    result = run(preset, options.device, options.rounds, not options.no_memory, lambda so_far: _write_json(options.json, so_far))
     _print(result, options)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
     if options.csv:
         _write_csv(options.csv, result)
     return 1 if broken(result) else 0
 
 
-def run(preset: Preset, device: str = "cpu", rounds: int = 5, memory: bool = True) -> dict[str, Any]:
-    """Measure everything in a preset; plain data."""
+def run(
+    preset: Preset, device: str = "cpu", rounds: int = 5, memory: bool = True, save: Callable[[dict[str, Any]], None] = lambda so_far: None
+) -> dict[str, Any]:
+    """Measure everything in a preset; plain data. `save` gets what there is after every case: a long run that is killed is not lost."""
     wanted_extras = extras.names(preset.extras)
     weights = [preset.seconds + 6 + 8 * case.bytes / 5e8 for case in preset.cases]
     result: dict[str, Any] = {
@@ -102,10 +101,12 @@ def run(preset: Preset, device: str = "cpu", rounds: int = 5, memory: bool = Tru
                 result["cases"].append(found)
                 bar.say(_one_line(found))
                 bar.end(weight)
+                save(result)
             for name in wanted_extras:
                 bar.begin(name)
                 result["extras"][name] = extras.EXTRAS[name]()
                 bar.end(20)
+                save(result)
         except KeyboardInterrupt:
             bar.say("interrupted: what follows is what was measured until now")
             result["interrupted"] = True
@@ -162,6 +163,13 @@ def _one_line(found: dict[str, Any]) -> str:
         return f"{found['key']:34} {ours.get('status', 'not asked for')} {ours.get('reason', '')}"
     eager = tables.ratio(ours["slower"].get(EAGER))
     return f"{found['key']:34} correct; {eager or '?'} as fast as eager, {tables.number(ours['copies']['middle'])} copies"
+
+
+def _write_json(path: Path | None, result: dict[str, Any]) -> None:
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _write_csv(path: Path, result: dict[str, Any]) -> None:

@@ -107,16 +107,20 @@ def _statistics(
             four = add_class(anchor, *four, v3, v3, _factor(q, c + 3 * lanes, 1, weight, c + 3 * lanes, 1, lanes, keep, spread))
             total, mass, gap = total + four[0], mass + four[1], gap + four[2]
             c += 4 * lanes
+    recent, since = splat(0.0, x), 0  # the k of the last few classes: sums of sums lose fewer digits
     n = count if tile > 1 else min(lanes, last - c)
     while c < last:
         value = load(x, c * class_stride, lane_stride, n, -np.inf)
         term = value if n == lanes else load(x, c * class_stride, lane_stride, n, 0.0)
         k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
         top = larger(top, value)
-        anchor, total, gap = follow(top, anchor, total, mass, gap)
-        total, mass, gap = add_class(anchor, total, mass, gap, value, term, k)
+        anchor, total, gap = follow(top, anchor, total, mass + recent, gap)
+        total, recent, gap = add_class(anchor, total, recent, gap, value, term, k)
+        since += 1
+        if since == 8:
+            mass, recent, since = mass + recent, splat(0.0, x), 0
         c, n = advance(c, n, last, tile, lanes)
-    return settle(top, anchor, total, mass, gap)
+    return settle(top, anchor, total, mass + recent, gap)
 
 
 @region(_FORWARD)

@@ -36,7 +36,7 @@ lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
 
 docs: $(VENV)/.bench ## regenerate every generated table and picture from docs/measured and from the code
 	$(BIN)/python bench/report.py $(MEASURED)/cpu.json --out $(MEASURED) --tables README.md docs
-	$(BIN)/python bench/report.py $(MEASURED)/sizes.json --out $(MEASURED)/sizes
+	if [ -f $(MEASURED)/sizes.json ]; then $(BIN)/python bench/report.py $(MEASURED)/sizes.json --out $(MEASURED)/sizes; fi
 	$(BIN)/python docs/make_coverage.py
 
 measure: $(VENV)/.bench ## measure this machine for the README (about half an hour), then `make docs`

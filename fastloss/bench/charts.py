@@ -86,8 +86,16 @@ def _dots(cases: list[dict[str, Any]], value: str, title: str, axis: str) -> tup
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x", color="#e4e4e4")
     axes.set_xlabel(axis)
-    axes.set_title(title, loc="left", fontweight="bold", pad=34)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=6, frameon=False, handletextpad=0.2, columnspacing=1.2, fontsize=9)
+    axes.set_title(title, loc="left", fontweight="bold", pad=34 if len(names) < 6 else 52)
+    axes.legend(
+        loc="lower left",
+        bbox_to_anchor=(0, 1.0),
+        ncols=5 if len(names) < 6 else 3,
+        frameon=False,
+        handletextpad=0.2,
+        columnspacing=1.2,
+        fontsize=9,
+    )
     return figure, axes
 
 

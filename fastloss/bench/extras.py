@@ -1,6 +1,8 @@
 """What is not a large batch: the price of a small call, more threads, and the first call of a process."""
 
 import os
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
@@ -66,7 +68,7 @@ def scaling(seconds: float = 6) -> dict[str, Any]:
 def startup() -> dict[str, Any]:
     """Seconds of the first steps in a new process: with empty caches of compiled code, then with what that process left there."""
     case = Case("cross_entropy", (4096, 1000))
-    found: dict[str, Any] = {"case": case.key}
+    found: dict[str, Any] = {"case": case.key, "imports": _imports()}
     for name in (FASTLOSS, EAGER, COMPILED):
         with tempfile.TemporaryDirectory() as caches:
             environment = {"NUMBA_CACHE_DIR": os.path.join(caches, "numba"), "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "inductor")}
@@ -74,6 +76,14 @@ def startup() -> dict[str, Any]:
                 with child(environment) as process:
                     found.setdefault(name, {})[state] = process.ask(do="startup", provider=name, case=case.key)
     return found
+
+
+def _imports() -> dict[str, float]:
+    """Seconds to import torch, and fastloss after it, in a process that does nothing else."""
+    code = "from time import perf_counter as t; a = t(); import torch; b = t(); import fastloss; print(b - a, t() - b)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    return dict(zip(("torch", "fastloss"), map(float, text.split()), strict=True))
 
 
 EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {"overhead": overhead, "scaling": scaling, "startup": startup}

@@ -105,9 +105,11 @@ def extras(result: dict[str, Any]) -> dict[str, Table]:
     if "startup" in found:
         lines = []
         for name, states in found["startup"].items():
-            if name != "case":
+            if name not in ("case", "imports"):
                 lines += [[name, state, *(number(value) for value in times.values())] for state, times in states.items()]
         parts = list(found["startup"][FASTLOSS]["cold"])
+        imports = found["startup"].get("imports", {})
+        lines += [[f"import {name}", "", number(seconds), *[""] * (len(parts) - 1)] for name, seconds in imports.items()]
         tables["A new process, seconds (cold: nothing compiled is cached yet)"] = (["provider", "caches", *parts], lines)
     return tables
 

@@ -29,7 +29,7 @@ test-all: $(VENV)/.dev ## all tests
 
 lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
 	$(BIN)/ruff check .
-	$(BIN)/ruff format --check bench examples docs fastloss/bench fastloss/integrations fastloss/doctor.py fastloss/__main__.py
+	$(BIN)/ruff format --check fastloss kernels tests bench examples docs
 	rm -rf build
 	$(BIN)/pip install --quiet --no-deps --target build/typed .
 	cd build/typed && ../../$(BIN)/mypy --config-file ../../pyproject.toml

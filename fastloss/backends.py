@@ -172,6 +172,7 @@ class BackendError(RuntimeError):
 
 
 _DEVICE_OF = {"numba": "cpu", "triton": "cuda"}
+_KERNELS_OF: dict[str, KernelsName] = {"cpu": "numba", "cuda": "triton"}
 _MODULE_OF = {"numba": ".kernels.cpu", "triton": ".kernels.cuda"}
 _OLDEST = {"numba": (0, 61), "triton": (3, 4)}
 
@@ -221,7 +222,7 @@ def use_backend(name: BackendName) -> Iterator[None]:
 
 def backend_of(device: str) -> KernelsName | None:
     """The kernels for a device type, or None if there are none."""
-    return next((cast(KernelsName, name) for name, served in _DEVICE_OF.items() if served == device), None)
+    return _KERNELS_OF.get(device)
 
 
 def unavailable(name: BackendName) -> str | None:

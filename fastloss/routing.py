@@ -50,7 +50,7 @@ def tiny(input: Any) -> bool:
     return (
         isinstance(input, Tensor)
         and not torch.compiler.is_compiling()
-        and input.numel() < config.min_numel
+        and _few(input, config.min_numel)
         and backends.get_backend() == "auto"
         and not _explaining.get()
     )
@@ -91,9 +91,14 @@ def _eager(misfit: str | None, logits: Any, others: tuple[Any, ...], min_numel: 
     problem = backends.unavailable(name)
     if problem is not None:
         return Route("torch", "torch", problem)
-    if logits.numel() < min_numel and choice == "auto":
+    if choice == "auto" and _few(logits, min_numel):
         return Route("torch", "torch", f"{logits.numel()} logits are fewer than config.min_numel = {min_numel}")
     return Route(name, "kernel", f"{logits.dtype} on {logits.device.type}")
+
+
+def _few(logits: Tensor, min_numel: int) -> bool:
+    """Too few logits for a kernel to be worth its call. torch vectorises over 16 classes and is ten times slower below."""
+    return logits.numel() < (min_numel if logits.dim() < 2 or logits.shape[1] >= 16 else min_numel // 8)
 
 
 def _compiled(misfit: str | None, logits: Any) -> Route:

@@ -57,12 +57,19 @@ def test_explain_leaves_no_trace_when_it_raises() -> None:
 
 @pytest.mark.parametrize("function", ["cross_entropy", "nll_loss"])
 def test_small_inputs_go_to_torch_by_default(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    monkeypatch.setattr(fastloss.config, "min_numel", 30)
+    monkeypatch.setattr(fastloss.config, "min_numel", 8 * 30)  # rows of fewer than 16 classes: an eighth
     route = fastloss.explain(getattr(fastloss, function), X[:5], Y[:5])
     assert route.path == "torch"
     assert "min_numel" in route.reason
     torch.testing.assert_close(getattr(fastloss, function)(X[:5], Y[:5]), getattr(F, function)(X[:5], Y[:5]))
     assert fastloss.explain(getattr(fastloss, function), X, Y).path == "kernel"
+
+
+def test_rows_of_16_classes_have_the_whole_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastloss.config, "min_numel", 8 * 32)
+    fifteen, sixteen = (torch.randn(240 // 15, 15), torch.randn(240 // 16, 16))
+    assert fastloss.explain(fastloss.cross_entropy, fifteen, torch.zeros(16, dtype=torch.int64)).path == "kernel"
+    assert fastloss.explain(fastloss.cross_entropy, sixteen, torch.zeros(15, dtype=torch.int64)).path == "torch"
 
 
 def test_a_named_backend_serves_small_inputs_too(monkeypatch: pytest.MonkeyPatch) -> None:

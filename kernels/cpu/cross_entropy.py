@@ -17,6 +17,7 @@ from .rows import (
     AHEAD,
     CHUNK,
     FEW_CLASSES,
+    SHORT_ROW,
     WALK,
     advance,
     bypass_caches,
@@ -45,13 +46,16 @@ def cross_entropy_forward(
 ) -> None:
     way = walk(logits)
     chunks = chunks_apart(way)
-    parts = top.new_empty((2, loss.numel() * chunks if chunks > 1 else 0))
+    chunk_tops = chunk_totals = top  # not looked at unless there are chunks
     if chunks > 1:
-        _statistics_of_chunks(logits.dtype, parts.shape[1], logits.data_ptr(), parts[0].data_ptr(), parts[1].data_ptr(), chunks, *way)
+        chunk_tops, chunk_totals = top.new_empty(loss.numel() * chunks), top.new_empty(loss.numel() * chunks)
+        _statistics_of_chunks(
+            logits.dtype, chunk_tops.numel(), logits.data_ptr(), chunk_tops.data_ptr(), chunk_totals.data_ptr(), chunks, *way
+        )
     out_of_bounds = _forward(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(),
-        parts[0].data_ptr(), parts[1].data_ptr(), chunks, ignore_index, weight.stride(0), *way,
+        chunk_tops.data_ptr(), chunk_totals.data_ptr(), chunks, ignore_index, weight.stride(0), *way,
     )  # fmt: skip
     if out_of_bounds:
         refuse_out_of_bounds(target, way.classes, ignore_index)
@@ -60,7 +64,8 @@ def cross_entropy_forward(
 def cross_entropy_backward(
     logits: Tensor, target: Tensor, ignore_index: int, row_weight: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor
 ) -> None:
-    way = walk(logits)
+    without_gaps = logits.dim() == 2 and logits.is_contiguous() and dlogits.is_contiguous()
+    way = walk(logits, SHORT_ROW if without_gaps else FEW_CLASSES)
     chunks = chunks_apart(way)
     _backward(
         logits.dtype, way.tasks * chunks,
@@ -143,7 +148,7 @@ def _gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, sca
     lanes = lanes_of(x)
     for v in range(classes):
         number = lane_numbers(top) + v * lanes
-        row = (number * (65536 // classes + 1)) >> 16  # number // classes, exact up to FEW_CLASSES
+        row = (number * ((1 << 20) // classes + 1)) >> 20  # number // classes, exact up to 255 classes
         prob = exp(load(x, v * lanes, 1, lanes, 0.0) - pick(top, row)) * pick(scale, row)
         y_row = pick(y, row)
         prob = select(y_row == number - row * classes, prob - pick(g, row), prob)
@@ -158,7 +163,7 @@ def _backward(a: Any) -> None:
     lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
     consecutive = class_stride == to_class == 1
-    gapless = classes <= FEW_CLASSES and consecutive and position_stride == to_position == classes
+    gapless = classes <= SHORT_ROW and consecutive and position_stride == to_position == classes
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch * chunks, positions, tile)):

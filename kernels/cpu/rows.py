@@ -17,6 +17,7 @@ from .memory import load, prefetch, to_alignment
 from .simd import any_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
 
 FEW_CLASSES = 48  # up to here lanes are rows
+SHORT_ROW = 64  # up to here a gradient is faster over several rows at once, if they lie without gaps
 TASK_NUMEL = (1 << 14, 1 << 16)  # logits in a task, at least and at most: 3 to 15 microseconds; less is not worth waking a thread
 CHUNK = 8192  # classes between two merges of the lanes: keeps float32 sums accurate
 WEIGHTED_CHUNK = 4096  # the same where the sums are the loss itself, not the argument of a logarithm
@@ -58,11 +59,12 @@ class Walk(NamedTuple):
 WALK = "n" * 8
 
 
-def walk(logits: Tensor) -> Walk:
+def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
+    """With at most `few` classes, lanes are rows."""
     batch, classes, positions = (1, logits.shape[1], logits.shape[0]) if logits.dim() == 2 else logits.shape
     strides = strides_of(logits)
     rows, lanes = batch * positions, 8 if logits.dtype == torch.float64 else 16
-    tile = lanes if (classes <= FEW_CLASSES or strides.class_ != 1) and rows >= lanes else 1
+    tile = lanes if (classes <= few or strides.class_ != 1) and rows >= lanes else 1
     least, most = (numel // max(1, tile * classes) for numel in TASK_NUMEL)
     share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
     return Walk(batch, classes, positions, *strides, tile, max(1, least, min(most, share)))

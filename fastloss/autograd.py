@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._device import DeviceContext
 
 from . import launches, reference
 
@@ -21,8 +22,14 @@ def plain(*tensors: Tensor | None) -> bool:
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_torch_function_mode_enabled()
+        and (not torch._C._is_torch_function_mode_enabled() or _only_a_default_device())
     )
+
+
+def _only_a_default_device() -> bool:
+    """Whether the active modes are those of torch.set_default_device and `with torch.device(...)`: they move new tensors only, and ours
+    name their device."""
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
 
 
 def _has_its_numbers_in_memory(tensor: Tensor) -> bool:

@@ -7,6 +7,23 @@ import torch
 
 import fastloss
 
+ON_ANY_DEVICE = ("cross_entropy", "bce", "softmax", "nll_loss", "seed_cases", "numerics", "property", "inplace")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--device", default="cpu", help="where the parity tests make their tensors: cpu or cuda")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--device") != "cpu":
+        torch.set_default_device(config.getoption("--device"))  # before the test modules make their tensors
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """On another device, only the tests that do not speak of threads, pointers or the CPU."""
+    if config.getoption("--device") != "cpu":
+        items[:] = [item for item in items if item.path.stem.removeprefix("test_") in ON_ANY_DEVICE]
+
 
 @pytest.fixture(autouse=True)
 def forced_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

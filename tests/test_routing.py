@@ -228,3 +228,12 @@ def test_kernels_import_nothing_of_fastloss(package: str) -> None:
         assert "fastloss" not in imported, path.name
         assert not any(name.startswith("..") for name in imported), path.name
         assert not imported & ({"triton"} if package == "cpu" else {"numba", "llvmlite"}), path.name
+
+
+def test_a_default_device_does_not_keep_the_kernels_away() -> None:
+    with torch.device("meta"):  # new tensors without a device of their own would be without numbers
+        assert fastloss.explain(fastloss.cross_entropy, X, Y).path == "kernel"
+        loss = fastloss.cross_entropy(X, Y)
+        element_wise = fastloss.binary_cross_entropy_with_logits(X, X.sigmoid())
+    torch.testing.assert_close(loss, F.cross_entropy(X, Y))
+    torch.testing.assert_close(element_wise, F.binary_cross_entropy_with_logits(X, X.sigmoid()))

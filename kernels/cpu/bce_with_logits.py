@@ -36,7 +36,7 @@ def bce_with_logits_forward(logits: Tensor, target: Tensor, weight: Tensor, pos_
 
 def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, total: Tensor) -> None:
     way = elements(logits)
-    partial = torch.empty(way.pieces, dtype=torch.float64)
+    partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
     _sum(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), partial.data_ptr(),

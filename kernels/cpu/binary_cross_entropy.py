@@ -38,7 +38,7 @@ def binary_cross_entropy_forward(prob: Tensor, target: Tensor, weight: Tensor, l
 
 def binary_cross_entropy_sum(prob: Tensor, target: Tensor, weight: Tensor, total: Tensor) -> None:
     way = elements(prob)
-    partial = torch.empty(way.pieces, dtype=torch.float64)
+    partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
     improbable = _sum(
         prob.dtype, way.tasks,
         prob.data_ptr(), target.data_ptr(), weight.data_ptr(), partial.data_ptr(),

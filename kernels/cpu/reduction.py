@@ -16,7 +16,7 @@ _BLOCK = 1 << 14
 def sum_rows(values: Tensor, total: Tensor) -> None:
     blocks = max(1, -(-values.numel() // _BLOCK))
     direct = blocks == 1 and values.dtype == total.dtype  # the common small case, without two more torch calls
-    subtotals = total if direct else torch.empty(blocks, dtype=torch.float64)
+    subtotals = total if direct else torch.empty(blocks, dtype=torch.float64, device="cpu")
     _sum(values.dtype, blocks, values.data_ptr(), subtotals.data_ptr(), total.data_ptr(), values.numel(), _BLOCK, direct)
     if not direct:
         total.copy_(subtotals.sum())  # few numbers: torch sums them on one thread

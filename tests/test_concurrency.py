@@ -1,6 +1,7 @@
 """Threads, forks and places that cannot be written: no crash, no hang, the same bits."""
 
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from helpers import class_inputs, kernel_call
 
 import fastloss
+import fastloss.kernels
 
 PREAMBLE = """
 import os, sys, threading, torch, fastloss
@@ -29,7 +31,12 @@ def step(x=X, y=Y):
 
 def run(script: str, timeout: int = 120, **environment: str) -> str:
     done = subprocess.run(
-        [sys.executable, "-c", PREAMBLE + script], capture_output=True, text=True, timeout=timeout, env={**os.environ, **environment}
+        [sys.executable, "-c", PREAMBLE + script],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env={**os.environ, **environment},
+        cwd=Path(__file__).parent,  # not the checkout's root, whose fastloss/ would come before any other
     )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.strip()
@@ -151,17 +158,10 @@ def test_number_of_threads_may_change_at_any_time() -> None:
 def test_places_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     """Neither a home nor a cache, nor a package folder: compiled again in every process, and correct."""
     package = tmp_path / "site" / "fastloss"
-    source = Path(fastloss.__file__).parent
-    package.mkdir(parents=True)
-    for path in source.rglob("*.py"):
-        if "bench" not in path.parts:
-            target = package / path.relative_to(source)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_text(path.read_text())
-    for path in (source / "kernels").glob("**/*.py"):  # where it is a link
-        target = package / "kernels" / path.relative_to(source / "kernels")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(path.read_text())
+    leave_out = shutil.ignore_patterns("__pycache__", "bench", "kernels")
+    shutil.copytree(Path(fastloss.__file__).parent, package, ignore=leave_out)
+    kernels = Path(fastloss.kernels.__file__).parent  # beside the package in a checkout, inside it when installed
+    shutil.copytree(kernels, package / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
     nowhere = tmp_path / "file"
     nowhere.write_text("not a folder")  # works for root too, whom permissions do not stop
     for folder in (package / "kernels" / "cpu", package / "kernels"):

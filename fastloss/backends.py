@@ -171,7 +171,6 @@ class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve a call."""
 
 
-_DEVICE_OF = {"numba": "cpu", "triton": "cuda"}
 _KERNELS_OF: dict[str, KernelsName] = {"cpu": "numba", "cuda": "triton"}
 _MODULE_OF = {"numba": ".kernels.cpu", "triton": ".kernels.cuda"}
 _OLDEST = {"numba": (0, 61), "triton": (3, 4)}
@@ -202,7 +201,7 @@ def set_backend(name: BackendName) -> None:
     """
     global _choice
     chosen = _named(name, "backend")
-    if chosen in _DEVICE_OF:
+    if chosen in _MODULE_OF:
         problem = unavailable(chosen)
         if problem:
             raise BackendError(f"backend {chosen!r} cannot be used here: {problem}")

@@ -63,7 +63,10 @@ def _take(size: int) -> mmap.mmap | None:
     with _lock:
         for block in list(_idle):
             if size <= len(block) <= size + size // 4 + _HUGE_PAGE:
-                _idle.remove(block)
+                try:
+                    _idle.remove(block)
+                except (ValueError, IndexError):  # a finalizer, which takes no lock, was faster
+                    continue
                 return block
     return None
 

@@ -1,7 +1,8 @@
 """The registered ops `torch.ops.fastloss.*`: what torch.compile, torch.export and make_fx see instead of pointers.
 
 One op for each direction of each loss, around the same launches as the eager path; opaque on purpose, since a compiler that opened them
-would drop the launch options. Second derivatives go through the reference, as in `autograd`.
+would drop the launch options. Second derivatives go through the reference, as in `autograd`; `nll_loss` and the gradient of soft targets
+have none here and raise.
 """
 
 from collections.abc import Callable

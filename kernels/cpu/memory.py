@@ -178,20 +178,6 @@ def load_one(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
-def store_one(typingctx: Any, pointer: Any, index: Any, value: Any) -> Any:
-    """Write one number, narrowed."""
-    storage = pointer.dtype
-    compute = COMPUTE[storage]
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        raw = _narrow(builder, spread(builder, args[2], 1), storage)
-        builder.store(raw, _at(builder, args[0], args[1], raw.type), align=1)
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64, compute), codegen
-
-
-@intrinsic
 def load_classes(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, ignored: Any, like: Any) -> Any:
     """Class numbers from int64 memory (stride 0 or 1) as integers as wide as the lanes of `like`; -1 for `ignored` and, unless the
     stride is 0, from lane `count` on."""

@@ -3,10 +3,20 @@
 from .bce_with_logits import bce_with_logits_backward, bce_with_logits_forward, bce_with_logits_sum
 from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
+from .cross_entropy_one_visit import cross_entropy_forward_backward
 from .nll_loss import nll_loss_backward, nll_loss_forward
 from .reduction import sum_rows
-from .smoothed_cross_entropy import smoothed_cross_entropy_backward, smoothed_cross_entropy_forward
-from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward, soft_cross_entropy_target_backward
+from .smoothed_cross_entropy import (
+    smoothed_cross_entropy_backward,
+    smoothed_cross_entropy_forward,
+    smoothed_cross_entropy_forward_backward,
+)
+from .soft_cross_entropy import (
+    soft_cross_entropy_backward,
+    soft_cross_entropy_forward,
+    soft_cross_entropy_forward_backward,
+    soft_cross_entropy_target_backward,
+)
 from .softmax import log_softmax_backward, log_softmax_forward, softmax_backward, softmax_forward
 
 __all__ = [
@@ -18,14 +28,17 @@ __all__ = [
     "binary_cross_entropy_sum",
     "cross_entropy_backward",
     "cross_entropy_forward",
+    "cross_entropy_forward_backward",
     "log_softmax_backward",
     "log_softmax_forward",
     "nll_loss_backward",
     "nll_loss_forward",
     "smoothed_cross_entropy_backward",
     "smoothed_cross_entropy_forward",
+    "smoothed_cross_entropy_forward_backward",
     "soft_cross_entropy_backward",
     "soft_cross_entropy_forward",
+    "soft_cross_entropy_forward_backward",
     "soft_cross_entropy_target_backward",
     "softmax_backward",
     "softmax_forward",

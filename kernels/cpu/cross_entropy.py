@@ -2,7 +2,7 @@
 
     nll = log total - (x_y - top)      loss = w_y nll      dlogits = dloss w_y (p - onehot(y)),  p = exp(x - top) / total
 
-One visit to the logits going forward, one coming back; all else happens on [N] vectors.
+One visit to the logits going forward, one coming back; all else happens on [N] vectors. `cross_entropy_one_visit` makes do with one.
 """
 
 from typing import Any
@@ -10,24 +10,29 @@ from typing import Any
 from numba import njit
 from torch import Tensor
 
-from .launch import next_task, raise_flag, region, unpack
+from .blocks import (
+    block_of,
+    block_size,
+    block_statistics,
+    blocks_apart,
+    merge,
+    real_total,
+    rescaled,
+    row_statistics,
+    scratch,
+    term,
+)
+from .launch import next_task, next_worker, raise_flag, region, unpack
 from .math import INLINE, exp, log
-from .memory import load, load_classes, load_one, offset, prefetch, store, stream
+from .memory import load, load_classes, load_one, offset, store, stream, to_alignment
 from .rows import (
-    AHEAD,
-    CHUNK,
     FEW_CLASSES,
     SHORT_ROW,
     WALK,
     advance,
     bypass_caches,
-    chunk_statistics,
-    chunks_apart,
     first_vector,
     last_tile,
-    merge,
-    real_total,
-    row_statistics,
     rows_of,
     strides_of,
     walk,
@@ -36,26 +41,26 @@ from .rows import (
 from .simd import first_lane, lane_numbers, lanes_of, pick, select, splat
 from .targets import refuse_out_of_bounds
 
-_CHUNKS = "TCCn" + WALK
-_FORWARD = "TICCCCCCCnnn" + WALK
-_BACKWARD = "TICCCCTnnnnnnn" + WALK
+_BLOCKS = "TCCCn" + WALK
+_FORWARD = "TICCCCCCCCnnn" + WALK
+_BACKWARD = "TICCCCTCnnnnnnn" + WALK
 
 
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor
 ) -> None:
     way = walk(logits)
-    chunks = chunks_apart(way)
-    chunk_tops = chunk_totals = top  # not looked at unless there are chunks
-    if chunks > 1:
-        chunk_tops, chunk_totals = top.new_empty(loss.numel() * chunks), top.new_empty(loss.numel() * chunks)
-        _statistics_of_chunks(
-            logits.dtype, chunk_tops.numel(), logits.data_ptr(), chunk_tops.data_ptr(), chunk_totals.data_ptr(), chunks, *way
+    terms, blocks = scratch(1), blocks_apart(way, logits)
+    block_tops = block_totals = top  # not looked at unless blocks are handed out
+    if blocks > 1:
+        block_tops, block_totals = top.new_empty(loss.numel() * blocks), top.new_empty(loss.numel() * blocks)
+        _statistics_of_blocks(
+            logits.dtype, block_tops.numel(), logits.data_ptr(), block_tops.data_ptr(), block_totals.data_ptr(), terms.data_ptr(), blocks, *way
         )
     out_of_bounds = _forward(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(),
-        chunk_tops.data_ptr(), chunk_totals.data_ptr(), chunks, ignore_index, weight.stride(0), *way,
+        block_tops.data_ptr(), block_totals.data_ptr(), terms.data_ptr(), blocks, ignore_index, weight.stride(0), *way,
     )  # fmt: skip
     if out_of_bounds:
         refuse_out_of_bounds(target, way.classes, ignore_index)
@@ -66,41 +71,45 @@ def cross_entropy_backward(
 ) -> None:
     without_gaps = logits.dim() == 2 and logits.is_contiguous() and dlogits.is_contiguous()
     way = walk(logits, SHORT_ROW if without_gaps else FEW_CLASSES)
-    chunks = chunks_apart(way)
+    terms, blocks = scratch(1), blocks_apart(way, logits)
     _backward(
-        logits.dtype, way.tasks * chunks,
+        logits.dtype, way.tasks * blocks,
         logits.data_ptr(), target.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
-        chunks, ignore_index, dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
+        terms.data_ptr(), blocks, ignore_index, dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
     )  # fmt: skip
 
 
-@region(_CHUNKS)
-def _statistics_of_chunks(a: Any) -> None:
-    (logits, tops, totals, chunks, _batch, classes, positions, batch_stride, class_stride, position_stride, _tile, _grain) = unpack(
-        a, _CHUNKS
+@region(_BLOCKS)
+def _statistics_of_blocks(a: Any) -> None:
+    (logits, tops, totals, terms, blocks, _batch, classes, positions, batch_stride, class_stride, position_stride, _tile, _grain) = unpack(
+        a, _BLOCKS
     )
+    terms = block_of(terms, next_worker(a))
+    size = block_size(terms, 1)
     task = next_task(a)
     while task >= 0:
-        b, p, _row, _count = rows_of(task // chunks, positions, 1)
-        x, first = offset(logits, b * batch_stride + p * position_stride), task % chunks * CHUNK
-        top, total = chunk_statistics(x, first, min(classes, first + CHUNK), class_stride)
+        b, p, _row, _count = rows_of(task // blocks, positions, 1)
+        x, first = offset(logits, b * batch_stride + p * position_stride), task % blocks * size
+        top, total = block_statistics(x, first, min(classes, first + size), class_stride, class_stride, 1, lanes_of(x), terms)
         tops[task], totals[task] = first_lane(top), first_lane(total)
         task = next_task(a)
 
 
 @njit(**INLINE)
-def _merged(tops: Any, totals: Any, first: Any, chunks: Any, like: Any) -> Any:
-    """What `row_statistics` gives, from statistics of its chunks that are there already: the same steps, the same bits."""
+def _merged(tops: Any, totals: Any, first: Any, blocks: Any, like: Any) -> Any:
+    """What `row_statistics` gives, from statistics of its blocks that are there already: the same steps, the same bits."""
     top, total = splat(tops[first], like), splat(totals[first], like)
-    for i in range(first + 1, first + chunks):
+    for i in range(first + 1, first + blocks):
         top, total = merge(top, total, splat(tops[i], like), splat(totals[i], like))
     return top, real_total(total)
 
 
 @region(_FORWARD)
 def _forward(a: Any) -> None:
-    (logits, target, weight, loss, row_weight, top, total, chunk_tops, chunk_totals, chunks, ignore_index, weight_stride,
+    (logits, target, weight, loss, row_weight, top, total, block_tops, block_totals, terms, blocks, ignore_index, weight_stride,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
+    terms = block_of(terms, next_worker(a))
+    lane_stride = position_stride if tile > 1 else class_stride
     task = next_task(a)
     while task >= 0:
         begin = rows_of(task * grain, positions, tile)[2]
@@ -111,39 +120,155 @@ def _forward(a: Any) -> None:
             x = offset(logits, b * batch_stride + p * position_stride)
             # statistics
             if tile > 1:
-                tops, totals = row_statistics(x, classes, class_stride, position_stride, tile, count)
+                tops, totals = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, 0)
                 store(top, row, 1, count, tops)
                 store(total, row, 1, count, totals)
             elif target[row] != ignore_index:
-                if chunks > 1:
-                    tops, totals = _merged(chunk_tops, chunk_totals, row * chunks, chunks, x)
+                if blocks > 1:
+                    tops, totals = _merged(block_tops, block_totals, row * blocks, blocks, x)
                 else:
-                    tops, totals = row_statistics(x, classes, class_stride, class_stride, tile, count)
+                    tops, totals = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, 0)
                 top[row], total[row] = first_lane(tops), first_lane(totals)
-            # target logit and class weight
-            for i in range(row, end):
-                y = target[i]
-                if y == ignore_index or y < 0 or y >= classes:
-                    loss[i], row_weight[i], top[i], total[i] = 0, 0, 0, 1
-                    if y != ignore_index:
-                        raise_flag(a)
-                else:
-                    loss[i], row_weight[i] = load_one(x, (i - row) * position_stride + y * class_stride), weight[y * weight_stride]
-        # loss
-        for row in range(begin, end, lanes_of(top)):
-            n = end - row
-            nll = log(load(total, row, 1, n, 1.0)) - (load(loss, row, 1, n, 0.0) - load(top, row, 1, n, 0.0))
-            store(loss, row, 1, n, load(row_weight, row, 1, n, 0.0) * nll)
+            if see_targets(x, target, weight, loss, row_weight, top, total, row, end, ignore_index, classes, class_stride, position_stride, weight_stride):
+                raise_flag(a)
+        write_losses(loss, row_weight, top, total, begin, end)
         task = next_task(a)
 
 
 @njit(**INLINE)
-def _probability(x: Any, at: Any, lane_stride: Any, n: Any, top: Any, scale: Any) -> Any:
-    return exp(load(x, at, lane_stride, n, 0.0) - top) * scale
+def see_targets(
+    x: Any, target: Any, weight: Any, loss: Any, row_weight: Any, top: Any, total: Any,
+    begin: Any, end: Any, ignore_index: Any, classes: Any, class_stride: Any, position_stride: Any, weight_stride: Any,
+) -> Any:  # fmt: skip
+    """Target logit (for now in `loss`) and class weight of rows begin .. end - 1, the first of which is at x; the numbers of a row that
+    does not count. True if a target is no class."""
+    wrong = False
+    for i in range(begin, end):
+        y = target[i]
+        if y == ignore_index or y < 0 or y >= classes:
+            loss[i], row_weight[i], top[i], total[i] = 0, 0, 0, 1
+            wrong = wrong or y != ignore_index
+        else:
+            loss[i], row_weight[i] = load_one(x, (i - begin) * position_stride + y * class_stride), weight[y * weight_stride]
+    return wrong
 
 
 @njit(**INLINE)
-def _gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, scale: Any, g: Any) -> None:
+def write_losses(loss: Any, row_weight: Any, top: Any, total: Any, begin: Any, end: Any) -> None:
+    """w_y nll of rows begin .. end - 1."""
+    for row in range(begin, end, lanes_of(top)):
+        n = end - row
+        nll = log(load(total, row, 1, n, 1.0)) - (load(loss, row, 1, n, 0.0) - load(top, row, 1, n, 0.0))
+        store(loss, row, 1, n, load(row_weight, row, 1, n, 0.0) * nll)
+
+
+@region(_BACKWARD)
+def _backward(a: Any) -> None:
+    (logits, target, row_weight, top, total, dloss, dlogits, terms, blocks, ignore_index, dloss_stride, past_caches,
+     to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
+    terms = block_of(terms, next_worker(a))
+    size = block_size(terms, tile)
+    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch * blocks, positions, tile)):
+            b, p, row, count = rows_of(number // blocks, positions, tile)
+            x = offset(logits, b * batch_stride + p * position_stride)
+            dx = offset(dlogits, b * to_batch + p * to_position)
+            tops, y, g, scale = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, row, tile, count)
+            if gapless(class_stride, position_stride, to_class, to_position, classes, tile, count, lanes_of(x)):
+                gradient_of_short_rows(x, dx, classes, y, tops, scale, g)
+                continue
+            first, last = number % blocks * size, min(classes, (number % blocks + 1) * size) if blocks > 1 else classes
+            if tile == 1 and target[row] == ignore_index:
+                write_zeros(dx, first, last, to_class, past_caches)
+            else:
+                gradient_of_row(
+                    x, dx, first, last, class_stride, lane_stride, to_class, to_lane, tile, count, terms, 0,
+                    tops, y, target[row], g, scale, past_caches,
+                )  # fmt: skip
+        task = next_task(a)
+
+
+@njit(**INLINE)
+def gradient_of_row(
+    x: Any, dx: Any, begin: Any, end: Any, class_stride: Any, lane_stride: Any, to_class: Any, to_lane: Any, tile: Any, count: Any,
+    terms: Any, keep: Any, tops: Any, y: Any, y_row: Any, g: Any, scale: Any, past_caches: Any,
+) -> None:  # fmt: skip
+    """dlogits of classes begin .. end - 1, whole blocks, from their terms if `terms` has kept them (`keep` = 1)."""
+    size = block_size(terms, tile)
+    for first in range(begin, end, size):
+        block, last = block_of(terms, first // size * keep), min(end, first + size)
+        if not keep:
+            block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
+        factor = rescaled(block, tops, scale)
+        gradient_of_block(block, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g, past_caches)
+
+
+@njit(**INLINE)
+def row_numbers(
+    target: Any, ignore_index: Any, row_weight: Any, top: Any, total: Any, dloss: Any, dloss_stride: Any, row: Any, tile: Any, count: Any
+) -> Any:
+    """top, y, g = dloss w_y and g / total, one for each lane, or the row's in every lane; y is -1 for a row that does not count."""
+    across, n = (1, count) if tile > 1 else (0, lanes_of(top))
+    tops = load(top, row, across, n, 0.0)
+    y = load_classes(target, row, across, n, ignore_index, tops)
+    g = load(dloss, row * dloss_stride, across * dloss_stride, n, 0.0) * load(row_weight, row, across, n, 0.0)
+    return tops, y, g, g / load(total, row, across, n, 1.0)
+
+
+@njit(**INLINE)
+def gradient_of_block(
+    terms: Any, dx: Any, first: Any, last: Any, to_class: Any, to_lane: Any, tile: Any, count: Any,
+    factor: Any, y: Any, y_row: Any, g: Any, past_caches: Any,
+) -> None:  # fmt: skip
+    """term * factor, less g at the target, of classes first .. last - 1. `y_row` is y where the lanes are one row."""
+    lanes = lanes_of(dx)
+    if tile > 1:
+        whole = past_caches and to_lane == 1 and count == lanes and to_alignment(dx) == to_alignment(offset(dx, to_class)) == 0
+        for c in range(first, last):
+            d = term(terms, first, c, tile, count) * factor
+            d = select(y > -1, select(y == c, d - g, d), 0.0)
+            if whole:
+                stream(dx, c * to_class, d, past_caches)
+            else:
+                store(dx, c * to_class, to_lane, count, d)
+        return
+    c, n = first, first_vector(offset(dx, first * to_class), last - first, tile, count, past_caches)
+    while c < last:
+        stop = whole_vectors(c, n, last, tile, lanes) if to_class == 1 else c
+        if c <= y_row < stop:
+            stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
+        for k in range(c, stop, lanes):
+            stream(dx, k, term(terms, first, k, 1, lanes) * factor, past_caches)
+        if stop > c:
+            c, n = stop, min(lanes, last - stop)
+        else:
+            d = term(terms, first, c, 1, n) * factor
+            store(dx, c * to_class, to_class, n, select(lane_numbers(d) + c == y, d - g, d))
+            c, n = advance(c, n, last, tile, lanes)
+
+
+@njit(**INLINE)
+def write_zeros(dx: Any, first: Any, last: Any, to_class: Any, past_caches: Any) -> None:
+    """The gradient of a row that does not count."""
+    c, n = first, first_vector(offset(dx, first * to_class), last - first, 1, 0, past_caches)
+    while c < last:
+        store(dx, c * to_class, to_class, n, splat(0.0, dx))
+        c, n = advance(c, n, last, 1, lanes_of(dx))
+
+
+@njit(**INLINE)
+def gapless(
+    class_stride: Any, position_stride: Any, to_class: Any, to_position: Any, classes: Any, tile: Any, count: Any, lanes: Any
+) -> Any:
+    """Whether a whole tile of short rows, of logits and of gradients, lies in one piece of memory."""
+    return classes <= SHORT_ROW and tile > 1 and count == lanes and class_stride == to_class == 1 and position_stride == to_position == classes
+
+
+@njit(**INLINE)
+def gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, scale: Any, g: Any) -> None:
     """Rows that follow one another without a gap: the lanes go over their numbers as they lie in memory, and each picks its row's."""
     lanes = lanes_of(x)
     for v in range(classes):
@@ -153,51 +278,3 @@ def _gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, sca
         y_row = pick(y, row)
         prob = select(y_row == number - row * classes, prob - pick(g, row), prob)
         store(dx, v * lanes, 1, lanes, select(y_row > -1, prob, 0.0))
-
-
-@region(_BACKWARD)
-def _backward(a: Any) -> None:
-    (logits, target, row_weight, top, total, dloss, dlogits, chunks, ignore_index, dloss_stride, past_caches,
-     to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    lanes, across = lanes_of(logits), 1 if tile > 1 else 0
-    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
-    consecutive = class_stride == to_class == 1
-    gapless = classes <= SHORT_ROW and consecutive and position_stride == to_position == classes
-    task = next_task(a)
-    while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch * chunks, positions, tile)):
-            b, p, row, count = rows_of(number // chunks, positions, tile)
-            first = number % chunks * CHUNK
-            last = min(classes, first + CHUNK) if chunks > 1 else classes
-            x = offset(logits, b * batch_stride + p * position_stride)
-            dx = offset(dlogits, b * to_batch + p * to_position)
-            # row numbers: one for each lane, or the row's in every lane
-            size = count if tile > 1 else lanes
-            tops = load(top, row, across, size, 0.0)
-            y = load_classes(target, row, across, size, ignore_index, tops)
-            g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * load(row_weight, row, across, size, 0.0)
-            scale = g / load(total, row, across, size, 1.0)
-            # gradient
-            if gapless and count == lanes:
-                _gradient_of_short_rows(x, dx, classes, y, tops, scale, g)
-                continue
-            y_row, ignored = target[row], tile == 1 and target[row] == ignore_index
-            c, n = first, first_vector(offset(dx, first * to_class), last - first, tile, count, past_caches)
-            while c < last:
-                stop = whole_vectors(c, n, last, tile, lanes) if consecutive and not ignored else c
-                if c <= y_row < stop:
-                    stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
-                for k in range(c, stop, lanes):
-                    prefetch(x, k + AHEAD)
-                    stream(dx, k, _probability(x, k, 1, lanes, tops, scale), past_caches)
-                if stop > c:
-                    c, n = stop, min(lanes, last - stop)
-                else:
-                    prob = splat(0.0, x)
-                    if not ignored:
-                        prob = _probability(x, c * class_stride, lane_stride, n, tops, scale)
-                        prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - g, prob)
-                    store(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0))
-                    c, n = advance(c, n, last, tile, lanes)
-        task = next_task(a)

@@ -27,7 +27,7 @@ from . import llvm
 
 STORAGE = {torch.float32: llvm.float32, torch.float64: llvm.float64, torch.float16: llvm.float16, torch.bfloat16: llvm.bfloat16}
 # Words at the start of a launch's argument block
-_TASKS, _NEXT, _FLAG, _FIRST = 0, 1, 2, 3
+_TASKS, _NEXT, _FLAG, _WORKERS, _FIRST = 0, 1, 2, 3, 4
 _I64 = ir.IntType(64)
 
 
@@ -103,6 +103,16 @@ def next_task(typingctx: Any, block: Any) -> Any:
 
 
 @intrinsic
+def next_worker(typingctx: Any, block: Any) -> Any:
+    """The number of the calling thread, 0, 1, ... in the order in which they ask: for memory that each has to itself. Ask once."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        return builder.atomic_rmw("add", _word(builder, args[0], _WORKERS), ir.Constant(_I64, 1), "monotonic")
+
+    return types.int64(block), codegen
+
+
+@intrinsic
 def raise_flag(typingctx: Any, block: Any) -> Any:
     """Tell the launcher that something is wrong; exceptions cannot leave compiled code that OpenMP called."""
 
@@ -129,7 +139,7 @@ class Region:
 
     def __init__(self, body: Callable[[Any], None], kinds: str) -> None:
         self.body = body
-        self._layout = struct.Struct("=qqq" + "".join("d" if letter == "x" else "q" for letter in kinds))
+        self._layout = struct.Struct("=qqqq" + "".join("d" if letter == "x" else "q" for letter in kinds))
         self._compiled: dict[torch.dtype, tuple[Any, Callable[[int], None]]] = {}
         self._lock = threading.Lock()
 
@@ -148,7 +158,7 @@ class Region:
     def __call__(self, dtype: torch.dtype, tasks: int, *args: float) -> bool:
         """Run all tasks and wait. True if one of them raised the flag."""
         compiled, on_this_thread = self._compiled.get(dtype) or self.compile(dtype)
-        block = ctypes.create_string_buffer(self._layout.pack(tasks, 0, 0, *args), self._layout.size)
+        block = ctypes.create_string_buffer(self._layout.pack(tasks, 0, 0, 0, *args), self._layout.size)
         threads = min(tasks, torch.get_num_threads())
         parallel = _openmp() if threads > 1 else None
         if parallel is None:

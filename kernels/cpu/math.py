@@ -12,7 +12,7 @@ from numba import njit
 from numba.extending import overload
 
 from .llvm import Vector, float32
-from .simd import bits, fma, from_bits, select, splat, to_float
+from .simd import bits, fma, from_bits, larger, select, splat, to_float
 
 INLINE = {"forceinline": True, "error_model": "numpy"}
 f32 = np.float32
@@ -31,11 +31,6 @@ def exp(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-def exp_for_sum(x: Any) -> Any:
-    """e**x for x <= 16 as a term of a sum that is at least 1: a little faster, and never 0 but 1e-38 (1e-308) for -inf."""
-    raise NotImplementedError("compiled code only")
-
-
 def log(x: Any) -> Any:
     """The natural logarithm of a finite x >= 0. NaN for NaN, -inf for 0."""
     raise NotImplementedError("compiled code only")
@@ -49,38 +44,23 @@ def log1p(x: Any) -> Any:
 @njit(**INLINE)
 def _exp32(x: Any) -> Any:
     # x = n ln 2 + r with |r| <= ln 2 / 2; e**r = 1 + r + r**2 q(r) to 8e-9; the exponent n is added to the bits
-    clamped = select(x < f32(-87.3), f32(-87.3), x)
-    shifted = fma(clamped, f32(LOG2E), MAGIC32)
+    shifted = fma(x, f32(LOG2E), MAGIC32)
     n = shifted - MAGIC32
-    r = fma(n, -LN2_LOW32, fma(n, -LN2_HIGH32, clamped))
+    r = fma(n, -LN2_LOW32, fma(n, -LN2_HIGH32, x))
     q = fma(r, f32(1.392621347e-3), f32(8.363202972e-3))
     q = fma(r, q, f32(4.166655444e-2))
     q = fma(r, q, f32(1.666657685e-1))
     q = fma(r, q, f32(0.5))
     p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    return from_bits(select(x < f32(-87.3), np.int32(0), bits(p) + (bits(shifted) << np.int32(23))))
-
-
-@njit(**INLINE)
-def _exp_for_sum32(x: Any) -> Any:
-    # as _exp32 with ln 2 in one part: off by 1e-8 |x|, where e**x is that much smaller than the sum's largest term
-    clamped = select(x < f32(-87.3), f32(-87.3), x)
-    shifted = fma(clamped, f32(LOG2E), MAGIC32)
-    r = fma(shifted - MAGIC32, f32(-LN2), clamped)
-    q = fma(r, f32(1.392621347e-3), f32(8.363202972e-3))
-    q = fma(r, q, f32(4.166655444e-2))
-    q = fma(r, q, f32(1.666657685e-1))
-    q = fma(r, q, f32(0.5))
-    p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    return from_bits(bits(p) + (bits(shifted) << np.int32(23)))
+    # a NaN stays one: its bits plus those of its n may be any number
+    return select(x > f32(-87.3), from_bits(bits(p) + (bits(shifted) << np.int32(23))), larger(x, splat(f32(0.0), x)))
 
 
 @njit(**INLINE)
 def _exp64(x: Any) -> Any:
-    clamped = select(x < -708.3, -708.3, x)
-    shifted = fma(clamped, LOG2E, MAGIC64)
+    shifted = fma(x, LOG2E, MAGIC64)
     n = shifted - MAGIC64
-    r = fma(n, -LN2_LOW64, fma(n, -LN2_HIGH64, clamped))
+    r = fma(n, -LN2_LOW64, fma(n, -LN2_HIGH64, x))
     q = fma(r, 2.0914717341716375952e-9, 2.5105259538448493419e-8)
     q = fma(r, q, 2.7557273570102139673e-7)
     q = fma(r, q, 2.7557255297969644392e-6)
@@ -92,7 +72,7 @@ def _exp64(x: Any) -> Any:
     q = fma(r, q, 1.6666666666666671008e-1)
     q = fma(r, q, 0.5)
     p = fma(r, fma(r, q, 1.0), 1.0)
-    return from_bits(select(x < -708.3, np.int64(0), bits(p) + (bits(shifted) << np.int64(52))))
+    return select(x > -708.3, from_bits(bits(p) + (bits(shifted) << np.int64(52))), larger(x, splat(0.0, x)))
 
 
 @njit(**INLINE)
@@ -164,6 +144,5 @@ def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Call
 
 
 _choose(exp, _exp32, _exp64)
-_choose(exp_for_sum, _exp_for_sum32, _exp64)
 _choose(log, _log32, _log64)
 _choose(log1p, _log1p32, _log1p64)

@@ -211,7 +211,7 @@ def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         i32 = ir.IntType(32)
-        read, locality, data = (ir.Constant(i32, n) for n in (0, 3, 1))
+        read, locality, data = (ir.Constant(i32, n) for n in (0, 2, 1))
         call(builder, "llvm.prefetch.p0", ir.VoidType(), [_at(builder, *args, ir.IntType(8)), read, locality, data])
         return context.get_dummy_value()
 

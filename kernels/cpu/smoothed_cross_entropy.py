@@ -4,46 +4,37 @@ mass = keep w_y + spread sum(w)      loss = keep w_y (-log p_y) + spread sum_c w
 dlogits = dloss (mass p - spread w - keep w_y onehot(y))
 """
 
+from functools import cache
 from typing import Any
 
-import numpy as np
+import torch
 from numba import njit
 from torch import Tensor
 
-from .launch import next_task, raise_flag, region, unpack
-from .math import INLINE, exp, log
-from .memory import load, load_classes, load_one, offset, prefetch, store, stream
-from .rows import (
-    AHEAD,
-    WALK,
-    WEIGHTED_CHUNK,
-    advance,
-    bypass_caches,
-    first_vector,
-    last_tile,
-    real_total,
-    rows_of,
-    strides_of,
-    walk,
-    whole_vectors,
-)
-from .simd import fma, lane_numbers, lanes_of, larger, select, splat
+from .blocks import all_kept, block_of, blocks_kept, scratch
+from .cross_entropy import row_numbers, see_targets, write_zeros
+from .launch import next_task, next_worker, raise_flag, region, unpack
+from .math import INLINE, log
+from .memory import load, load_classes, offset, store
+from .rows import WALK, bypass_caches, last_tile, rows_of, strides_of, walk
+from .simd import lanes_of, select
 from .targets import refuse_out_of_bounds
-from .weighted import add_class, follow, merge, merge_lanes, no_classes, settle
+from .weighted import weighted_gradient_of_row, weighted_statistics
 
-_FORWARD = "TICCCCCCxxnn" + WALK
-_BACKWARD = "TICCCCCCTxxnnnnnnn" + WALK
+_FORWARD = "TITCCCCCCCxxnn" + WALK
+_BACKWARD = "TITCCCCCCTCxxnnnnnnn" + WALK
+_FORWARD_BACKWARD = "TITCCCCCCCTCxxnnnnnnnn" + WALK
 
 
 def smoothed_cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
     loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor,
 ) -> None:  # fmt: skip
-    way = walk(logits)
+    way, terms = walk(logits), scratch(1)
     out_of_bounds = _forward(
         logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(), mass.data_ptr(),
-        top.data_ptr(), total.data_ptr(), keep, spread, ignore_index, weight.stride(0), *way,
+        logits.data_ptr(), target.data_ptr(), _zero(logits.dtype).data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(),
+        mass.data_ptr(), top.data_ptr(), total.data_ptr(), terms.data_ptr(), keep, spread, ignore_index, weight.stride(0), *way,
     )  # fmt: skip
     if out_of_bounds:
         refuse_out_of_bounds(target, way.classes, ignore_index)
@@ -53,143 +44,148 @@ def smoothed_cross_entropy_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
     row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
 ) -> None:  # fmt: skip
-    way = walk(logits)
+    way, terms = walk(logits), scratch(1)
     _backward(
         logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), row_weight.data_ptr(), mass.data_ptr(), top.data_ptr(), total.data_ptr(),
-        dloss.data_ptr(), dlogits.data_ptr(), keep, spread, ignore_index, weight.stride(0), dloss.stride(0),
-        bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
+        logits.data_ptr(), target.data_ptr(), _zero(logits.dtype).data_ptr(), weight.data_ptr(), row_weight.data_ptr(), mass.data_ptr(),
+        top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(), terms.data_ptr(),
+        keep, spread, ignore_index, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
     )  # fmt: skip
 
 
+def smoothed_cross_entropy_forward_backward(
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float, dloss: Tensor,
+    loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
+) -> None:  # fmt: skip
+    way = walk(logits)
+    kept = blocks_kept(way, logits)
+    terms = scratch(kept)
+    out_of_bounds = _forward_backward(
+        logits.dtype, way.tasks,
+        logits.data_ptr(), target.data_ptr(), _zero(logits.dtype).data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(),
+        mass.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(), terms.data_ptr(),
+        keep, spread, kept, ignore_index, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
+    )  # fmt: skip
+    if out_of_bounds:
+        refuse_out_of_bounds(target, way.classes, ignore_index)
+
+
+@cache
+def _zero(dtype: torch.dtype) -> Tensor:
+    """The class probabilities of smoothing alone, stride 0."""
+    return torch.zeros(1, dtype=dtype, device="cpu")
+
+
 @njit(**INLINE)
-def _statistics(
-    x: Any, weight: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, w_class: Any, w_lane: Any, tile: Any, count: Any
-) -> Any:
-    lanes = lanes_of(x)
-    top, anchor, total, mass, gap = no_classes(x)
-    c = first
-    if tile == 1 and class_stride == w_class == 1:
-        while c + 4 * lanes <= last:
-            prefetch(x, c + AHEAD)
-            prefetch(x, c + lanes + AHEAD)
-            prefetch(x, c + 2 * lanes + AHEAD)
-            prefetch(x, c + 3 * lanes + AHEAD)
-            v0 = load(x, c, 1, lanes, -np.inf)
-            v1 = load(x, c + lanes, 1, lanes, -np.inf)
-            v2 = load(x, c + 2 * lanes, 1, lanes, -np.inf)
-            v3 = load(x, c + 3 * lanes, 1, lanes, -np.inf)
-            top = larger(larger(top, larger(v0, v1)), larger(v2, v3))
-            anchor, total, gap = follow(top, anchor, total, mass, gap)
-            none = splat(0.0, x)
-            four = add_class(anchor, none, none, none, v0, v0, load(weight, c, 1, lanes, 0.0))
-            four = add_class(anchor, *four, v1, v1, load(weight, c + lanes, 1, lanes, 0.0))
-            four = add_class(anchor, *four, v2, v2, load(weight, c + 2 * lanes, 1, lanes, 0.0))
-            four = add_class(anchor, *four, v3, v3, load(weight, c + 3 * lanes, 1, lanes, 0.0))
-            total, mass, gap = total + four[0], mass + four[1], gap + four[2]
-            c += 4 * lanes
-    recent, since = splat(0.0, x), 0  # the k of the last few classes: sums of sums lose fewer digits
-    n = count if tile > 1 else min(lanes, last - c)
-    while c < last:
-        value = load(x, c * class_stride, lane_stride, n, -np.inf)
-        term = value if n == lanes else load(x, c * class_stride, lane_stride, n, 0.0)
-        top = larger(top, value)
-        anchor, total, gap = follow(top, anchor, total, mass + recent, gap)
-        total, recent, gap = add_class(anchor, total, recent, gap, value, term, load(weight, c * w_class, w_lane, n, 0.0))
-        since += 1
-        if since == 8:
-            mass, recent, since = mass + recent, splat(0.0, x), 0
-        c, n = advance(c, n, last, tile, lanes)
-    return settle(top, anchor, total, mass + recent, gap)
+def _write_loss(
+    target: Any, ignore_index: Any, keep: Any, loss: Any, row_weight: Any, mass: Any, top: Any, total: Any,
+    row: Any, count: Any, tops: Any, totals: Any, masses: Any, gaps: Any,
+) -> None:  # fmt: skip
+    valid = load_classes(target, row, 1, count, ignore_index, tops) > -1
+    tops, totals = select(valid, tops, 0.0), select(valid, totals, 1.0)
+    kept = keep * load(row_weight, row, 1, count, 0.0)
+    log_total = log(totals)
+    nll = log_total - (load(loss, row, 1, count, 0.0) - tops)
+    store(loss, row, 1, count, select(valid, kept * nll + (masses * log_total + gaps), 0.0))
+    store(mass, row, 1, count, select(valid, masses + kept, 0.0))
+    store(top, row, 1, count, tops)
+    store(total, row, 1, count, totals)
 
 
 @region(_FORWARD)
 def _forward(a: Any) -> None:
-    (logits, target, weight, loss, row_weight, mass, top, total, keep, spread, ignore_index, w_class,
+    (logits, target, zero, weight, loss, row_weight, mass, top, total, terms, keep, spread, ignore_index, w_class,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
     lane_stride, w_lane = (position_stride, 0) if tile > 1 else (class_stride, w_class)
+    terms = block_of(terms, next_worker(a))
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
             b, p, row, count = rows_of(number, positions, tile)
             x = offset(logits, b * batch_stride + p * position_stride)
-            # statistics
-            tops, totals, masses, gaps = splat(0.0, x), splat(1.0, x), splat(0.0, x), splat(0.0, x)
-            if tile > 1:
-                tops, totals, masses, gaps = _statistics(x, weight, 0, classes, class_stride, lane_stride, w_class, w_lane, tile, count)
-            elif target[row] != ignore_index:
-                stop = min(classes, WEIGHTED_CHUNK)
-                tops, totals, masses, gaps = merge_lanes(
-                    *_statistics(x, weight, 0, stop, class_stride, lane_stride, w_class, w_lane, tile, count)
-                )
-                for first in range(WEIGHTED_CHUNK, classes, WEIGHTED_CHUNK):
-                    stop = min(classes, first + WEIGHTED_CHUNK)
-                    chunk = _statistics(x, weight, first, stop, class_stride, lane_stride, w_class, w_lane, tile, count)
-                    tops, totals, masses, gaps = merge(tops, totals, masses, gaps, *merge_lanes(*chunk))
-            totals = real_total(totals)
-            # target logit and class weight
-            for i in range(row, row + count):
-                y = target[i]
-                if y == ignore_index or y < 0 or y >= classes:
-                    loss[i], row_weight[i] = 0, 0
-                    if y != ignore_index:
-                        raise_flag(a)
-                else:
-                    loss[i], row_weight[i] = load_one(x, (i - row) * position_stride + y * class_stride), weight[y * w_class]
-            # loss
-            valid = load_classes(target, row, 1, count, ignore_index, tops) > -1
-            tops, totals = select(valid, tops, 0.0), select(valid, totals, 1.0)
-            kept = keep * load(row_weight, row, 1, count, 0.0)
-            log_total = log(totals)
-            smooth = spread * (masses * log_total + gaps)
-            nll = log_total - (load(loss, row, 1, count, 0.0) - tops)
-            store(loss, row, 1, count, select(valid, kept * nll + smooth, 0.0))
-            store(mass, row, 1, count, select(valid, fma(masses, spread, kept), 0.0))
-            store(top, row, 1, count, tops)
-            store(total, row, 1, count, totals)
+            seen = 0 if tile == 1 and target[row] == ignore_index else classes
+            statistics = weighted_statistics(
+                x, zero, weight, keep, spread, seen, class_stride, lane_stride, 0, 0, w_class, w_lane, tile, count, terms, 0
+            )
+            if see_targets(
+                x, target, weight, loss, row_weight, top, total, row, row + count, ignore_index, classes, class_stride, position_stride, w_class
+            ):
+                raise_flag(a)
+            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, *statistics)
         task = next_task(a)
 
 
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
-    (logits, target, weight, row_weight, mass, top, total, dloss, dlogits, keep, spread, ignore_index, w_class, dloss_stride, past_caches,
-     to_batch, to_class, to_position,
+    (logits, target, zero, weight, row_weight, mass, top, total, dloss, dlogits, terms,
+     keep, spread, ignore_index, w_class, dloss_stride, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    lanes, across = lanes_of(logits), 1 if tile > 1 else 0
     lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
-    consecutive = class_stride == to_class == w_class == 1
+    terms = block_of(terms, next_worker(a))
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
             b, p, row, count = rows_of(number, positions, tile)
             x = offset(logits, b * batch_stride + p * position_stride)
             dx = offset(dlogits, b * to_batch + p * to_position)
-            # row numbers: one for each lane, or the row's in every lane
-            size = count if tile > 1 else lanes
-            tops = load(top, row, across, size, 0.0)
-            y = load_classes(target, row, across, size, ignore_index, tops)
-            g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0)
-            scale = g * load(mass, row, across, size, 0.0) / load(total, row, across, size, 1.0)
-            kept, spread_g = g * keep * load(row_weight, row, across, size, 0.0), g * spread
+            tops, y, g, g_y, scale = _row_numbers(
+                target, ignore_index, keep, row_weight, mass, top, total, dloss, dloss_stride, row, tile, count
+            )
+            if tile == 1 and target[row] == ignore_index:
+                write_zeros(dx, 0, classes, to_class, past_caches)
+            else:
+                weighted_gradient_of_row(
+                    x, dx, classes, class_stride, lane_stride, to_class, to_lane, zero, 0, 0, weight, w_class, w_lane, keep, spread,
+                    tile, count, terms, 0, tops, scale, g, y, target[row], g_y, past_caches,
+                )  # fmt: skip
+        task = next_task(a)
+
+
+@njit(**INLINE)
+def _row_numbers(
+    target: Any, ignore_index: Any, keep: Any, row_weight: Any, mass: Any, top: Any, total: Any,
+    dloss: Any, dloss_stride: Any, row: Any, tile: Any, count: Any,
+) -> Any:  # fmt: skip
+    """top, y, g = dloss, g keep w_y and g mass / total, one for each lane, or the row's in every lane."""
+    tops, y, g_y, _ = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, row, tile, count)
+    _, _, _, scale = row_numbers(target, ignore_index, mass, top, total, dloss, dloss_stride, row, tile, count)
+    across, n = (1, count) if tile > 1 else (0, lanes_of(top))
+    return tops, y, load(dloss, row * dloss_stride, across * dloss_stride, n, 0.0), keep * g_y, scale
+
+
+@region(_FORWARD_BACKWARD)
+def _forward_backward(a: Any) -> None:
+    (logits, target, zero, weight, loss, row_weight, mass, top, total, dloss, dlogits, terms,
+     keep, spread, kept, ignore_index, w_class, dloss_stride, past_caches, to_batch, to_class, to_position,
+     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD_BACKWARD)  # fmt: skip
+    lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
+    terms = block_of(terms, next_worker(a) * kept)
+    all_blocks = all_kept(terms, kept, classes, tile)
+    task = next_task(a)
+    while task >= 0:
+        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
+            b, p, row, count = rows_of(number, positions, tile)
+            x = offset(logits, b * batch_stride + p * position_stride)
+            dx = offset(dlogits, b * to_batch + p * to_position)
+            # statistics
+            seen = 0 if tile == 1 and target[row] == ignore_index else classes
+            statistics = weighted_statistics(
+                x, zero, weight, keep, spread, seen, class_stride, lane_stride, 0, 0, w_class, w_lane, tile, count, terms, all_blocks
+            )
+            if see_targets(
+                x, target, weight, loss, row_weight, top, total, row, row + count, ignore_index, classes, class_stride, position_stride, w_class
+            ):
+                raise_flag(a)
+            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, *statistics)
             # gradient
-            y_row, ignored = target[row], tile == 1 and target[row] == ignore_index
-            c, n = 0, first_vector(dx, classes, tile, count, past_caches)
-            while c < classes:
-                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive and not ignored else c
-                if c <= y_row < stop:
-                    stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
-                for k in range(c, stop, lanes):
-                    prefetch(x, k + AHEAD)
-                    prob = exp(load(x, k, 1, lanes, 0.0) - tops) * scale
-                    stream(dx, k, prob - spread_g * load(weight, k, 1, lanes, 0.0), past_caches)
-                if stop > c:
-                    c, n = stop, min(lanes, classes - stop)
-                else:
-                    prob = splat(0.0, x)
-                    if not ignored:
-                        prob = exp(load(x, c * class_stride, lane_stride, n, 0.0) - tops) * scale
-                        prob = prob - spread_g * load(weight, c * w_class, w_lane, n, 0.0)
-                        prob = select(lane_numbers(prob) * (1 - across) + c == y, prob - kept, prob)
-                    store(dx, c * to_class, to_lane, n, select(y > -1, prob, 0.0))
-                    c, n = advance(c, n, classes, tile, lanes)
+            tops, y, g, g_y, scale = _row_numbers(
+                target, ignore_index, keep, row_weight, mass, top, total, dloss, dloss_stride, row, tile, count
+            )
+            if tile == 1 and target[row] == ignore_index:
+                write_zeros(dx, 0, classes, to_class, past_caches)
+            else:
+                weighted_gradient_of_row(
+                    x, dx, classes, class_stride, lane_stride, to_class, to_lane, zero, 0, 0, weight, w_class, w_lane, keep, spread,
+                    tile, count, terms, all_blocks, tops, scale, g, y, target[row], g_y, past_caches,
+                )  # fmt: skip
         task = next_task(a)

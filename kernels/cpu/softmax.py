@@ -9,18 +9,27 @@ from typing import Any
 from numba import njit
 from torch import Tensor
 
-from .launch import next_task, region, unpack
+from .blocks import (
+    all_kept,
+    block_of,
+    block_size,
+    block_statistics,
+    blocks_kept,
+    rescaled,
+    row_statistics,
+    scratch,
+    term,
+)
+from .launch import next_task, next_worker, region, unpack
 from .math import INLINE, exp, log
 from .memory import load, offset, prefetch, store, stream
 from .rows import (
     AHEAD,
-    CHUNK,
     WALK,
     advance,
     bypass_caches,
     first_vector,
     last_tile,
-    row_statistics,
     rows_of,
     strides_of,
     walk,
@@ -28,8 +37,9 @@ from .rows import (
 )
 from .simd import fma, lane_sum, lanes_of, splat
 
-_FORWARD = "TTnnnn" + WALK
+_FORWARD = "TTCnnnnn" + WALK
 _BACKWARD = "TTTnnnnnnn" + WALK
+_CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
 
 
 def softmax_forward(logits: Tensor, prob: Tensor) -> None:
@@ -50,8 +60,10 @@ def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -
 
 def _forward(run: Any, logits: Tensor, result: Tensor) -> None:
     way = walk(logits)
-    pointers = logits.data_ptr(), result.data_ptr()
-    run(logits.dtype, way.tasks, *pointers, bypass_caches(logits, result), *strides_of(result), *way)
+    kept = blocks_kept(way, logits)
+    terms = scratch(kept)
+    pointers = logits.data_ptr(), result.data_ptr(), terms.data_ptr()
+    run(logits.dtype, way.tasks, *pointers, kept, bypass_caches(logits, result), *strides_of(result), *way)
 
 
 def _backward(run: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> None:
@@ -63,10 +75,11 @@ def _backward(run: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> Non
 
 @region(_FORWARD)
 def _softmax(a: Any) -> None:
-    (logits, prob, past_caches, to_batch, to_class, to_position,
+    (logits, prob, terms, kept, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
-    lanes, consecutive = lanes_of(logits), class_stride == to_class == 1
+    terms = block_of(terms, next_worker(a) * kept)
+    size, keep = block_size(terms, tile), all_kept(terms, kept, classes, tile)
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -74,28 +87,41 @@ def _softmax(a: Any) -> None:
             x = offset(logits, b * batch_stride + p * position_stride)
             out = offset(prob, b * to_batch + p * to_position)
             # statistics
-            top, total = row_statistics(x, classes, class_stride, position_stride, tile, count)
-            scale = 1.0 / total
+            top, total = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, keep)
             # probabilities
-            c, n = 0, first_vector(out, classes, tile, count, past_caches)
-            while c < classes:
-                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
-                for k in range(c, stop, lanes):
-                    stream(out, k, exp(load(x, k, 1, lanes, 0.0) - top) * scale, past_caches)
-                if stop > c:
-                    c, n = stop, classes - stop
-                else:
-                    store(out, c * to_class, to_lane, n, exp(load(x, c * class_stride, lane_stride, n, 0.0) - top) * scale)
-                    c, n = advance(c, n, classes, tile, lanes)
+            for first in range(0, classes, size):
+                block, last = block_of(terms, first // size * keep), min(classes, first + size)
+                if not keep:
+                    block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
+                _probabilities(block, out, first, last, to_class, to_lane, tile, count, rescaled(block, top, 1.0 / total), past_caches)
         task = next_task(a)
+
+
+@njit(**INLINE)
+def _probabilities(
+    terms: Any, out: Any, first: Any, last: Any, to_class: Any, to_lane: Any, tile: Any, count: Any, factor: Any, past_caches: Any
+) -> None:
+    """term * factor of classes first .. last - 1."""
+    lanes = lanes_of(out)
+    c, n = first, first_vector(offset(out, first * to_class), last - first, tile, count, past_caches)
+    while c < last:
+        stop = whole_vectors(c, n, last, tile, lanes) if to_class == 1 else c
+        for k in range(c, stop, lanes):
+            stream(out, k, term(terms, first, k, 1, lanes) * factor, past_caches)
+        if stop > c:
+            c, n = stop, last - stop
+        else:
+            store(out, c * to_class, to_lane, n, term(terms, first, c, tile, n) * factor)
+            c, n = advance(c, n, last, tile, lanes)
 
 
 @region(_FORWARD)
 def _log_softmax(a: Any) -> None:
-    (logits, log_prob, past_caches, to_batch, to_class, to_position,
+    (logits, log_prob, terms, kept, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
     lanes, consecutive = lanes_of(logits), class_stride == to_class == 1
+    terms = block_of(terms, next_worker(a) * kept)
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -103,7 +129,7 @@ def _log_softmax(a: Any) -> None:
             x = offset(logits, b * batch_stride + p * position_stride)
             out = offset(log_prob, b * to_batch + p * to_position)
             # statistics
-            top, total = row_statistics(x, classes, class_stride, position_stride, tile, count)
+            top, total = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, 0)
             log_total = log(total)
             # log-probabilities
             c, n = 0, first_vector(out, classes, tile, count, past_caches)
@@ -134,9 +160,9 @@ def _softmax_backward(a: Any) -> None:
             dx = offset(dlogits, b * to_batch + p * to_position)
             # sum of dp p
             dot = splat(0.0, y)
-            for first in range(0, classes, CHUNK):
+            for first in range(0, classes, _CHUNK):
                 subtotal = splat(0.0, y)
-                last = min(classes, first + CHUNK)
+                last = min(classes, first + _CHUNK)
                 c, n = first, count if tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, c * class_stride, dy, c * d_class, tile)
@@ -175,9 +201,9 @@ def _log_softmax_backward(a: Any) -> None:
             dx = offset(dlogits, b * to_batch + p * to_position)
             # sum of d
             dot = splat(0.0, y)
-            for first in range(0, classes, CHUNK):
+            for first in range(0, classes, _CHUNK):
                 subtotal = splat(0.0, y)
-                last = min(classes, first + CHUNK)
+                last = min(classes, first + _CHUNK)
                 c, n = first, count if tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, c * class_stride, dy, c * d_class, tile)

@@ -1,49 +1,78 @@
-"""Row statistics where every class counts with a factor k_c: `top`, `total`, mass = sum k, and gap = sum k (top - x).
+"""Row statistics where every class counts with a factor k_c = w_c (keep q_c + spread): beside `top` and `total` mass = sum k and
+gap = sum k (top - x). Then sum_c k_c (-log p_c) = mass log total + gap, without ever subtracting two large numbers.
 
-Then sum_c k_c (-log p_c) = mass log total + gap, without ever subtracting two large numbers. As in `rows.statistics`, sums are kept
-relative to an anchor that follows `top`.
+The gradient of such a loss is dloss (mass p - k), less something at the target if there is a class index too.
 """
 
 from typing import Any
 
 from numba import njit
 
-from .math import INLINE, exp, exp_for_sum
-from .rows import SLACK
-from .simd import any_lane, fma, lane_max, lane_sum, larger, lowest, splat
+from .blocks import BLOCK, block_of, block_size, block_statistics, real_total, rescaled, term
+from .math import INLINE, exp
+from .memory import load, offset, prefetch, store, stream
+from .rows import advance, first_vector, whole_vectors
+from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
 
 
 @njit(**INLINE)
-def no_classes(x: Any) -> Any:
-    """top, anchor, total, mass and gap before the first class."""
-    return lowest(x), lowest(x), splat(0.0, x), splat(0.0, x), splat(0.0, x)
+def _factor(q: Any, at_q: Any, q_lane: Any, weight: Any, at_w: Any, w_lane: Any, n: Any, keep: Any, spread: Any) -> Any:
+    """k of the classes in the lanes, 0 in lanes not in use."""
+    return load(weight, at_w, w_lane, n, 0.0) * fma(load(q, at_q, q_lane, n, 0.0), keep, spread)
 
 
 @njit(**INLINE)
-def follow(top: Any, anchor: Any, total: Any, mass: Any, gap: Any) -> Any:
-    """anchor, total and gap, with the anchor at `top` where it was left too far behind."""
-    if any_lane(top > anchor + SLACK):
-        gap = fma(mass, _rise(anchor, top), gap)
-        total = total * exp(anchor - top)
-        anchor = top
-    return anchor, total, gap
+def _masses(
+    x: Any, top: Any, q: Any, weight: Any, keep: Any, spread: Any, first: Any, last: Any,
+    class_stride: Any, lane_stride: Any, q_class: Any, q_lane: Any, w_class: Any, w_lane: Any, tile: Any, count: Any,
+) -> Any:  # fmt: skip
+    lanes = lanes_of(x)
+    step, n = (1, count) if tile > 1 else (lanes, lanes)
+    mass, gap, c = splat(0.0, x), splat(0.0, x), first
+    while c + 4 * step <= last:
+        # sums of sums lose fewer digits
+        four_mass, four_gap = splat(0.0, x), splat(0.0, x)
+        for i in range(c, c + 4 * step, step):
+            if tile == 1:
+                prefetch(q, i * q_class + BLOCK * lanes)
+            k = _factor(q, i * q_class, q_lane, weight, i * w_class, w_lane, n, keep, spread)
+            four_mass = four_mass + k
+            four_gap = fma(k, top - load(x, i * class_stride, lane_stride, n, 0.0), four_gap)
+        mass, gap, c = mass + four_mass, gap + four_gap, c + 4 * step
+    while c < last:
+        n = count if tile > 1 else last - c
+        k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
+        mass, gap, c = mass + k, fma(k, top - load(x, c * class_stride, lane_stride, n, 0.0), gap), c + step
+    if tile == 1:
+        mass, gap = splat(lane_sum(mass), x), splat(lane_sum(gap), x)
+    return mass, gap
 
 
 @njit(**INLINE)
-def add_class(anchor: Any, total: Any, mass: Any, gap: Any, value: Any, term: Any, k: Any) -> Any:
-    """total, mass and gap with one more class. `term` is `value`, but finite in lanes not in use, where k is 0."""
-    return total + exp_for_sum(value - anchor), mass + k, fma(k, anchor - term, gap)
+def _block_masses(
+    x: Any, top: Any, q: Any, weight: Any, keep: Any, spread: Any, first: Any, last: Any,
+    class_stride: Any, lane_stride: Any, q_class: Any, q_lane: Any, w_class: Any, w_lane: Any, tile: Any, count: Any,
+) -> Any:  # fmt: skip
+    """`mass` and `gap` of classes first .. last - 1 whose largest logit is `top`: see `blocks.block_statistics`."""
+    lanes = lanes_of(x)
+    if tile == 1 and class_stride == q_class == w_class == 1:
+        return _masses(x, top, q, weight, keep, spread, first, last, 1, 1, 1, 1, 1, 1, 1, lanes)
+    if tile == 1 and class_stride == w_class == 1 and q_class == 0:
+        return _masses(x, top, q, weight, keep, spread, first, last, 1, 1, 0, 0, 1, 1, 1, lanes)
+    return _masses(
+        x, top, q, weight, keep, spread, first, last, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count
+    )
 
 
 @njit(**INLINE)
-def settle(top: Any, anchor: Any, total: Any, mass: Any, gap: Any) -> Any:
-    """top, total, mass and gap when all classes are in."""
-    return top, total * exp_for_sum(anchor - top), mass, fma(mass, _rise(anchor, top), gap)
+def _rise(low: Any, high: Any) -> Any:
+    """high - low, but finite, so that a mass of 0 cancels it."""
+    return 0.0 - larger(lowest(low), low - high)
 
 
 @njit(**INLINE)
-def merge(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mass2: Any, gap2: Any) -> Any:
-    """Two disjoint sets of classes taken together."""
+def _merge(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mass2: Any, gap2: Any) -> Any:
+    """The statistics of two disjoint sets of classes taken together."""
     joint = larger(top, top2)
     total = fma(total, exp(top - joint), total2 * exp(top2 - joint))
     gap = fma(mass, _rise(top, joint), gap) + fma(mass2, _rise(top2, joint), gap2)
@@ -51,15 +80,86 @@ def merge(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mas
 
 
 @njit(**INLINE)
-def merge_lanes(top: Any, total: Any, mass: Any, gap: Any) -> Any:
-    """All lanes taken together, the result in every lane."""
-    joint = splat(lane_max(top), top)
-    total = lane_sum(total * exp(top - joint))
-    gap = lane_sum(fma(mass, _rise(top, joint), gap))
-    return joint, splat(total, top), splat(lane_sum(mass), top), splat(gap, top)
+def weighted_statistics(
+    x: Any, q: Any, weight: Any, keep: Any, spread: Any, classes: Any,
+    class_stride: Any, lane_stride: Any, q_class: Any, q_lane: Any, w_class: Any, w_lane: Any, tile: Any, count: Any, terms: Any, kept: Any,
+) -> Any:  # fmt: skip
+    """`top`, `total`, `mass` and `gap` of the rows in the lanes, or of one row, block by block in order. The terms of every block are
+    kept (`kept` = 1), or each block's take the place of the last one's (0)."""
+    size = block_size(terms, tile)
+    top, total, mass, gap = lowest(x), splat(0.0, x), splat(0.0, x), splat(0.0, x)
+    for first in range(0, classes, size):
+        last = min(classes, first + size)
+        top2, total2 = block_statistics(x, first, last, class_stride, lane_stride, tile, count, block_of(terms, first // size * kept))
+        mass2, gap2 = _block_masses(
+            x, top2, q, weight, keep, spread, first, last, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count
+        )
+        if first == 0:
+            top, total, mass, gap = top2, total2, mass2, gap2
+        else:
+            top, total, mass, gap = _merge(top, total, mass, gap, top2, total2, mass2, gap2)
+    return top, real_total(total), mass, gap
 
 
 @njit(**INLINE)
-def _rise(low: Any, high: Any) -> Any:
-    """high - low, but finite, so that a mass of 0 cancels it."""
-    return 0.0 - larger(lowest(low), low - high)
+def weighted_gradient_of_row(
+    x: Any, dx: Any, classes: Any, class_stride: Any, lane_stride: Any, to_class: Any, to_lane: Any, q: Any, q_class: Any, q_lane: Any,
+    weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any, tile: Any, count: Any, terms: Any, kept: Any,
+    tops: Any, scale: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
+) -> None:  # fmt: skip
+    """scale exp(x - top) - g k, less g_y at class y; zero where y is -1, a row that does not count. `y_row` is y where the lanes are one
+    row. The terms are taken from `terms` if it has those of all blocks (`kept` = 1)."""
+    size = block_size(terms, tile)
+    for first in range(0, classes, size):
+        block, last = block_of(terms, first // size * kept), min(classes, first + size)
+        if not kept:
+            block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
+        _gradient_of_block(
+            block, dx, first, last, to_class, to_lane, q, q_class, q_lane, weight, w_class, w_lane, keep, spread, tile, count,
+            rescaled(block, tops, scale), g, y, y_row, g_y, past_caches,
+        )  # fmt: skip
+
+
+@njit(**INLINE)
+def _gradient_of_block(
+    terms: Any, dx: Any, first: Any, last: Any, to_class: Any, to_lane: Any, q: Any, q_class: Any, q_lane: Any,
+    weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any, tile: Any, count: Any,
+    factor: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
+) -> None:  # fmt: skip
+    """The same for classes first .. last - 1, from their terms times `factor`."""
+    lanes = lanes_of(dx)
+    if tile > 1:
+        for c in range(first, last):
+            k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, count, keep, spread)
+            d = term(terms, first, c, tile, count) * factor - g * k
+            store(dx, c * to_class, to_lane, count, select(y > -1, select(y == c, d - g_y, d), 0.0))
+        return
+    consecutive = to_class == w_class == 1
+    c, n = first, first_vector(offset(dx, first * to_class), last - first, tile, count, past_caches)
+    while c < last:
+        stop = whole_vectors(c, n, last, tile, lanes) if consecutive and 0 <= q_class <= 1 else c
+        if c <= y_row < stop:
+            stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
+        if q_class == 1:
+            _stream(terms, dx, first, c, stop, q, 1, weight, keep, spread, factor, g, past_caches)
+        else:
+            _stream(terms, dx, first, c, stop, q, 0, weight, keep, spread, factor, g, past_caches)
+        if stop > c:
+            c, n = stop, min(lanes, last - stop)
+        else:
+            k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
+            d = term(terms, first, c, tile, n) * factor - g * k
+            store(dx, c * to_class, to_lane, n, select(lane_numbers(d) + c == y, d - g_y, d))
+            c, n = advance(c, n, last, tile, lanes)
+
+
+@njit(**INLINE)
+def _stream(
+    terms: Any, dx: Any, first: Any, c: Any, stop: Any, q: Any, q_class: Any, weight: Any, keep: Any, spread: Any,
+    factor: Any, g: Any, past_caches: Any,
+) -> None:  # fmt: skip
+    """Whole vectors of one row."""
+    lanes = lanes_of(dx)
+    for i in range(c, stop, lanes):
+        k = _factor(q, i * q_class, q_class, weight, i, 1, lanes, keep, spread)
+        stream(dx, i, term(terms, first, i, 1, lanes) * factor - g * k, past_caches)

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._device import DeviceContext
 
 from . import launches, reference
+from .foresight import Foresight, foresee
 
 _NOTHING = (None,) * 8
 
@@ -56,67 +57,83 @@ def _by_kernel(dloss: Tensor) -> bool:
 
 
 class CrossEntropy(torch.autograd.Function):
-    """Class indices. (logits, target [N], weight, ignore_index, label_smoothing, reduction, dtype of the loss, inplace_backward)"""
+    """Class indices. (logits, target [N], weight, ignore_index, label_smoothing, reduction, dtype of the loss, inplace_backward,
+    foresight)"""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        ignore_index, label_smoothing, reduction, dtype, inplace = options
-        ctx.options = ignore_index, label_smoothing, reduction, inplace
-        loss, *saved = launches.cross_entropy_forward(logits, target, weight, ignore_index, label_smoothing, reduction, dtype)
+        ignore_index, label_smoothing, reduction, dtype, inplace, foresight = options
+        ctx.options = ignore_index, label_smoothing, reduction, inplace, foresight
+        arguments = logits, target, weight, ignore_index, label_smoothing, reduction, dtype
+        if foresight is not None and foresight.expected is not None:
+            dlogits, loss, *saved = launches.cross_entropy_forward_backward(foresight.expected, *arguments)
+            foresight.keep(dlogits)
+        else:
+            loss, *saved = launches.cross_entropy_forward(*arguments)
         ctx.save_for_backward(logits, target, weight, *saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:  # type: ignore[override]
         logits, target, weight, divisor, row_weight, mass, top, total = ctx.saved_tensors
-        ignore_index, label_smoothing, reduction, inplace = ctx.options
+        ignore_index, label_smoothing, reduction, inplace, foresight = ctx.options
         if inplace:
             _refuse_graph()
         if _by_kernel(dloss):
-            result = _overwritten(logits) if inplace else None
-            dlogits = launches.cross_entropy_backward(
-                dloss, logits, target, weight, ignore_index, label_smoothing, divisor, row_weight, mass, top, total, result
-            )
-            return dlogits, *_NOTHING[:7]
+            dlogits = _foreseen(foresight, dloss)
+            if dlogits is None:
+                result = _overwritten(logits) if inplace else None
+                dlogits = launches.cross_entropy_backward(
+                    dloss, logits, target, weight, ignore_index, label_smoothing, divisor, row_weight, mass, top, total, result
+                )
+            return dlogits, *_NOTHING[:8]
+        _forget(foresight)
 
         def definition(logits: Tensor) -> Tensor:
             return reference.cross_entropy(logits, target, weight, ignore_index, label_smoothing, reduction)
 
-        return *differentiable_backward(definition, (logits,), dloss), *_NOTHING[:7]
+        return *differentiable_backward(definition, (logits,), dloss), *_NOTHING[:8]
 
 
 class SoftCrossEntropy(torch.autograd.Function):
-    """Class probabilities. (logits, target like logits, weight, label_smoothing, reduction, dtype of the loss, inplace_backward)"""
+    """Class probabilities. (logits, target like logits, weight, label_smoothing, reduction, dtype of the loss, inplace_backward,
+    foresight)"""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, *options: Any) -> Tensor:
-        label_smoothing, reduction, dtype, inplace = options
-        ctx.options = label_smoothing, reduction, inplace
-        loss, *saved = launches.soft_cross_entropy_forward(logits, target, weight, label_smoothing, reduction, dtype)
+        label_smoothing, reduction, dtype, inplace, foresight = options
+        ctx.options = label_smoothing, reduction, inplace, foresight
+        arguments = logits, target, weight, label_smoothing, reduction, dtype
+        if foresight is not None and foresight.expected is not None:
+            dlogits, loss, *saved = launches.soft_cross_entropy_forward_backward(foresight.expected, *arguments)
+            foresight.keep(dlogits)
+        else:
+            loss, *saved = launches.soft_cross_entropy_forward(*arguments)
         ctx.save_for_backward(logits, target, weight, *saved)
         return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:  # type: ignore[override]
         logits, target, weight, divisor, mass, top, total = ctx.saved_tensors
-        label_smoothing, reduction, inplace = ctx.options
+        label_smoothing, reduction, inplace, foresight = ctx.options
         if inplace:
             _refuse_graph()
         if _by_kernel(dloss):
-            dlogits = dtarget = None
+            dlogits, dtarget = _foreseen(foresight, dloss), None
             if ctx.needs_input_grad[1]:  # before the logits may be overwritten
                 dtarget = launches.soft_cross_entropy_target_backward(dloss, logits, weight, label_smoothing, divisor, top, total)
-            if ctx.needs_input_grad[0]:
+            if ctx.needs_input_grad[0] and dlogits is None:
                 result = _overwritten(logits) if inplace else None
                 dlogits = launches.soft_cross_entropy_backward(
                     dloss, logits, target, weight, label_smoothing, divisor, mass, top, total, result=result
                 )
-            return dlogits, dtarget, *_NOTHING[:5]
+            return dlogits, dtarget, *_NOTHING[:6]
+        _forget(foresight)
 
         def definition(logits: Tensor, target: Tensor) -> Tensor:
             return reference.soft_cross_entropy(logits, target, weight, label_smoothing, reduction)
 
-        return *differentiable_backward(definition, (logits, target), dloss), *_NOTHING[:5]
+        return *differentiable_backward(definition, (logits, target), dloss), *_NOTHING[:6]
 
 
 class Softmax(torch.autograd.Function):
@@ -221,6 +238,15 @@ class BinaryCrossEntropy(torch.autograd.Function):
         return *differentiable_backward(definition, (prob,), dloss), *_NOTHING[:4]
 
 
+def _foreseen(foresight: Foresight | None, dloss: Tensor) -> Tensor | None:
+    return None if foresight is None else foresight.take(dloss)
+
+
+def _forget(foresight: Foresight | None) -> None:
+    if foresight is not None:
+        foresight.forget()
+
+
 def _refuse_graph() -> None:
     if torch.is_grad_enabled():
         raise RuntimeError("inplace_backward: the logits cannot be overwritten with their gradient while create_graph=True needs them")
@@ -233,8 +259,25 @@ def _overwritten(logits: Tensor) -> Tensor:
 
 
 # by the names of the registered ops in `ops`
-cross_entropy: Callable[..., Tensor] = CrossEntropy.apply
-soft_cross_entropy: Callable[..., Tensor] = SoftCrossEntropy.apply
+
+
+def cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str, dtype: torch.dtype,
+    inplace_backward: bool,
+) -> Tensor:  # fmt: skip
+    foresight = None if inplace_backward else foresee("cross_entropy", logits, reduction)
+    arguments = logits, target, weight, ignore_index, label_smoothing, reduction, dtype, inplace_backward
+    return CrossEntropy.apply(*arguments, foresight)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def soft_cross_entropy(
+    logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str, dtype: torch.dtype, inplace_backward: bool
+) -> Tensor:
+    foresight = None if inplace_backward else foresee("soft_cross_entropy", logits, reduction)
+    arguments = logits, target, weight, label_smoothing, reduction, dtype, inplace_backward
+    return SoftCrossEntropy.apply(*arguments, foresight)  # type: ignore[no-any-return, no-untyped-call]
+
+
 softmax: Callable[..., Tensor] = Softmax.apply
 log_softmax: Callable[..., Tensor] = LogSoftmax.apply
 nll_loss: Callable[..., Tensor] = NLLLoss.apply

@@ -53,6 +53,21 @@ class Kernels(Protocol):
     ) -> None:
         """dlogits = dloss w_y (p - onehot(y)), p = exp(x - top) / total."""
 
+    def cross_entropy_forward_backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        ignore_index: int,
+        dloss: Tensor,
+        loss: Tensor,
+        row_weight: Tensor,
+        top: Tensor,
+        total: Tensor,
+        dlogits: Tensor,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
+
     def smoothed_cross_entropy_forward(
         self,
         logits: Tensor,
@@ -86,6 +101,24 @@ class Kernels(Protocol):
     ) -> None:
         """dlogits = dloss (mass p - spread w - keep w_y onehot(y))."""
 
+    def smoothed_cross_entropy_forward_backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        ignore_index: int,
+        keep: float,
+        spread: float,
+        dloss: Tensor,
+        loss: Tensor,
+        row_weight: Tensor,
+        mass: Tensor,
+        top: Tensor,
+        total: Tensor,
+        dlogits: Tensor,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
+
     def soft_cross_entropy_forward(
         self,
         logits: Tensor,
@@ -114,6 +147,22 @@ class Kernels(Protocol):
         dlogits: Tensor,
     ) -> None:
         """dlogits = dloss (mass p - k)."""
+
+    def soft_cross_entropy_forward_backward(
+        self,
+        logits: Tensor,
+        target: Tensor,
+        weight: Tensor,
+        keep: float,
+        spread: float,
+        dloss: Tensor,
+        loss: Tensor,
+        mass: Tensor,
+        top: Tensor,
+        total: Tensor,
+        dlogits: Tensor,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
 
     def soft_cross_entropy_target_backward(
         self, logits: Tensor, weight: Tensor, keep: float, top: Tensor, total: Tensor, dloss: Tensor, dtarget: Tensor

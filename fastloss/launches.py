@@ -45,23 +45,29 @@ def _dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
 def _vectors(count: int, logits: Tensor) -> tuple[Tensor, ...]:
     """`count` uninitialised [N] vectors in the compute dtype."""
     # one storage each: outputs of a registered op must not share memory
-    return tuple(torch.empty(rows_in(logits), dtype=compute_dtype(logits), device=logits.device) for _ in range(count))
+    return tuple(memory.empty((rows_in(logits),), compute_dtype(logits), logits.device) for _ in range(count))
 
 
-def _reduced(loss: Tensor, row_weight: Tensor | None, reduction: str) -> tuple[Tensor, Tensor]:
-    """The reduced loss, and what 'mean' divided by (a tensor without elements for 'none' and 'sum')."""
+def _divisor(row_weight: Tensor, reduction: str) -> Tensor:
+    """What 'mean' divides by, [1]: the sum of the rows' weights; without elements for 'none' and 'sum'."""
+    if reduction != "mean":
+        return row_weight.new_empty(0)
+    divisor = row_weight.new_empty(1)
+    kernels_for(row_weight).sum_rows(row_weight, divisor)
+    return divisor
+
+
+def _number_of_rows(loss: Tensor, reduction: str) -> Tensor:
+    """The same where every row counts alike."""
+    return loss.new_full((1 if reduction == "mean" else 0,), loss.numel())
+
+
+def _reduced(loss: Tensor, divisor: Tensor, reduction: str) -> Tensor:
     if reduction == "none":
-        return loss, loss.new_empty(0)
-    kernels = kernels_for(loss)
+        return loss
     total = loss.new_empty(1)
-    kernels.sum_rows(loss, total)
-    if reduction == "sum":
-        return total.view(()), loss.new_empty(0)
-    if row_weight is None:
-        return (total / loss.numel()).view(()), loss.new_full((1,), loss.numel())
-    divisor = loss.new_empty(1)
-    kernels.sum_rows(row_weight, divisor)
-    return (total / divisor).view(()), divisor
+    kernels_for(loss).sum_rows(loss, total)
+    return (total / divisor if divisor.numel() else total).view(())
 
 
 def _row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
@@ -80,18 +86,47 @@ def cross_entropy_forward(
     """Loss in `dtype`; then divisor, row_weight, mass (without elements if nothing is smoothed), top, total."""
     kernels = kernels_for(logits)
     loss, row_weight, top, total = _vectors(4, logits)
-    mass = loss.new_empty(0)
+    mass = memory.empty_like(loss) if label_smoothing > 0 else loss.new_empty(0)
     if label_smoothing > 0:
-        mass = torch.empty_like(loss)
         keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
         dense_weight = _dense_class_weight(weight, logits)
         kernels.smoothed_cross_entropy_forward(logits, target, dense_weight, ignore_index, keep, spread, loss, row_weight, mass, top, total)
     else:
         kernels.cross_entropy_forward(logits, target, _class_weight(weight, logits), ignore_index, loss, row_weight, top, total)
-    reduced, divisor = _reduced(loss, row_weight, reduction)
-    if mass.numel() and divisor.numel():
-        reduced = reduced + 0 / divisor.view(())  # no weight at all: NaN, although the smoothed part of the sum is not 0
-    return reduced.to(dtype), divisor, row_weight, mass, top, total
+    divisor = _divisor(row_weight, reduction)
+    return _reduced_smoothed(loss, mass, divisor, reduction).to(dtype), divisor, row_weight, mass, top, total
+
+
+def cross_entropy_forward_backward(
+    dloss: float, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dlogits for this gradient of the reduced loss; then what `cross_entropy_forward` returns. One visit to the logits."""
+    kernels = kernels_for(logits)
+    loss, row_weight, top, total = _vectors(4, logits)
+    mass = memory.empty_like(loss) if label_smoothing > 0 else loss.new_empty(0)
+    class_weight = _class_weight(weight, logits)
+    if reduction == "mean":  # the weights of the rows are needed first; the nll_loss of zeros leaves them behind
+        kernels.nll_loss_forward(logits.new_zeros(1).expand_as(logits), target, class_weight, ignore_index, loss, row_weight)
+    divisor = _divisor(row_weight, reduction)
+    row_gradient, dlogits = _row_gradient(logits.new_full((), dloss, dtype=dtype), divisor, logits), memory.empty_like(logits)
+    if label_smoothing > 0:
+        keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
+        dense_weight = class_weight.contiguous()
+        kernels.smoothed_cross_entropy_forward_backward(
+            logits, target, dense_weight, ignore_index, keep, spread, row_gradient, loss, row_weight, mass, top, total, dlogits
+        )
+    else:
+        kernels.cross_entropy_forward_backward(
+            logits, target, class_weight, ignore_index, row_gradient, loss, row_weight, top, total, dlogits
+        )
+    return dlogits, _reduced_smoothed(loss, mass, divisor, reduction).to(dtype), divisor, row_weight, mass, top, total
+
+
+def _reduced_smoothed(loss: Tensor, mass: Tensor, divisor: Tensor, reduction: str) -> Tensor:
+    reduced = _reduced(loss, divisor, reduction)
+    # no weight at all: NaN, although the smoothed part of the sum is not 0
+    return reduced + 0 / divisor.view(()) if mass.numel() and divisor.numel() else reduced
 
 
 def cross_entropy_backward(
@@ -121,8 +156,22 @@ def soft_cross_entropy_forward(
     kernels_for(logits).soft_cross_entropy_forward(
         logits, target, _dense_class_weight(weight, logits), keep, spread, loss, mass, top, total
     )
-    reduced, divisor = _reduced(loss, None, reduction)
-    return reduced.to(dtype), divisor, mass, top, total
+    divisor = _number_of_rows(loss, reduction)
+    return _reduced(loss, divisor, reduction).to(dtype), divisor, mass, top, total
+
+
+def soft_cross_entropy_forward_backward(
+    dloss: float, logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """dlogits for this gradient of the reduced loss; then what `soft_cross_entropy_forward` returns. One visit to the logits."""
+    loss, mass, top, total = _vectors(4, logits)
+    keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])
+    divisor = _number_of_rows(loss, reduction)
+    row_gradient, dlogits = _row_gradient(logits.new_full((), dloss, dtype=dtype), divisor, logits), memory.empty_like(logits)
+    kernels_for(logits).soft_cross_entropy_forward_backward(
+        logits, target, _dense_class_weight(weight, logits), keep, spread, row_gradient, loss, mass, top, total, dlogits
+    )
+    return dlogits, _reduced(loss, divisor, reduction).to(dtype), divisor, mass, top, total
 
 
 def soft_cross_entropy_backward(
@@ -150,7 +199,7 @@ def soft_cross_entropy_target_backward(
 
 
 def softmax_forward(logits: Tensor) -> Tensor:
-    prob = memory.empty(logits)
+    prob = memory.empty(logits.shape, logits.dtype, logits.device)
     kernels_for(logits).softmax_forward(logits, prob)
     return prob
 
@@ -162,7 +211,7 @@ def softmax_backward(dprob: Tensor, prob: Tensor) -> Tensor:
 
 
 def log_softmax_forward(logits: Tensor) -> Tensor:
-    log_prob = memory.empty(logits)
+    log_prob = memory.empty(logits.shape, logits.dtype, logits.device)
     kernels_for(logits).log_softmax_forward(logits, log_prob)
     return log_prob
 
@@ -179,8 +228,8 @@ def nll_loss_forward(
     """Loss in `dtype`; then divisor and row_weight."""
     loss, row_weight = _vectors(2, log_prob)
     kernels_for(log_prob).nll_loss_forward(log_prob, target, _class_weight(weight, log_prob), ignore_index, loss, row_weight)
-    reduced, divisor = _reduced(loss, row_weight, reduction)
-    return reduced.to(dtype), divisor, row_weight
+    divisor = _divisor(row_weight, reduction)
+    return _reduced(loss, divisor, reduction).to(dtype), divisor, row_weight
 
 
 def nll_loss_backward(dloss: Tensor, log_prob: Tensor, target: Tensor, ignore_index: int, divisor: Tensor, row_weight: Tensor) -> Tensor:

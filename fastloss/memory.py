@@ -7,6 +7,7 @@ that asks the kernel for huge pages, and that memory is kept for the next gradie
 A block comes back only when the last tensor, view, NumPy array or storage on it has died, since all of them keep `exporter` alive.
 """
 
+import math
 import mmap
 import threading
 import weakref
@@ -23,20 +24,20 @@ _idle: deque[mmap.mmap] = deque()  # appending is atomic, so a finalizer may run
 _lock = threading.Lock()
 
 
-def empty(tensor: Tensor) -> Tensor:
-    """An uninitialised contiguous tensor: shape, dtype and device of this one."""
-    size = tensor.numel() * tensor.element_size()
-    if tensor.device.type != "cpu" or size < config.pool_min_bytes or config.pool_max_bytes <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty_like(tensor, memory_format=torch.contiguous_format, requires_grad=False)
+def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An uninitialised contiguous tensor."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or size < config.pool_min_bytes or config.pool_max_bytes <= 0 or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
     block = _take(size) or _map(size)
     exporter = np.frombuffer(block, np.uint8, size)
     weakref.finalize(exporter, _give_back, block).atexit = False
-    return torch.from_numpy(exporter).view(tensor.dtype).view(tensor.shape)
+    return torch.from_numpy(exporter).view(dtype).view(shape)
 
 
 def empty_like(tensor: Tensor) -> Tensor:
-    """The same, with the strides of `tensor` where they are dense, as torch.empty_like has it."""
-    fresh = empty(tensor)
+    """The same like `tensor`, with its strides where they are dense, as torch.empty_like has it."""
+    fresh = empty(tensor.shape, tensor.dtype, tensor.device)
     return fresh if tensor.is_contiguous() else fresh.as_strided(tensor.shape, torch.empty_like(tensor, device="meta").stride())
 
 

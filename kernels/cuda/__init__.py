@@ -7,8 +7,17 @@ from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import cross_entropy_forward_backward
 from .nll_loss import nll_loss_backward, nll_loss_forward
 from .reduction import sum_rows
-from .smoothed_cross_entropy import smoothed_cross_entropy_backward, smoothed_cross_entropy_forward
-from .soft_cross_entropy import soft_cross_entropy_backward, soft_cross_entropy_forward, soft_cross_entropy_target_backward
+from .smoothed_cross_entropy import (
+    smoothed_cross_entropy_backward,
+    smoothed_cross_entropy_forward,
+    smoothed_cross_entropy_forward_backward,
+)
+from .soft_cross_entropy import (
+    soft_cross_entropy_backward,
+    soft_cross_entropy_forward,
+    soft_cross_entropy_forward_backward,
+    soft_cross_entropy_target_backward,
+)
 from .softmax import log_softmax_backward, log_softmax_forward, softmax_backward, softmax_forward
 
 __all__ = [
@@ -27,8 +36,10 @@ __all__ = [
     "nll_loss_forward",
     "smoothed_cross_entropy_backward",
     "smoothed_cross_entropy_forward",
+    "smoothed_cross_entropy_forward_backward",
     "soft_cross_entropy_backward",
     "soft_cross_entropy_forward",
+    "soft_cross_entropy_forward_backward",
     "soft_cross_entropy_target_backward",
     "softmax_backward",
     "softmax_forward",

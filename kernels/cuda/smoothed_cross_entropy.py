@@ -42,6 +42,17 @@ def smoothed_cross_entropy_backward(
     )  # fmt: skip
 
 
+def smoothed_cross_entropy_forward_backward(
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float, dloss: Tensor,
+    loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
+) -> None:  # fmt: skip
+    """In two visits: only plain cross-entropy has a kernel for one."""
+    smoothed_cross_entropy_forward(logits, target, weight, ignore_index, keep, spread, loss, row_weight, mass, top, total)
+    smoothed_cross_entropy_backward(
+        logits, target, weight, ignore_index, keep, spread, row_weight, mass, top, total, dloss, dlogits
+    )
+
+
 @triton.jit
 def _smoothed_cross_entropy_forward(
     logits_ptr, strides, target_ptr, ignore_index, weight_ptr, weight_stride, keep: "fp64", spread: "fp64",

@@ -39,6 +39,15 @@ def soft_cross_entropy_backward(
     )  # fmt: skip
 
 
+def soft_cross_entropy_forward_backward(
+    logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float, dloss: Tensor,
+    loss: Tensor, mass: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
+) -> None:  # fmt: skip
+    """In two visits: only plain cross-entropy has a kernel for one."""
+    soft_cross_entropy_forward(logits, target, weight, keep, spread, loss, mass, top, total)
+    soft_cross_entropy_backward(logits, target, weight, keep, spread, mass, top, total, dloss, dlogits)
+
+
 def soft_cross_entropy_target_backward(
     logits: Tensor, weight: Tensor, keep: float, top: Tensor, total: Tensor, dloss: Tensor, dtarget: Tensor
 ) -> None:

@@ -28,5 +28,6 @@ def test_launcher_has_the_protocols_signature(name: str, needs: str, launcher: s
     assert all(p.default is inspect.Parameter.empty for p in offered.parameters.values())
 
 
-def test_the_cuda_package_offers_one_thing_more() -> None:
-    assert sorted(package("cuda", "triton").__all__) == sorted([*LAUNCHERS, "cross_entropy_forward_backward"])
+@pytest.mark.parametrize(("name", "needs"), [("cuda", "triton"), ("cpu", "numba")])
+def test_the_package_offers_nothing_else(name: str, needs: str) -> None:
+    assert sorted(package(name, needs).__all__) == sorted(LAUNCHERS)

@@ -1,0 +1,58 @@
+"""Whether a forward computes the gradient too, and for which upstream gradient.
+
+A mean or a sum has one upstream gradient, a number, and a training loop sends the same one at every step: 1, or 1 / accumulation steps,
+or a loss scale. So a forward whose logits want a gradient computes it for the number that came last, in the same visit to the logits.
+The backward compares. If another number came it computes the gradient as it would have anyway, to the same bits, and no forward trusts
+that number until it has come twice.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import config
+
+_last: dict[tuple[Any, ...], tuple[float, bool]] = {}  # kind of loss -> the number that came last, and whether to trust it
+
+
+class Foresight:
+    """The upstream gradient that a forward expects, None if it trusts no number; and the gradient for it, until the backward takes it."""
+
+    def __init__(self, kind: tuple[Any, ...]) -> None:
+        number, trusted = _last.get(kind, (1.0, True))
+        self.expected = number if trusted else None
+        self._kind = kind
+        self._gradients: list[Tensor] = []
+
+    def keep(self, gradient: Tensor) -> None:
+        self._gradients.append(gradient)
+
+    def take(self, dloss: Tensor) -> Tensor | None:
+        """The gradient, if it is that for `dloss` and nobody took it before. Without it, its memory is free for another."""
+        number = float(dloss)
+        last, _ = _last.get(self._kind, (1.0, True))
+        _last[self._kind] = number, number == last and number != 0  # there are two zeros
+        try:
+            gradient = self._gradients.pop()  # one of two threads gets it
+        except IndexError:
+            return None
+        return gradient if number == self.expected else None
+
+    def forget(self) -> None:
+        self._gradients.clear()
+
+
+def foresee(loss: str, logits: Tensor, reduction: str) -> Foresight | None:
+    """None where a gradient ahead of time would be useless or in the way."""
+    if (
+        reduction == "none"
+        or not logits.requires_grad
+        or not torch.is_grad_enabled()
+        or logits.device.type != "cpu"  # elsewhere the backward could not look at the number without waiting for the device
+        or not 0 < logits.numel() * logits.element_size() <= config.foresight_max_bytes
+        # saved tensors are moved or dropped until the backward (offloading, checkpointing): memory is scarce
+        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    ):
+        return None
+    return Foresight((loss, logits.dtype, logits.shape[1], reduction))

@@ -36,7 +36,6 @@ from .rows import (
     rows_of,
     strides_of,
     walk,
-    whole_vectors,
 )
 from .simd import first_lane, lane_numbers, lanes_of, pick, select, splat
 from .targets import refuse_out_of_bounds
@@ -185,7 +184,7 @@ def _backward(a: Any) -> None:
                 write_zeros(dx, first, last, to_class, past_caches)
             else:
                 gradient_of_row(
-                    x, dx, first, last, class_stride, lane_stride, to_class, to_lane, tile, count, terms, 0,
+                    x, dx, first, last, classes, class_stride, lane_stride, to_class, to_lane, tile, count, terms, 0,
                     tops, y, target[row], g, scale, past_caches,
                 )  # fmt: skip
         task = next_task(a)
@@ -193,8 +192,8 @@ def _backward(a: Any) -> None:
 
 @njit(**INLINE)
 def gradient_of_row(
-    x: Any, dx: Any, begin: Any, end: Any, class_stride: Any, lane_stride: Any, to_class: Any, to_lane: Any, tile: Any, count: Any,
-    terms: Any, keep: Any, tops: Any, y: Any, y_row: Any, g: Any, scale: Any, past_caches: Any,
+    x: Any, dx: Any, begin: Any, end: Any, classes: Any, class_stride: Any, lane_stride: Any, to_class: Any, to_lane: Any,
+    tile: Any, count: Any, terms: Any, keep: Any, tops: Any, y: Any, y_row: Any, g: Any, scale: Any, past_caches: Any,
 ) -> None:  # fmt: skip
     """dlogits of classes begin .. end - 1, whole blocks, from their terms if `terms` has kept them (`keep` = 1)."""
     size = block_size(terms, tile)
@@ -202,7 +201,7 @@ def gradient_of_row(
         block, last = block_of(terms, first // size * keep), min(end, first + size)
         if not keep:
             block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
-        factor = rescaled(block, tops, scale)
+        factor = rescaled(block, tops, scale) if classes > size else scale  # the top of the only block is the row's
         gradient_of_block(block, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g, past_caches)
 
 
@@ -211,7 +210,15 @@ def row_numbers(
     target: Any, ignore_index: Any, row_weight: Any, top: Any, total: Any, dloss: Any, dloss_stride: Any, row: Any, tile: Any, count: Any
 ) -> Any:
     """top, y, g = dloss w_y and g / total, one for each lane, or the row's in every lane; y is -1 for a row that does not count."""
-    across, n = (1, count) if tile > 1 else (0, lanes_of(top))
+    if tile == 1:
+        return _row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, row, 0, lanes_of(top))
+    return _row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, row, 1, count)
+
+
+@njit(**INLINE)
+def _row_numbers(
+    target: Any, ignore_index: Any, row_weight: Any, top: Any, total: Any, dloss: Any, dloss_stride: Any, row: Any, across: Any, n: Any
+) -> Any:
     tops = load(top, row, across, n, 0.0)
     y = load_classes(target, row, across, n, ignore_index, tops)
     g = load(dloss, row * dloss_stride, across * dloss_stride, n, 0.0) * load(row_weight, row, across, n, 0.0)
@@ -235,19 +242,31 @@ def gradient_of_block(
             else:
                 store(dx, c * to_class, to_lane, count, d)
         return
-    c, n = first, first_vector(offset(dx, first * to_class), last - first, tile, count, past_caches)
-    while c < last:
-        stop = whole_vectors(c, n, last, tile, lanes) if to_class == 1 else c
-        if c <= y_row < stop:
-            stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
-        for k in range(c, stop, lanes):
-            stream(dx, k, term(terms, first, k, 1, lanes) * factor, past_caches)
-        if stop > c:
-            c, n = stop, min(lanes, last - stop)
-        else:
-            d = term(terms, first, c, 1, n) * factor
-            store(dx, c * to_class, to_class, n, select(lane_numbers(d) + c == y, d - g, d))
-            c, n = advance(c, n, last, tile, lanes)
+    if to_class != 1:
+        for c in range(first, last, lanes):
+            store(dx, c * to_class, to_class, last - c, _gradient(terms, first, c, last - c, factor, y, g))
+        return
+    # whole vectors, aligned, with what is left over before and behind them; the one with the target by itself
+    begin = min(last, first + to_alignment(offset(dx, first))) if past_caches else first
+    end = begin + (last - begin) // lanes * lanes
+    if begin > first:
+        store(dx, first, 1, begin - first, _gradient(terms, first, first, begin - first, factor, y, g))
+    middle = begin + (y_row - begin) // lanes * lanes if begin <= y_row < end else end
+    for c in range(begin, middle, lanes):
+        stream(dx, c, term(terms, first, c, 1, lanes) * factor, past_caches)
+    if middle < end:
+        stream(dx, middle, _gradient(terms, first, middle, lanes, factor, y, g), past_caches)
+    for c in range(middle + lanes, end, lanes):
+        stream(dx, c, term(terms, first, c, 1, lanes) * factor, past_caches)
+    if end < last:
+        store(dx, end, 1, last - end, _gradient(terms, first, end, last - end, factor, y, g))
+
+
+@njit(**INLINE)
+def _gradient(terms: Any, first: Any, c: Any, n: Any, factor: Any, y: Any, g: Any) -> Any:
+    """Of n classes of one row from c on, one of which may be the target."""
+    d = term(terms, first, c, 1, n) * factor
+    return select(lane_numbers(d) + c == y, d - g, d)
 
 
 @njit(**INLINE)

@@ -85,7 +85,7 @@ def _forward_backward(a: Any) -> None:
                 gradient_of_short_rows(x, dx, classes, y, tops, scale, g)
             else:
                 gradient_of_row(
-                    x, dx, 0, classes, class_stride, lane_stride, to_class, to_lane, tile, count, terms, keep,
+                    x, dx, 0, classes, classes, class_stride, lane_stride, to_class, to_lane, tile, count, terms, keep,
                     tops, y, target[row], g, scale, past_caches,
                 )  # fmt: skip
         write_losses(loss, row_weight, top, total, begin, end)

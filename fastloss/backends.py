@@ -215,6 +215,10 @@ class Kernels(Protocol):
     def sum_rows(self, values: Tensor, total: Tensor) -> None:
         """total [1] = the sum of values [N] (compute dtype), accumulated in float64 in one fixed order."""
 
+    def sum_weights(self, target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
+        """total [1] = the sum of row_weight, to the same bits, from the targets alone. A target that is no class counts for nothing on
+        CPU, makes the sum NaN on CUDA."""
+
 
 class BackendError(RuntimeError):
     """A backend that was asked for by name cannot serve a call."""

@@ -106,9 +106,9 @@ def cross_entropy_forward_backward(
     loss, row_weight, top, total = _vectors(4, logits)
     mass = memory.empty_like(loss) if label_smoothing > 0 else loss.new_empty(0)
     class_weight = _class_weight(weight, logits)
-    if reduction == "mean":  # the weights of the rows are needed first; the nll_loss of zeros leaves them behind
-        kernels.nll_loss_forward(logits.new_zeros(1).expand_as(logits), target, class_weight, ignore_index, loss, row_weight)
-    divisor = _divisor(row_weight, reduction)
+    divisor = loss.new_empty(1 if reduction == "mean" else 0)
+    if reduction == "mean":
+        kernels.sum_weights(target, class_weight, ignore_index, divisor)
     row_gradient, dlogits = _row_gradient(logits.new_full((), dloss, dtype=dtype), divisor, logits), memory.empty_like(logits)
     if label_smoothing > 0:
         keep, spread = 1 - label_smoothing, label_smoothing / max(1, logits.shape[1])

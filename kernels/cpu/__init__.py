@@ -5,7 +5,7 @@ from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_en
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import cross_entropy_forward_backward
 from .nll_loss import nll_loss_backward, nll_loss_forward
-from .reduction import sum_rows
+from .reduction import sum_rows, sum_weights
 from .smoothed_cross_entropy import (
     smoothed_cross_entropy_backward,
     smoothed_cross_entropy_forward,
@@ -43,4 +43,5 @@ __all__ = [
     "softmax_backward",
     "softmax_forward",
     "sum_rows",
+    "sum_weights",
 ]

@@ -151,14 +151,29 @@ def row_statistics(x: Any, classes: Any, class_stride: Any, lane_stride: Any, ti
 
 
 @njit(**INLINE)
-def rescaled(terms: Any, top: Any, scale: Any) -> Any:
-    """What turns the terms of a block, relative to its own top, into scale * exp(x - top)."""
-    lanes = lanes_of(terms)
-    return exp(load(terms, BLOCK * lanes, 1, lanes, 0.0) - top) * scale
+def block_top(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any) -> Any:
+    """`top` alone, as `block_statistics` has it."""
+    lanes = lanes_of(x)
+    if tile == 1 and class_stride == 1:
+        return _top(x, first, last, 1, 1, 1, lanes)
+    if tile > 1 and lane_stride == 1 and count == lanes:
+        return _top(x, first, last, class_stride, 1, lanes, lanes)
+    return _top(x, first, last, class_stride, lane_stride, tile, count)
 
 
 @njit(**INLINE)
-def term(terms: Any, first: Any, c: Any, tile: Any, n: Any) -> Any:
-    """The terms of the n classes from c on, of a block that starts at class `first`; or of class c of the rows in the lanes."""
-    lanes = lanes_of(terms)
-    return load(terms, (c - first) * lanes if tile > 1 else c - first, 1, lanes if tile > 1 else n, 0.0)
+def kept_top(terms: Any) -> Any:
+    """`top` of a block whose terms are in scratch memory."""
+    return load(terms, BLOCK * lanes_of(terms), 1, lanes_of(terms), 0.0)
+
+
+@njit(**INLINE)
+def term(x: Any, top: Any, class_stride: Any, lane_stride: Any, terms: Any, kept: Any, first: Any, c: Any, tile: Any, n: Any) -> Any:
+    """The terms of the n classes from c on, of a block that starts at class `first`, or of class c of n rows in the lanes: from scratch
+    memory (`kept` = 1) or again from the logits (0), to the same bits."""
+    lanes = lanes_of(x)
+    if kept:
+        return load(terms, (c - first) * lanes if tile > 1 else c - first, 1, lanes if tile > 1 else n, 0.0)
+    if tile == 1:
+        prefetch(x, c * class_stride + BLOCK * lanes)
+    return exp(load(x, c * class_stride, lane_stride, n, 0.0) - top)

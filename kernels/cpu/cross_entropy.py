@@ -14,17 +14,18 @@ from .blocks import (
     block_of,
     block_size,
     block_statistics,
+    block_top,
     blocks_apart,
+    kept_top,
     merge,
     real_total,
-    rescaled,
     row_statistics,
     scratch,
     term,
 )
 from .launch import next_task, next_worker, raise_flag, region, unpack
 from .math import INLINE, exp, log
-from .memory import load, load_classes, load_one, offset, store, stream, to_alignment
+from .memory import load, load_classes, load_each, load_one, offset, store, stream, to_alignment
 from .rows import (
     FEW_CLASSES,
     SHORT_ROW,
@@ -37,12 +38,12 @@ from .rows import (
     strides_of,
     walk,
 )
-from .simd import first_lane, lane_numbers, lanes_of, pick, select, splat
+from .simd import any_lane, first_lane, lane_numbers, lanes_of, pick, select, splat
 from .targets import refuse_out_of_bounds
 
 _BLOCKS = "TCCCn" + WALK
 _FORWARD = "TICCCCCCCCnnn" + WALK
-_BACKWARD = "TICCCCTCnnnnnnn" + WALK
+_BACKWARD = "TICCCCTnnnnnnn" + WALK
 
 
 def cross_entropy_forward(
@@ -70,11 +71,11 @@ def cross_entropy_backward(
 ) -> None:
     without_gaps = logits.dim() == 2 and logits.is_contiguous() and dlogits.is_contiguous()
     way = walk(logits, SHORT_ROW if without_gaps else FEW_CLASSES)
-    terms, blocks = scratch(1), blocks_apart(way, logits)
+    blocks = blocks_apart(way, logits)
     _backward(
         logits.dtype, way.tasks * blocks,
         logits.data_ptr(), target.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
-        terms.data_ptr(), blocks, ignore_index, dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
+        blocks, ignore_index, dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
     )  # fmt: skip
 
 
@@ -120,36 +121,50 @@ def _forward(a: Any) -> None:
             # statistics
             if tile > 1:
                 tops, totals = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, 0)
-                store(top, row, 1, count, tops)
-                store(total, row, 1, count, totals)
-            elif target[row] != ignore_index:
-                if blocks > 1:
-                    tops, totals = _merged(block_tops, block_totals, row * blocks, blocks, x)
-                else:
-                    tops, totals = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, 0)
-                top[row], total[row] = first_lane(tops), first_lane(totals)
-            if see_targets(x, target, weight, loss, row_weight, top, total, row, end, ignore_index, classes, class_stride, position_stride, weight_stride):
+            elif target[row] == ignore_index:
+                tops, totals = no_statistics(x)
+            elif blocks > 1:
+                tops, totals = _merged(block_tops, block_totals, row * blocks, blocks, x)
+            else:
+                tops, totals = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, 0)
+            # target logit and class weight
+            if see_targets(
+                x, tops, totals, target, ignore_index, weight, weight_stride, loss, row_weight, top, total,
+                row, tile, count, classes, class_stride, lane_stride,
+            ):  # fmt: skip
                 raise_flag(a)
         write_losses(loss, row_weight, top, total, begin, end)
         task = next_task(a)
 
 
 @njit(**INLINE)
+def no_statistics(like: Any) -> Any:
+    """`top` and `total` of a row that does not count."""
+    return splat(0.0, like), splat(1.0, like)
+
+
+@njit(**INLINE)
 def see_targets(
-    x: Any, target: Any, weight: Any, loss: Any, row_weight: Any, top: Any, total: Any,
-    begin: Any, end: Any, ignore_index: Any, classes: Any, class_stride: Any, position_stride: Any, weight_stride: Any,
+    x: Any, tops: Any, totals: Any, target: Any, ignore_index: Any, weight: Any, weight_stride: Any,
+    loss: Any, row_weight: Any, top: Any, total: Any, row: Any, tile: Any, count: Any, classes: Any, class_stride: Any, lane_stride: Any,
 ) -> Any:  # fmt: skip
-    """Target logit (for now in `loss`) and class weight of rows begin .. end - 1, the first of which is at x; the numbers of a row that
-    does not count. True if a target is no class."""
-    wrong = False
-    for i in range(begin, end):
-        y = target[i]
-        if y == ignore_index or y < 0 or y >= classes:
-            loss[i], row_weight[i], top[i], total[i] = 0, 0, 0, 1
-            wrong = wrong or y != ignore_index
-        else:
-            loss[i], row_weight[i] = load_one(x, (i - begin) * position_stride + y * class_stride), weight[y * weight_stride]
-    return wrong
+    """Write `top`, `total`, the class weight and, for now in `loss`, the target logit of the rows at x; 0, 1, 0 and 0 where they do not
+    count. True if a target is no class."""
+    if tile > 1:
+        y = load_classes(target, row, 1, count, ignore_index, tops)
+        is_class = (y > -1) & (y < classes)
+        store(loss, row, 1, count, load_each(x, lane_stride, y, class_stride, is_class))
+        store(row_weight, row, 1, count, load_each(weight, 0, y, weight_stride, is_class))
+        store(top, row, 1, count, select(is_class, tops, 0.0))
+        store(total, row, 1, count, select(is_class, totals, 1.0))
+        return any_lane((y < -1) | (y > classes - 1))
+    y_row = target[row]
+    if y_row == ignore_index or y_row < 0 or y_row >= classes:
+        loss[row], row_weight[row], top[row], total[row] = 0, 0, 0, 1
+        return y_row != ignore_index
+    loss[row], row_weight[row] = load_one(x, y_row * class_stride), weight[y_row * weight_stride]
+    top[row], total[row] = first_lane(tops), first_lane(totals)
+    return False
 
 
 @njit(**INLINE)
@@ -163,11 +178,10 @@ def write_losses(loss: Any, row_weight: Any, top: Any, total: Any, begin: Any, e
 
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
-    (logits, target, row_weight, top, total, dloss, dlogits, terms, blocks, ignore_index, dloss_stride, past_caches,
+    (logits, target, row_weight, top, total, dloss, dlogits, blocks, ignore_index, dloss_stride, past_caches,
      to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    terms = block_of(terms, next_worker(a))
-    size = block_size(terms, tile)
+    size = block_size(top, tile)
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
     task = next_task(a)
     while task >= 0:
@@ -184,7 +198,7 @@ def _backward(a: Any) -> None:
                 write_zeros(dx, first, last, to_class, past_caches)
             else:
                 gradient_of_row(
-                    x, dx, first, last, classes, class_stride, lane_stride, to_class, to_lane, tile, count, terms, 0,
+                    x, dx, first, last, classes, class_stride, lane_stride, to_class, to_lane, tile, count, top, 0,
                     tops, y, target[row], g, scale, past_caches,
                 )  # fmt: skip
         task = next_task(a)
@@ -193,16 +207,73 @@ def _backward(a: Any) -> None:
 @njit(**INLINE)
 def gradient_of_row(
     x: Any, dx: Any, begin: Any, end: Any, classes: Any, class_stride: Any, lane_stride: Any, to_class: Any, to_lane: Any,
-    tile: Any, count: Any, terms: Any, keep: Any, tops: Any, y: Any, y_row: Any, g: Any, scale: Any, past_caches: Any,
+    tile: Any, count: Any, terms: Any, kept: Any, tops: Any, y: Any, y_row: Any, g: Any, scale: Any, past_caches: Any,
 ) -> None:  # fmt: skip
-    """dlogits of classes begin .. end - 1, whole blocks, from their terms if `terms` has kept them (`keep` = 1)."""
-    size = block_size(terms, tile)
+    """dlogits of classes begin .. end - 1, whole blocks: g / total exp(x - tops), less g at the target. `y_row` is y where the lanes are
+    one row. `terms` has the terms of all blocks (`kept` = 1), or none (0)."""
+    size = block_size(tops, tile)
     for first in range(begin, end, size):
-        block, last = block_of(terms, first // size * keep), min(end, first + size)
-        if not keep:
-            block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
-        factor = rescaled(block, tops, scale) if classes > size else scale  # the top of the only block is the row's
-        gradient_of_block(block, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g, past_caches)
+        last = min(end, first + size)
+        if kept:
+            block = block_of(terms, first // size)
+            top = kept_top(block)
+        else:
+            block, top = terms, block_top(x, first, last, class_stride, lane_stride, tile, count)
+        factor = exp(top - tops) * scale if classes > size else scale  # the top of the only block is the row's
+        if kept:
+            _gradient_of_block(
+                x, top, class_stride, lane_stride, block, 1, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g, past_caches
+            )
+        else:
+            _gradient_of_block(
+                x, top, class_stride, lane_stride, block, 0, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g, past_caches
+            )
+
+
+@njit(**INLINE)
+def _gradient_of_block(
+    x: Any, top: Any, class_stride: Any, lane_stride: Any, terms: Any, kept: Any, dx: Any, first: Any, last: Any,
+    to_class: Any, to_lane: Any, tile: Any, count: Any, factor: Any, y: Any, y_row: Any, g: Any, past_caches: Any,
+) -> None:  # fmt: skip
+    """term * factor, less g at the target, of classes first .. last - 1."""
+    lanes = lanes_of(x)
+    if tile > 1 and lane_stride == to_lane == 1 and count == lanes:
+        aligned = to_alignment(dx) == to_alignment(offset(dx, to_class)) == 0
+        for c in range(first, last):
+            d = term(x, top, class_stride, 1, terms, kept, first, c, lanes, lanes) * factor
+            stream(dx, c * to_class, select(y > -1, select(y == c, d - g, d), 0.0), past_caches if aligned else 0)
+    elif tile > 1:
+        for c in range(first, last):
+            d = term(x, top, class_stride, lane_stride, terms, kept, first, c, tile, count) * factor
+            store(dx, c * to_class, to_lane, count, select(y > -1, select(y == c, d - g, d), 0.0))
+    elif class_stride == to_class == 1:
+        # whole vectors, aligned, with what is left over before and behind them; the one with the target by itself
+        begin = min(last, first + to_alignment(offset(dx, first))) if past_caches else first
+        end = begin + (last - begin) // lanes * lanes
+        middle = begin + (y_row - begin) // lanes * lanes if begin <= y_row < end else end
+        if begin > first:
+            store(dx, first, 1, begin - first, _near_target(x, top, 1, terms, kept, first, first, begin - first, factor, y, g))
+        for c in range(begin, middle, lanes):
+            stream(dx, c, term(x, top, 1, 1, terms, kept, first, c, 1, lanes) * factor, past_caches)
+        if middle < end:
+            stream(dx, middle, _near_target(x, top, 1, terms, kept, first, middle, lanes, factor, y, g), past_caches)
+        for c in range(middle + lanes, end, lanes):
+            stream(dx, c, term(x, top, 1, 1, terms, kept, first, c, 1, lanes) * factor, past_caches)
+        if end < last:
+            store(dx, end, 1, last - end, _near_target(x, top, 1, terms, kept, first, end, last - end, factor, y, g))
+    else:
+        for c in range(first, last, lanes):
+            d = _near_target(x, top, class_stride, terms, kept, first, c, last - c, factor, y, g)
+            store(dx, c * to_class, to_class, last - c, d)
+
+
+@njit(**INLINE)
+def _near_target(
+    x: Any, top: Any, class_stride: Any, terms: Any, kept: Any, first: Any, c: Any, n: Any, factor: Any, y: Any, g: Any
+) -> Any:
+    """The gradient of n classes of one row from c on, one of which may be the target."""
+    d = term(x, top, class_stride, class_stride, terms, kept, first, c, 1, n) * factor
+    return select(lane_numbers(d) + c == y, d - g, d)
 
 
 @njit(**INLINE)
@@ -223,50 +294,6 @@ def _row_numbers(
     y = load_classes(target, row, across, n, ignore_index, tops)
     g = load(dloss, row * dloss_stride, across * dloss_stride, n, 0.0) * load(row_weight, row, across, n, 0.0)
     return tops, y, g, g / load(total, row, across, n, 1.0)
-
-
-@njit(**INLINE)
-def gradient_of_block(
-    terms: Any, dx: Any, first: Any, last: Any, to_class: Any, to_lane: Any, tile: Any, count: Any,
-    factor: Any, y: Any, y_row: Any, g: Any, past_caches: Any,
-) -> None:  # fmt: skip
-    """term * factor, less g at the target, of classes first .. last - 1. `y_row` is y where the lanes are one row."""
-    lanes = lanes_of(dx)
-    if tile > 1:
-        whole = past_caches and to_lane == 1 and count == lanes and to_alignment(dx) == to_alignment(offset(dx, to_class)) == 0
-        for c in range(first, last):
-            d = term(terms, first, c, tile, count) * factor
-            d = select(y > -1, select(y == c, d - g, d), 0.0)
-            if whole:
-                stream(dx, c * to_class, d, past_caches)
-            else:
-                store(dx, c * to_class, to_lane, count, d)
-        return
-    if to_class != 1:
-        for c in range(first, last, lanes):
-            store(dx, c * to_class, to_class, last - c, _gradient(terms, first, c, last - c, factor, y, g))
-        return
-    # whole vectors, aligned, with what is left over before and behind them; the one with the target by itself
-    begin = min(last, first + to_alignment(offset(dx, first))) if past_caches else first
-    end = begin + (last - begin) // lanes * lanes
-    if begin > first:
-        store(dx, first, 1, begin - first, _gradient(terms, first, first, begin - first, factor, y, g))
-    middle = begin + (y_row - begin) // lanes * lanes if begin <= y_row < end else end
-    for c in range(begin, middle, lanes):
-        stream(dx, c, term(terms, first, c, 1, lanes) * factor, past_caches)
-    if middle < end:
-        stream(dx, middle, _gradient(terms, first, middle, lanes, factor, y, g), past_caches)
-    for c in range(middle + lanes, end, lanes):
-        stream(dx, c, term(terms, first, c, 1, lanes) * factor, past_caches)
-    if end < last:
-        store(dx, end, 1, last - end, _gradient(terms, first, end, last - end, factor, y, g))
-
-
-@njit(**INLINE)
-def _gradient(terms: Any, first: Any, c: Any, n: Any, factor: Any, y: Any, g: Any) -> Any:
-    """Of n classes of one row from c on, one of which may be the target."""
-    d = term(terms, first, c, 1, n) * factor
-    return select(lane_numbers(d) + c == y, d - g, d)
 
 
 @njit(**INLINE)

@@ -15,15 +15,16 @@ from .cross_entropy import (
     gapless,
     gradient_of_row,
     gradient_of_short_rows,
+    no_statistics,
     row_numbers,
     see_targets,
     write_losses,
     write_zeros,
 )
 from .launch import next_task, next_worker, raise_flag, region, unpack
-from .memory import offset, store
+from .memory import offset
 from .rows import WALK, bypass_caches, last_tile, rows_of, strides_of, walk
-from .simd import first_lane, lanes_of
+from .simd import lanes_of
 from .targets import refuse_out_of_bounds
 
 _FORWARD_BACKWARD = "TICCCCCCTCnnnnnnnn" + WALK
@@ -68,14 +69,15 @@ def _forward_backward(a: Any) -> None:
             x = offset(logits, b * batch_stride + p * position_stride)
             dx = offset(dlogits, b * to_batch + p * to_position)
             # statistics
-            if tile > 1:
+            if tile > 1 or target[row] != ignore_index:
                 tops, totals = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, keep)
-                store(top, row, 1, count, tops)
-                store(total, row, 1, count, totals)
-            elif target[row] != ignore_index:
-                tops, totals = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, keep)
-                top[row], total[row] = first_lane(tops), first_lane(totals)
-            if see_targets(x, target, weight, loss, row_weight, top, total, row, end, ignore_index, classes, class_stride, position_stride, weight_stride):
+            else:
+                tops, totals = no_statistics(x)
+            # target logit and class weight
+            if see_targets(
+                x, tops, totals, target, ignore_index, weight, weight_stride, loss, row_weight, top, total,
+                row, tile, count, classes, class_stride, lane_stride,
+            ):  # fmt: skip
                 raise_flag(a)
             # gradient
             tops, y, g, scale = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, row, tile, count)

@@ -178,28 +178,57 @@ def load_one(typingctx: Any, pointer: Any, index: Any) -> Any:
 
 
 @intrinsic
+def load_each(typingctx: Any, pointer: Any, lane_stride: Any, numbers: Any, stride: Any, mask: Any) -> Any:
+    """Lane i holds element i * lane_stride + numbers[i] * stride, widened, where the mask is set, else 0 and its memory is not touched."""
+    storage, lanes = pointer.dtype, numbers.lanes
+    vector = vector_of(storage)
+    memory = _memory_vector(storage, lanes)
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        pointer, lane_stride, numbers, stride, mask = args
+        wide = ir.VectorType(ir.IntType(64), lanes)
+        numbers = builder.sext(numbers, wide) if sig.args[2].scalar.bitwidth < 64 else numbers
+        number = builder.mul(numbers, spread(builder, stride, lanes))
+        lane = builder.mul(constant(64, lanes, lambda lane: lane), spread(builder, lane_stride, lanes))
+        offset = builder.mul(builder.add(number, lane), constant(64, lanes, lambda lane: SIZE[storage]))
+        base = spread(builder, builder.ptrtoint(pointer, ir.IntType(64)), lanes)
+        places = builder.inttoptr(builder.add(base, offset), ir.VectorType(memory.element.as_pointer(), lanes))
+        arguments = [places, ir.Constant(ir.IntType(32), 1), mask, ir.Constant(memory, None)]
+        return _widen(builder, call(builder, f"llvm.masked.gather.{suffix(memory)}.v{lanes}p0", memory, arguments), storage)
+
+    return vector(pointer, types.int64, numbers, types.int64, mask), codegen
+
+
+@intrinsic
 def load_classes(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, ignored: Any, like: Any) -> Any:
     """Class numbers from int64 memory (stride 0 or 1) as integers as wide as the lanes of `like`; -1 for `ignored` and, unless the
-    stride is 0, from lane `count` on."""
+    stride is 0, from lane `count` on. A number that is no class stays none: -2 for the negative ones, a large one for those that are
+    too large for the lanes."""
     result = Vector(INT_OF[like.scalar], like.lanes)
     lanes = like.lanes
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         pointer, index, stride, count, ignored, _ = args
-        wide = ir.VectorType(ir.IntType(64), lanes)
-        minus_one = constant(64, lanes, lambda lane: -1)
+        i64 = ir.IntType(64)
+        wide = ir.VectorType(i64, lanes)
         place = builder.gep(pointer, [index])
 
+        def in_range(number: ir.Value, ignored: ir.Value, constant: Any) -> ir.Value:
+            largest = constant((1 << (result.scalar.bitwidth - 1)) - 1)
+            held = builder.select(builder.icmp_signed("<", number, largest), number, largest)
+            held = builder.select(builder.icmp_signed("<", number, constant(0)), constant(-2), held)
+            return builder.select(builder.icmp_signed("==", number, ignored), constant(-1), held)
+
         def consecutive() -> ir.Value:
-            where = builder.bitcast(place, wide.as_pointer())
-            arguments = [where, ir.Constant(ir.IntType(32), 8), mask_below(builder, count, lanes), minus_one]
-            return call(builder, f"llvm.masked.load.v{lanes}i64.p0", wide, arguments)
+            where, none = builder.bitcast(place, wide.as_pointer()), spread(builder, ignored, lanes)
+            arguments = [where, ir.Constant(ir.IntType(32), 8), mask_below(builder, count, lanes), none]
+            loaded = call(builder, f"llvm.masked.load.v{lanes}i64.p0", wide, arguments)
+            return in_range(loaded, none, lambda number: constant(64, lanes, lambda lane: number))
 
         def same() -> ir.Value:
-            return spread(builder, builder.load(place), lanes)
+            return spread(builder, in_range(builder.load(place), ignored, lambda number: ir.Constant(i64, number)), lanes)
 
-        number = _choose(builder, wide, builder.icmp_signed("!=", stride, ir.Constant(ir.IntType(64), 0)), consecutive, same)
-        number = builder.select(builder.icmp_signed("==", number, spread(builder, ignored, lanes)), minus_one, number)
+        number = _choose(builder, wide, builder.icmp_signed("!=", stride, ir.Constant(i64, 0)), consecutive, same)
         return builder.trunc(number, llvm_type(result)) if result.scalar.bitwidth < 64 else number
 
     return result(pointer, types.int64, types.int64, types.int64, types.int64, like), codegen

@@ -6,20 +6,37 @@ import torch
 from torch import Tensor
 
 from .launch import next_task, region, unpack
-from .memory import load
+from .memory import load, load_classes, load_each
 from .simd import lane_sum, lanes_of, splat, widen
 
 _SUM = "TDTnnn"
+_SUM_OF_WEIGHTS = "ITDTnnnnnn"
 _BLOCK = 1 << 14
 
 
 def sum_rows(values: Tensor, total: Tensor) -> None:
-    blocks = max(1, -(-values.numel() // _BLOCK))
-    direct = blocks == 1 and values.dtype == total.dtype  # the common small case, without two more torch calls
-    subtotals = total if direct else torch.empty(blocks, dtype=torch.float64, device="cpu")
+    blocks, direct, subtotals = _blocks(values.numel(), values.dtype, total)
     _sum(values.dtype, blocks, values.data_ptr(), subtotals.data_ptr(), total.data_ptr(), values.numel(), _BLOCK, direct)
     if not direct:
         total.copy_(subtotals.sum())  # few numbers: torch sums them on one thread
+
+
+def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
+    blocks, direct, subtotals = _blocks(target.numel(), weight.dtype, total)
+    _sum_of_weights(
+        weight.dtype, blocks, target.data_ptr(), weight.data_ptr(), subtotals.data_ptr(), total.data_ptr(),
+        target.numel(), _BLOCK, direct, ignore_index, weight.numel(), weight.stride(0),
+    )  # fmt: skip
+    if not direct:
+        total.copy_(subtotals.sum())
+
+
+def _blocks(rows: int, dtype: torch.dtype, total: Tensor) -> tuple[int, bool, Tensor]:
+    """How many blocks, whether the only one writes the total itself (the common small case, without two more torch calls), and where
+    the sums of the blocks go."""
+    blocks = max(1, -(-rows // _BLOCK))
+    direct = blocks == 1 and dtype == total.dtype
+    return blocks, direct, total if direct else torch.empty(blocks, dtype=torch.float64, device="cpu")
 
 
 @region(_SUM)
@@ -31,6 +48,23 @@ def _sum(a: Any) -> None:
         last = min(size, (task + 1) * block)
         for i in range(task * block, last, lanes_of(values)):
             subtotal = subtotal + widen(load(values, i, 1, last - i, 0.0))
+        if direct:
+            total[0] = lane_sum(subtotal)
+        else:
+            subtotals[task] = lane_sum(subtotal)
+        task = next_task(a)
+
+
+@region(_SUM_OF_WEIGHTS)
+def _sum_of_weights(a: Any) -> None:
+    target, weight, subtotals, total, size, block, direct, ignore_index, classes, weight_stride = unpack(a, _SUM_OF_WEIGHTS)
+    task = next_task(a)
+    while task >= 0:
+        subtotal = widen(splat(0.0, weight))
+        last = min(size, (task + 1) * block)
+        for i in range(task * block, last, lanes_of(weight)):
+            y = load_classes(target, i, 1, last - i, ignore_index, splat(0.0, weight))
+            subtotal = subtotal + widen(load_each(weight, 0, y, weight_stride, (y > -1) & (y < classes)))
         if direct:
             total[0] = lane_sum(subtotal)
         else:

@@ -57,6 +57,7 @@ _ARITHMETIC = {
     operator.mul: ("fmul", "mul"),
     operator.truediv: ("fdiv", "sdiv"),
     operator.and_: ("and_", "and_"),
+    operator.or_: ("or_", "or_"),
     operator.lshift: ("shl", "shl"),
     operator.rshift: ("ashr", "ashr"),
 }

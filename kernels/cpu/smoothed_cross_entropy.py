@@ -22,7 +22,7 @@ from .targets import refuse_out_of_bounds
 from .weighted import weighted_gradient_of_row, weighted_statistics
 
 _FORWARD = "TITCCCCCCCxxnn" + WALK
-_BACKWARD = "TITCCCCCCTCxxnnnnnnn" + WALK
+_BACKWARD = "TITCCCCCCTxxnnnnnnn" + WALK
 _FORWARD_BACKWARD = "TITCCCCCCCTCxxnnnnnnnn" + WALK
 
 
@@ -44,11 +44,11 @@ def smoothed_cross_entropy_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
     row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
 ) -> None:  # fmt: skip
-    way, terms = walk(logits), scratch(1)
+    way = walk(logits)
     _backward(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), _zero(logits.dtype).data_ptr(), weight.data_ptr(), row_weight.data_ptr(), mass.data_ptr(),
-        top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(), terms.data_ptr(),
+        top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
         keep, spread, ignore_index, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
     )  # fmt: skip
 
@@ -79,17 +79,16 @@ def _zero(dtype: torch.dtype) -> Tensor:
 @njit(**INLINE)
 def _write_loss(
     target: Any, ignore_index: Any, keep: Any, loss: Any, row_weight: Any, mass: Any, top: Any, total: Any,
-    row: Any, count: Any, tops: Any, totals: Any, masses: Any, gaps: Any,
+    row: Any, count: Any, masses: Any, gaps: Any,
 ) -> None:  # fmt: skip
+    """After `see_targets`."""
+    tops, totals = load(top, row, 1, count, 0.0), load(total, row, 1, count, 1.0)
     valid = load_classes(target, row, 1, count, ignore_index, tops) > -1
-    tops, totals = select(valid, tops, 0.0), select(valid, totals, 1.0)
     kept = keep * load(row_weight, row, 1, count, 0.0)
     log_total = log(totals)
     nll = log_total - (load(loss, row, 1, count, 0.0) - tops)
     store(loss, row, 1, count, select(valid, kept * nll + (masses * log_total + gaps), 0.0))
     store(mass, row, 1, count, select(valid, masses + kept, 0.0))
-    store(top, row, 1, count, tops)
-    store(total, row, 1, count, totals)
 
 
 @region(_FORWARD)
@@ -104,24 +103,24 @@ def _forward(a: Any) -> None:
             b, p, row, count = rows_of(number, positions, tile)
             x = offset(logits, b * batch_stride + p * position_stride)
             seen = 0 if tile == 1 and target[row] == ignore_index else classes
-            statistics = weighted_statistics(
+            tops, totals, masses, gaps = weighted_statistics(
                 x, zero, weight, keep, spread, seen, class_stride, lane_stride, 0, 0, w_class, w_lane, tile, count, terms, 0
             )
             if see_targets(
-                x, target, weight, loss, row_weight, top, total, row, row + count, ignore_index, classes, class_stride, position_stride, w_class
-            ):
+                x, tops, totals, target, ignore_index, weight, w_class, loss, row_weight, top, total,
+                row, tile, count, classes, class_stride, lane_stride,
+            ):  # fmt: skip
                 raise_flag(a)
-            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, *statistics)
+            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, masses, gaps)
         task = next_task(a)
 
 
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
-    (logits, target, zero, weight, row_weight, mass, top, total, dloss, dlogits, terms,
+    (logits, target, zero, weight, row_weight, mass, top, total, dloss, dlogits,
      keep, spread, ignore_index, w_class, dloss_stride, past_caches, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
-    terms = block_of(terms, next_worker(a))
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -136,7 +135,7 @@ def _backward(a: Any) -> None:
             else:
                 weighted_gradient_of_row(
                     x, dx, classes, class_stride, lane_stride, to_class, to_lane, zero, 0, 0, weight, w_class, w_lane, keep, spread,
-                    tile, count, terms, 0, tops, scale, g, y, target[row], g_y, past_caches,
+                    tile, count, top, 0, tops, scale, g, y, target[row], g_y, past_caches,
                 )  # fmt: skip
         task = next_task(a)
 
@@ -169,14 +168,15 @@ def _forward_backward(a: Any) -> None:
             dx = offset(dlogits, b * to_batch + p * to_position)
             # statistics
             seen = 0 if tile == 1 and target[row] == ignore_index else classes
-            statistics = weighted_statistics(
+            tops, totals, masses, gaps = weighted_statistics(
                 x, zero, weight, keep, spread, seen, class_stride, lane_stride, 0, 0, w_class, w_lane, tile, count, terms, all_blocks
             )
             if see_targets(
-                x, target, weight, loss, row_weight, top, total, row, row + count, ignore_index, classes, class_stride, position_stride, w_class
-            ):
+                x, tops, totals, target, ignore_index, weight, w_class, loss, row_weight, top, total,
+                row, tile, count, classes, class_stride, lane_stride,
+            ):  # fmt: skip
                 raise_flag(a)
-            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, *statistics)
+            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, masses, gaps)
             # gradient
             tops, y, g, g_y, scale = _row_numbers(
                 target, ignore_index, keep, row_weight, mass, top, total, dloss, dloss_stride, row, tile, count

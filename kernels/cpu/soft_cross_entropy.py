@@ -18,7 +18,7 @@ from .simd import lane_numbers, lanes_of, splat
 from .weighted import weighted_gradient_of_row, weighted_statistics
 
 _FORWARD = "TTCCCCCCxxnnnn" + WALK
-_BACKWARD = "TTCCCCCTCxxnnnnnnnnn" + WALK
+_BACKWARD = "TTCCCCCTxxnnnnnnnnn" + WALK
 _FORWARD_BACKWARD = "TTCCCCCCTCxxnnnnnnnnnn" + WALK
 _TARGET_BACKWARD = "TCCCCTxnnnnn" + WALK
 
@@ -38,11 +38,11 @@ def soft_cross_entropy_backward(
     logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float,
     mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
 ) -> None:  # fmt: skip
-    way, terms = walk(logits), scratch(1)
+    way = walk(logits)
     _backward(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), weight.data_ptr(), mass.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(),
-        dlogits.data_ptr(), terms.data_ptr(), keep, spread, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits),
+        dlogits.data_ptr(), keep, spread, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits),
         *strides_of(target), *strides_of(dlogits), *way,
     )  # fmt: skip
 
@@ -112,12 +112,11 @@ def _row_numbers(mass: Any, top: Any, total: Any, dloss: Any, dloss_stride: Any,
 
 @region(_BACKWARD)
 def _backward(a: Any) -> None:
-    (logits, target, weight, mass, top, total, dloss, dlogits, terms, keep, spread, w_class, dloss_stride, past_caches,
+    (logits, target, weight, mass, top, total, dloss, dlogits, keep, spread, w_class, dloss_stride, past_caches,
      q_batch, q_class, q_position, to_batch, to_class, to_position,
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
     q_lane, w_lane = (q_position, 0) if tile > 1 else (q_class, w_class)
-    terms = block_of(terms, next_worker(a))
     no_class = lane_numbers(splat(0.0, logits)) + (1 << 30)
     task = next_task(a)
     while task >= 0:
@@ -129,7 +128,7 @@ def _backward(a: Any) -> None:
             tops, g, scale = _row_numbers(mass, top, total, dloss, dloss_stride, row, tile, count)
             weighted_gradient_of_row(
                 x, dx, classes, class_stride, lane_stride, to_class, to_lane, q, q_class, q_lane, weight, w_class, w_lane, keep, spread,
-                tile, count, terms, 0, tops, scale, g, no_class, -1, g, past_caches,
+                tile, count, top, 0, tops, scale, g, no_class, -1, g, past_caches,
             )  # fmt: skip
         task = next_task(a)
 

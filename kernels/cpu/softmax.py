@@ -15,7 +15,7 @@ from .blocks import (
     block_size,
     block_statistics,
     blocks_kept,
-    rescaled,
+    kept_top,
     row_statistics,
     scratch,
     term,
@@ -93,13 +93,14 @@ def _softmax(a: Any) -> None:
                 block, last = block_of(terms, first // size * keep), min(classes, first + size)
                 if not keep:
                     block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
-                _probabilities(block, out, first, last, to_class, to_lane, tile, count, rescaled(block, top, 1.0 / total), past_caches)
+                factor = exp(kept_top(block) - top) * (1.0 / total)
+                _probabilities(x, block, out, first, last, to_class, to_lane, tile, count, factor, past_caches)
         task = next_task(a)
 
 
 @njit(**INLINE)
 def _probabilities(
-    terms: Any, out: Any, first: Any, last: Any, to_class: Any, to_lane: Any, tile: Any, count: Any, factor: Any, past_caches: Any
+    x: Any, terms: Any, out: Any, first: Any, last: Any, to_class: Any, to_lane: Any, tile: Any, count: Any, factor: Any, past_caches: Any
 ) -> None:
     """term * factor of classes first .. last - 1."""
     lanes = lanes_of(out)
@@ -107,11 +108,11 @@ def _probabilities(
     while c < last:
         stop = whole_vectors(c, n, last, tile, lanes) if to_class == 1 else c
         for k in range(c, stop, lanes):
-            stream(out, k, term(terms, first, k, 1, lanes) * factor, past_caches)
+            stream(out, k, term(x, factor, 1, 1, terms, 1, first, k, 1, lanes) * factor, past_caches)
         if stop > c:
             c, n = stop, last - stop
         else:
-            store(out, c * to_class, to_lane, n, term(terms, first, c, tile, n) * factor)
+            store(out, c * to_class, to_lane, n, term(x, factor, 1, 1, terms, 1, first, c, tile, n) * factor)
             c, n = advance(c, n, last, tile, lanes)
 
 

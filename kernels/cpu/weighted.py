@@ -8,7 +8,7 @@ from typing import Any
 
 from numba import njit
 
-from .blocks import BLOCK, block_of, block_size, block_statistics, real_total, rescaled, term
+from .blocks import BLOCK, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
 from .math import INLINE, exp
 from .memory import load, offset, prefetch, store, stream
 from .rows import advance, first_vector, whole_vectors
@@ -107,59 +107,68 @@ def weighted_gradient_of_row(
     weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any, tile: Any, count: Any, terms: Any, kept: Any,
     tops: Any, scale: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
 ) -> None:  # fmt: skip
-    """scale exp(x - top) - g k, less g_y at class y; zero where y is -1, a row that does not count. `y_row` is y where the lanes are one
-    row. The terms are taken from `terms` if it has those of all blocks (`kept` = 1)."""
-    size = block_size(terms, tile)
+    """scale exp(x - tops) - g k, less g_y at class y; zero where y is -1, a row that does not count. `y_row` is y where the lanes are one
+    row. `terms` has the terms of all blocks (`kept` = 1), or none (0)."""
+    size = block_size(tops, tile)
     for first in range(0, classes, size):
-        block, last = block_of(terms, first // size * kept), min(classes, first + size)
-        if not kept:
-            block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
-        _gradient_of_block(
-            block, dx, first, last, to_class, to_lane, q, q_class, q_lane, weight, w_class, w_lane, keep, spread, tile, count,
-            rescaled(block, tops, scale), g, y, y_row, g_y, past_caches,
-        )  # fmt: skip
+        last = min(classes, first + size)
+        if kept:
+            block = block_of(terms, first // size)
+            top = kept_top(block)
+            _gradient_of_block(
+                x, top, class_stride, lane_stride, block, 1, dx, first, last, to_class, to_lane, q, q_class, q_lane,
+                weight, w_class, w_lane, keep, spread, tile, count, exp(top - tops) * scale, g, y, y_row, g_y, past_caches,
+            )  # fmt: skip
+        else:
+            top = block_top(x, first, last, class_stride, lane_stride, tile, count)
+            _gradient_of_block(
+                x, top, class_stride, lane_stride, terms, 0, dx, first, last, to_class, to_lane, q, q_class, q_lane,
+                weight, w_class, w_lane, keep, spread, tile, count, exp(top - tops) * scale, g, y, y_row, g_y, past_caches,
+            )  # fmt: skip
 
 
 @njit(**INLINE)
 def _gradient_of_block(
-    terms: Any, dx: Any, first: Any, last: Any, to_class: Any, to_lane: Any, q: Any, q_class: Any, q_lane: Any,
-    weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any, tile: Any, count: Any,
-    factor: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
+    x: Any, top: Any, class_stride: Any, lane_stride: Any, terms: Any, kept: Any, dx: Any, first: Any, last: Any,
+    to_class: Any, to_lane: Any, q: Any, q_class: Any, q_lane: Any, weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any,
+    tile: Any, count: Any, factor: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
 ) -> None:  # fmt: skip
-    """The same for classes first .. last - 1, from their terms times `factor`."""
-    lanes = lanes_of(dx)
+    """The same for classes first .. last - 1: their terms times `factor`, less g k."""
+    lanes = lanes_of(x)
     if tile > 1:
         for c in range(first, last):
             k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, count, keep, spread)
-            d = term(terms, first, c, tile, count) * factor - g * k
+            d = term(x, top, class_stride, lane_stride, terms, kept, first, c, tile, count) * factor - g * k
             store(dx, c * to_class, to_lane, count, select(y > -1, select(y == c, d - g_y, d), 0.0))
         return
-    consecutive = to_class == w_class == 1
+    consecutive = class_stride == to_class == w_class == 1 and 0 <= q_class <= 1
     c, n = first, first_vector(offset(dx, first * to_class), last - first, tile, count, past_caches)
     while c < last:
-        stop = whole_vectors(c, n, last, tile, lanes) if consecutive and 0 <= q_class <= 1 else c
+        stop = whole_vectors(c, n, last, tile, lanes) if consecutive else c
         if c <= y_row < stop:
             stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
         if q_class == 1:
-            _stream(terms, dx, first, c, stop, q, 1, weight, keep, spread, factor, g, past_caches)
+            _stream(x, top, terms, kept, dx, first, c, stop, q, 1, weight, keep, spread, factor, g, past_caches)
         else:
-            _stream(terms, dx, first, c, stop, q, 0, weight, keep, spread, factor, g, past_caches)
+            _stream(x, top, terms, kept, dx, first, c, stop, q, 0, weight, keep, spread, factor, g, past_caches)
         if stop > c:
             c, n = stop, min(lanes, last - stop)
         else:
             k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
-            d = term(terms, first, c, tile, n) * factor - g * k
+            d = term(x, top, class_stride, class_stride, terms, kept, first, c, 1, n) * factor - g * k
             store(dx, c * to_class, to_lane, n, select(lane_numbers(d) + c == y, d - g_y, d))
             c, n = advance(c, n, last, tile, lanes)
 
 
 @njit(**INLINE)
 def _stream(
-    terms: Any, dx: Any, first: Any, c: Any, stop: Any, q: Any, q_class: Any, weight: Any, keep: Any, spread: Any,
+    x: Any, top: Any, terms: Any, kept: Any, dx: Any, first: Any, c: Any, stop: Any, q: Any, q_class: Any, weight: Any, keep: Any, spread: Any,
     factor: Any, g: Any, past_caches: Any,
 ) -> None:  # fmt: skip
     """Whole vectors of one row."""
-    lanes = lanes_of(dx)
+    lanes = lanes_of(x)
     for i in range(c, stop, lanes):
+        if not kept:
+            prefetch(q, i * q_class + BLOCK * lanes)
         k = _factor(q, i * q_class, q_class, weight, i, 1, lanes, keep, spread)
-        stream(dx, i, term(terms, first, i, 1, lanes) * factor - g * k, past_caches)
+        stream(dx, i, term(x, top, 1, 1, terms, kept, first, i, 1, lanes) * factor - g * k, past_caches)

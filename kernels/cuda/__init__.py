@@ -5,7 +5,7 @@ from .bce_with_logits import bce_with_logits_backward, bce_with_logits_forward, 
 from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import cross_entropy_forward_backward
-from .nll_loss import nll_loss_backward, nll_loss_forward
+from .nll_loss import nll_loss_backward, nll_loss_forward, sum_weights
 from .reduction import sum_rows
 from .smoothed_cross_entropy import (
     smoothed_cross_entropy_backward,
@@ -44,4 +44,5 @@ __all__ = [
     "softmax_backward",
     "softmax_forward",
     "sum_rows",
+    "sum_weights",
 ]

@@ -7,6 +7,7 @@ from torch import Tensor
 from .launch import device_of, launch
 from .math import _wide
 from .plan import ceil_div, class_stride, tiles, view
+from .reduction import sum_rows
 from .rows import _lanes_at, _tile_of, _weight_of
 
 
@@ -28,6 +29,14 @@ def nll_loss_backward(target: Tensor, ignore_index: int, row_weight: Tensor, dlo
         target, ignore_index, row_weight, dloss, dloss.stride(0), dlog_prob, v.strides[0], v.classes, v.positions,
         BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
     )  # fmt: skip
+
+
+def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
+    """The loss of log-probabilities that are all 0 leaves the weights behind."""
+    nothing = weight.new_zeros(1).expand(target.shape[0], weight.shape[0])
+    loss, row_weight = weight.new_empty(target.shape[0]), weight.new_empty(target.shape[0])
+    nll_loss_forward(nothing, target, weight, ignore_index, loss, row_weight)
+    sum_rows(row_weight, total)
 
 
 @triton.jit

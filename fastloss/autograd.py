@@ -195,26 +195,37 @@ class NLLLoss(torch.autograd.Function):
 
 
 class BCEWithLogits(torch.autograd.Function):
-    """Every tensor [A, B, P]. (logits, target, weight, pos_weight, reduction, dtype of the loss)"""
+    """Every tensor [A, B, P]. (logits, target, weight, pos_weight, reduction, dtype of the loss, foresight)"""
 
     @staticmethod
     def forward(
-        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, dtype: torch.dtype
+        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, *options: Any
     ) -> Tensor:
-        ctx.reduction = reduction
+        reduction, dtype, foresight = options
+        ctx.options = reduction, foresight
         ctx.save_for_backward(logits, target, weight, pos_weight)
-        return launches.bce_with_logits_forward(logits, target, weight, pos_weight, reduction, dtype)
+        arguments = logits, target, weight, pos_weight, reduction, dtype
+        if foresight is None or foresight.expected is None:
+            return launches.bce_with_logits_forward(*arguments)
+        dlogits, loss = launches.bce_with_logits_forward_backward(foresight.expected, *arguments)
+        foresight.keep(dlogits)
+        return loss
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> Any:  # type: ignore[override]
         logits, target, weight, pos_weight = ctx.saved_tensors
+        reduction, foresight = ctx.options
         if _by_kernel(dloss):
-            return launches.bce_with_logits_backward(dloss, logits, target, weight, pos_weight, ctx.reduction), *_NOTHING[:5]
+            dlogits = _foreseen(foresight, dloss)
+            if dlogits is None:
+                dlogits = launches.bce_with_logits_backward(dloss, logits, target, weight, pos_weight, reduction)
+            return dlogits, *_NOTHING[:6]
+        _forget(foresight)
 
         def definition(logits: Tensor) -> Tensor:
-            return reference.bce_with_logits(logits, target, weight, pos_weight, ctx.reduction)
+            return reference.bce_with_logits(logits, target, weight, pos_weight, reduction)
 
-        return *differentiable_backward(definition, (logits,), dloss), *_NOTHING[:5]
+        return *differentiable_backward(definition, (logits,), dloss), *_NOTHING[:6]
 
 
 class BinaryCrossEntropy(torch.autograd.Function):
@@ -281,5 +292,13 @@ def soft_cross_entropy(
 softmax: Callable[..., Tensor] = Softmax.apply
 log_softmax: Callable[..., Tensor] = LogSoftmax.apply
 nll_loss: Callable[..., Tensor] = NLLLoss.apply
-bce_with_logits: Callable[..., Tensor] = BCEWithLogits.apply
+
+
+def bce_with_logits(
+    logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, dtype: torch.dtype
+) -> Tensor:
+    foresight = foresee("bce_with_logits", logits, reduction)
+    return BCEWithLogits.apply(logits, target, weight, pos_weight, reduction, dtype, foresight)  # type: ignore[no-any-return, no-untyped-call]
+
+
 binary_cross_entropy: Callable[..., Tensor] = BinaryCrossEntropy.apply

@@ -203,6 +203,11 @@ class Kernels(Protocol):
     ) -> None:
         """dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))."""
 
+    def bce_with_logits_sum_backward(
+        self, logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, total: Tensor, dlogits: Tensor
+    ) -> None:
+        """What sum and backward compute, in one visit where that can be."""
+
     def binary_cross_entropy_forward(self, prob: Tensor, target: Tensor, weight: Tensor, loss: Tensor) -> None:
         """loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))."""
 

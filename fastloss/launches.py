@@ -267,6 +267,17 @@ def bce_with_logits_forward(
     return (total / logits.numel() if reduction == "mean" else total).view(()).to(dtype)
 
 
+def bce_with_logits_forward_backward(
+    dloss: float, logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """dlogits for this gradient of the reduced loss; then what `bce_with_logits_forward` returns. One visit to the logits."""
+    weights = _element_weight(weight, logits), _element_weight(pos_weight, logits)
+    total, dlogits = logits.new_empty(1, dtype=compute_dtype(logits)), memory.empty_like(logits)
+    element_gradient = _element_gradient(logits.new_full((), dloss, dtype=dtype), reduction, logits)
+    kernels_for(logits).bce_with_logits_sum_backward(logits, target, *weights, element_gradient, total, dlogits)
+    return dlogits, (total / logits.numel() if reduction == "mean" else total).view(()).to(dtype)
+
+
 def bce_with_logits_backward(
     dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, reduction: str
 ) -> Tensor:

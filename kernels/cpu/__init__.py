@@ -1,6 +1,11 @@
 """The launchers of the Numba kernels; `fastloss.backends.Kernels` says what each does."""
 
-from .bce_with_logits import bce_with_logits_backward, bce_with_logits_forward, bce_with_logits_sum
+from .bce_with_logits import (
+    bce_with_logits_backward,
+    bce_with_logits_forward,
+    bce_with_logits_sum,
+    bce_with_logits_sum_backward,
+)
 from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import cross_entropy_forward_backward
@@ -23,6 +28,7 @@ __all__ = [
     "bce_with_logits_backward",
     "bce_with_logits_forward",
     "bce_with_logits_sum",
+    "bce_with_logits_sum_backward",
     "binary_cross_entropy_backward",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_sum",

@@ -1,7 +1,12 @@
 """The kernels in Triton, twins of those in `fastloss.kernels.cpu`. Each launcher fills the buffers it is given and returns None;
 what they compute and what their arguments mean is written once, in `fastloss.backends.Kernels`."""
 
-from .bce_with_logits import bce_with_logits_backward, bce_with_logits_forward, bce_with_logits_sum
+from .bce_with_logits import (
+    bce_with_logits_backward,
+    bce_with_logits_forward,
+    bce_with_logits_sum,
+    bce_with_logits_sum_backward,
+)
 from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import cross_entropy_forward_backward
@@ -24,6 +29,7 @@ __all__ = [
     "bce_with_logits_backward",
     "bce_with_logits_forward",
     "bce_with_logits_sum",
+    "bce_with_logits_sum_backward",
     "binary_cross_entropy_backward",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_sum",

@@ -45,6 +45,14 @@ def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos
     )  # fmt: skip
 
 
+def bce_with_logits_sum_backward(
+    logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, total: Tensor, dlogits: Tensor
+) -> None:
+    """In two visits: only plain cross-entropy has a kernel for one."""
+    bce_with_logits_sum(logits, target, weight, pos_weight, total)
+    bce_with_logits_backward(logits, target, weight, pos_weight, dloss, dlogits)
+
+
 @triton.jit
 def _loss(x, y, w, pos_weight):
     softplus = _log1p(_exp(-tl.abs(x))) + tl.where(x < 0.0, -x, 0.0)

@@ -244,7 +244,9 @@ def _element_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     """[A, B, P] in the compute dtype; no weight is a one with strides 0."""
     if weight is None:
         return _one(compute_dtype(logits), logits.device).expand(logits.shape)
-    return weight.detach().to(compute_dtype(logits))
+    # cast without what is broadcast, which would otherwise be written out
+    once = weight.detach()[tuple(slice(1) if stride == 0 else slice(None) for stride in weight.stride())]
+    return once.to(compute_dtype(logits)).expand(logits.shape)
 
 
 def _element_gradient(dloss: Tensor, reduction: str, logits: Tensor) -> Tensor:

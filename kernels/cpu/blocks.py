@@ -14,7 +14,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .math import INLINE, exp
+from .math import INLINE, exp, exp_for
 from .memory import load, offset, prefetch, store
 from .rows import Walk, lanes_for
 from .simd import fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
@@ -94,10 +94,10 @@ def _statistics(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: A
             prefetch(x, ahead + lanes)
             prefetch(x, ahead + 2 * lanes)
             prefetch(x, ahead + 3 * lanes)
-        e0 = exp(load(x, c * class_stride, lane_stride, n, -np.inf) - top)
-        e1 = exp(load(x, (c + step) * class_stride, lane_stride, n, -np.inf) - top)
-        e2 = exp(load(x, (c + 2 * step) * class_stride, lane_stride, n, -np.inf) - top)
-        e3 = exp(load(x, (c + 3 * step) * class_stride, lane_stride, n, -np.inf) - top)
+        e0 = exp_for(x, load(x, c * class_stride, lane_stride, n, -np.inf) - top)
+        e1 = exp_for(x, load(x, (c + step) * class_stride, lane_stride, n, -np.inf) - top)
+        e2 = exp_for(x, load(x, (c + 2 * step) * class_stride, lane_stride, n, -np.inf) - top)
+        e3 = exp_for(x, load(x, (c + 3 * step) * class_stride, lane_stride, n, -np.inf) - top)
         store(terms, at, 1, lanes, e0)
         store(terms, at + lanes, 1, lanes, e1)
         store(terms, at + 2 * lanes, 1, lanes, e2)
@@ -105,7 +105,7 @@ def _statistics(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: A
         total = total + ((e0 + e1) + (e2 + e3))
         c, at = c + 4 * step, at + 4 * lanes
     while c < last:
-        e0 = exp(load(x, c * class_stride, lane_stride, count if tile > 1 else last - c, -np.inf) - top)
+        e0 = exp_for(x, load(x, c * class_stride, lane_stride, count if tile > 1 else last - c, -np.inf) - top)
         store(terms, at, 1, lanes, e0)
         total = total + e0
         c, at = c + step, at + lanes
@@ -176,4 +176,4 @@ def term(x: Any, top: Any, class_stride: Any, lane_stride: Any, terms: Any, kept
         return load(terms, (c - first) * lanes if tile > 1 else c - first, 1, lanes if tile > 1 else n, 0.0)
     if tile == 1:
         prefetch(x, c * class_stride + BLOCK * lanes)
-    return exp(load(x, c * class_stride, lane_stride, n, 0.0) - top)
+    return exp_for(x, load(x, c * class_stride, lane_stride, n, 0.0) - top)

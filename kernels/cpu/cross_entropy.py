@@ -24,7 +24,7 @@ from .blocks import (
     term,
 )
 from .launch import next_task, next_worker, raise_flag, region, unpack
-from .math import INLINE, exp, log
+from .math import INLINE, exp, exp_for, log
 from .memory import load, load_classes, load_each, load_one, offset, store, stream, to_alignment
 from .rows import (
     FEW_CLASSES,
@@ -320,7 +320,7 @@ def gradient_of_short_rows(x: Any, dx: Any, classes: Any, y: Any, top: Any, scal
     for v in range(classes):
         number = lane_numbers(top) + v * lanes
         row = (number * ((1 << 20) // classes + 1)) >> 20  # number // classes, exact up to 255 classes
-        prob = exp(load(x, v * lanes, 1, lanes, 0.0) - pick(top, row)) * pick(scale, row)
+        prob = exp_for(x, load(x, v * lanes, 1, lanes, 0.0) - pick(top, row)) * pick(scale, row)
         y_row = pick(y, row)
         prob = select(y_row == number - row * classes, prob - pick(g, row), prob)
         store(dx, v * lanes, 1, lanes, select(y_row > -1, prob, 0.0))

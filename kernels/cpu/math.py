@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 from numba import njit
+from numba.core import types
 from numba.extending import overload
 
-from .llvm import Vector, float32
+from .llvm import Vector, bfloat16, float16, float32
 from .simd import bits, fma, from_bits, larger, select, splat, to_float
 
 INLINE = {"forceinline": True, "error_model": "numpy"}
@@ -28,6 +29,11 @@ SQRT_HALF32, SQRT_HALF64 = 0x3F3504F3, 0x3FE6A09E667F3BCD  # bit patterns of sqr
 
 def exp(x: Any) -> Any:
     """e**x for x <= 16. NaN for NaN; 0 where the result would be below the smallest normal number (denormals are slow)."""
+    raise NotImplementedError("compiled code only")
+
+
+def exp_for(pointer: Any, x: Any) -> Any:
+    """e**x as exactly as the numbers behind this pointer deserve: to 3e-7 for 16-bit ones, where x is a difference of two of them."""
     raise NotImplementedError("compiled code only")
 
 
@@ -54,6 +60,18 @@ def _exp32(x: Any) -> Any:
     p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
     # a NaN stays one: its bits plus those of its n may be any number
     return select(x > f32(-87.3), from_bits(bits(p) + (bits(shifted) << np.int32(23))), larger(x, splat(f32(0.0), x)))
+
+
+@njit(**INLINE)
+def _exp_for_half(x: Any) -> Any:
+    # as _exp32, with ln 2 in one part and e**r = 1 + r q(r) to 1.6e-7; the low bits of a NaN are 0, so it stays one
+    shifted = fma(x, f32(LOG2E), MAGIC32)
+    r = fma(shifted - MAGIC32, f32(-LN2), x)
+    q = fma(r, f32(8.363173075e-3), f32(4.187564445e-2))
+    q = fma(r, q, f32(1.666657703e-1))
+    q = fma(r, q, f32(4.999937214e-1))
+    p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
+    return from_bits(select(x < f32(-87.3), np.int32(0), bits(p) + (bits(shifted) << np.int32(23))))
 
 
 @njit(**INLINE)
@@ -146,3 +164,11 @@ def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Call
 _choose(exp, _exp32, _exp64)
 _choose(log, _log32, _log64)
 _choose(log1p, _log1p32, _log1p64)
+
+
+@overload(exp_for, jit_options=INLINE)
+def _typed_exp_for(pointer, x):  # type: ignore[no-untyped-def]
+    if not isinstance(pointer, types.CPointer) or not isinstance(x, Vector):
+        return None
+    chosen = _exp_for_half if pointer.dtype in (float16, bfloat16) else _exp32 if x.scalar == float32 else _exp64
+    return lambda pointer, x: chosen(x)

@@ -198,9 +198,7 @@ class BCEWithLogits(torch.autograd.Function):
     """Every tensor [A, B, P]. (logits, target, weight, pos_weight, reduction, dtype of the loss, foresight)"""
 
     @staticmethod
-    def forward(
-        ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, *options: Any
-    ) -> Tensor:
+    def forward(ctx: Any, logits: Tensor, target: Tensor, weight: Tensor | None, pos_weight: Tensor | None, *options: Any) -> Tensor:
         reduction, dtype, foresight = options
         ctx.options = reduction, foresight
         ctx.save_for_backward(logits, target, weight, pos_weight)
@@ -282,7 +280,13 @@ def cross_entropy(
 
 
 def soft_cross_entropy(
-    logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str, dtype: torch.dtype, inplace_backward: bool
+    logits: Tensor,
+    target: Tensor,
+    weight: Tensor | None,
+    label_smoothing: float,
+    reduction: str,
+    dtype: torch.dtype,
+    inplace_backward: bool,
 ) -> Tensor:
     foresight = None if inplace_backward else foresee("soft_cross_entropy", logits, reduction)
     arguments = logits, target, weight, label_smoothing, reduction, dtype, inplace_backward

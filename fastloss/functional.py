@@ -199,7 +199,7 @@ def binary_cross_entropy_with_logits(
             F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight),
         )
     elements = as_elements(input, target, weight, pos_weight)
-    arguments = *elements.tensors, reduction, _result_dtype(input)
+    arguments: Any = *elements.tensors, reduction, _result_dtype(input)
     loss: Tensor = ops.bce_with_logits(*arguments) if way.path == "op" else autograd.bce_with_logits(*arguments)
     return elements.restore(loss) if reduction == "none" else loss
 

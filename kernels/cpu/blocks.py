@@ -85,31 +85,48 @@ def _statistics(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: A
     lanes = lanes_of(x)
     step, n = (1, count) if tile > 1 else (lanes, lanes)
     top = _top(x, first, last, class_stride, lane_stride, tile, count)
-    store(terms, BLOCK * lanes, 1, lanes, top)
-    total, c, at = splat(0.0, x), first, 0
+    keep_top(terms, top)
+    total, c = splat(0.0, x), first
     while c + 4 * step <= last:
-        if tile == 1:
-            ahead = c * class_stride + BLOCK * lanes
-            prefetch(x, ahead)
-            prefetch(x, ahead + lanes)
-            prefetch(x, ahead + 2 * lanes)
-            prefetch(x, ahead + 3 * lanes)
-        e0 = exp_for(x, load(x, c * class_stride, lane_stride, n, -np.inf) - top)
-        e1 = exp_for(x, load(x, (c + step) * class_stride, lane_stride, n, -np.inf) - top)
-        e2 = exp_for(x, load(x, (c + 2 * step) * class_stride, lane_stride, n, -np.inf) - top)
-        e3 = exp_for(x, load(x, (c + 3 * step) * class_stride, lane_stride, n, -np.inf) - top)
-        store(terms, at, 1, lanes, e0)
-        store(terms, at + lanes, 1, lanes, e1)
-        store(terms, at + 2 * lanes, 1, lanes, e2)
-        store(terms, at + 3 * lanes, 1, lanes, e3)
-        total = total + ((e0 + e1) + (e2 + e3))
-        c, at = c + 4 * step, at + 4 * lanes
+        total = total + four_terms(x, top, c, class_stride, lane_stride, tile, n, terms, (c - first) // step * lanes)
+        c += 4 * step
+    return top, sum_with_rest(x, top, total, first, c, last, class_stride, lane_stride, tile, count, terms)
+
+
+@njit(**INLINE)
+def four_terms(x: Any, top: Any, c: Any, class_stride: Any, lane_stride: Any, tile: Any, n: Any, terms: Any, at: Any) -> Any:
+    """The terms of four vectors from class c on, written to `terms` from element `at` on, and their sum."""
+    lanes = lanes_of(x)
+    step = 1 if tile > 1 else lanes
+    if tile == 1:
+        ahead = c * class_stride + BLOCK * lanes
+        prefetch(x, ahead)
+        prefetch(x, ahead + lanes)
+        prefetch(x, ahead + 2 * lanes)
+        prefetch(x, ahead + 3 * lanes)
+    e0 = exp_for(x, load(x, c * class_stride, lane_stride, n, -np.inf) - top)
+    e1 = exp_for(x, load(x, (c + step) * class_stride, lane_stride, n, -np.inf) - top)
+    e2 = exp_for(x, load(x, (c + 2 * step) * class_stride, lane_stride, n, -np.inf) - top)
+    e3 = exp_for(x, load(x, (c + 3 * step) * class_stride, lane_stride, n, -np.inf) - top)
+    store(terms, at, 1, lanes, e0)
+    store(terms, at + lanes, 1, lanes, e1)
+    store(terms, at + 2 * lanes, 1, lanes, e2)
+    store(terms, at + 3 * lanes, 1, lanes, e3)
+    return (e0 + e1) + (e2 + e3)
+
+
+@njit(**INLINE)
+def sum_with_rest(
+    x: Any, top: Any, total: Any, first: Any, c: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any, terms: Any
+) -> Any:
+    """`total` with the terms of classes c .. last - 1, fewer than four vectors."""
+    lanes = lanes_of(x)
+    step = 1 if tile > 1 else lanes
     while c < last:
-        e0 = exp_for(x, load(x, c * class_stride, lane_stride, count if tile > 1 else last - c, -np.inf) - top)
-        store(terms, at, 1, lanes, e0)
-        total = total + e0
-        c, at = c + step, at + lanes
-    return top, total if tile > 1 else splat(lane_sum(total), x)
+        e = exp_for(x, load(x, c * class_stride, lane_stride, count if tile > 1 else last - c, -np.inf) - top)
+        store(terms, (c - first) // step * lanes, 1, lanes, e)
+        total, c = total + e, c + step
+    return total if tile > 1 else splat(lane_sum(total), x)
 
 
 @njit(**INLINE)
@@ -159,6 +176,12 @@ def block_top(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any
     if tile > 1 and lane_stride == 1 and count == lanes:
         return _top(x, first, last, class_stride, 1, lanes, lanes)
     return _top(x, first, last, class_stride, lane_stride, tile, count)
+
+
+@njit(**INLINE)
+def keep_top(terms: Any, top: Any) -> None:
+    """Write `top` behind the terms of a block."""
+    store(terms, BLOCK * lanes_of(terms), 1, lanes_of(terms), top)
 
 
 @njit(**INLINE)

@@ -55,8 +55,9 @@ def cross_entropy_forward(
     if blocks > 1:
         block_tops, block_totals = top.new_empty(loss.numel() * blocks), top.new_empty(loss.numel() * blocks)
         _statistics_of_blocks(
-            logits.dtype, block_tops.numel(), logits.data_ptr(), block_tops.data_ptr(), block_totals.data_ptr(), terms.data_ptr(), blocks, *way
-        )
+            logits.dtype, block_tops.numel(), logits.data_ptr(), block_tops.data_ptr(), block_totals.data_ptr(), terms.data_ptr(), blocks,
+            *way,
+        )  # fmt: skip
     out_of_bounds = _forward(
         logits.dtype, way.tasks,
         logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(), top.data_ptr(), total.data_ptr(),
@@ -222,12 +223,14 @@ def gradient_of_row(
         factor = exp(top - tops) * scale if classes > size else scale  # the top of the only block is the row's
         if kept:
             _gradient_of_block(
-                x, top, class_stride, lane_stride, block, 1, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g, past_caches
-            )
+                x, top, class_stride, lane_stride, block, 1, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g,
+                past_caches,
+            )  # fmt: skip
         else:
             _gradient_of_block(
-                x, top, class_stride, lane_stride, block, 0, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g, past_caches
-            )
+                x, top, class_stride, lane_stride, block, 0, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g,
+                past_caches,
+            )  # fmt: skip
 
 
 @njit(**INLINE)
@@ -252,25 +255,23 @@ def _gradient_of_block(
         end = begin + (last - begin) // lanes * lanes
         middle = begin + (y_row - begin) // lanes * lanes if begin <= y_row < end else end
         if begin > first:
-            store(dx, first, 1, begin - first, _near_target(x, top, 1, terms, kept, first, first, begin - first, factor, y, g))
+            store(dx, first, 1, begin - first, near_target(x, top, 1, terms, kept, first, first, begin - first, factor, y, g))
         for c in range(begin, middle, lanes):
             stream(dx, c, term(x, top, 1, 1, terms, kept, first, c, 1, lanes) * factor, past_caches)
         if middle < end:
-            stream(dx, middle, _near_target(x, top, 1, terms, kept, first, middle, lanes, factor, y, g), past_caches)
+            stream(dx, middle, near_target(x, top, 1, terms, kept, first, middle, lanes, factor, y, g), past_caches)
         for c in range(middle + lanes, end, lanes):
             stream(dx, c, term(x, top, 1, 1, terms, kept, first, c, 1, lanes) * factor, past_caches)
         if end < last:
-            store(dx, end, 1, last - end, _near_target(x, top, 1, terms, kept, first, end, last - end, factor, y, g))
+            store(dx, end, 1, last - end, near_target(x, top, 1, terms, kept, first, end, last - end, factor, y, g))
     else:
         for c in range(first, last, lanes):
-            d = _near_target(x, top, class_stride, terms, kept, first, c, last - c, factor, y, g)
+            d = near_target(x, top, class_stride, terms, kept, first, c, last - c, factor, y, g)
             store(dx, c * to_class, to_class, last - c, d)
 
 
 @njit(**INLINE)
-def _near_target(
-    x: Any, top: Any, class_stride: Any, terms: Any, kept: Any, first: Any, c: Any, n: Any, factor: Any, y: Any, g: Any
-) -> Any:
+def near_target(x: Any, top: Any, class_stride: Any, terms: Any, kept: Any, first: Any, c: Any, n: Any, factor: Any, y: Any, g: Any) -> Any:
     """The gradient of n classes of one row from c on, one of which may be the target."""
     d = term(x, top, class_stride, class_stride, terms, kept, first, c, 1, n) * factor
     return select(lane_numbers(d) + c == y, d - g, d)
@@ -310,7 +311,9 @@ def gapless(
     class_stride: Any, position_stride: Any, to_class: Any, to_position: Any, classes: Any, tile: Any, count: Any, lanes: Any
 ) -> Any:
     """Whether a whole tile of short rows, of logits and of gradients, lies in one piece of memory."""
-    return classes <= SHORT_ROW and tile > 1 and count == lanes and class_stride == to_class == 1 and position_stride == to_position == classes
+    return (
+        classes <= SHORT_ROW and tile > 1 and count == lanes and class_stride == to_class == 1 and position_stride == to_position == classes
+    )
 
 
 @njit(**INLINE)

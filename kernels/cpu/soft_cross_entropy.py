@@ -74,9 +74,7 @@ def soft_cross_entropy_target_backward(
 
 
 @njit(**INLINE)
-def _write_loss(
-    loss: Any, mass: Any, top: Any, total: Any, row: Any, count: Any, tops: Any, totals: Any, masses: Any, gaps: Any
-) -> None:
+def _write_loss(loss: Any, mass: Any, top: Any, total: Any, row: Any, count: Any, tops: Any, totals: Any, masses: Any, gaps: Any) -> None:
     store(top, row, 1, count, tops)
     store(total, row, 1, count, totals)
     store(mass, row, 1, count, masses)
@@ -152,8 +150,9 @@ def _forward_backward(a: Any) -> None:
             dx = offset(dlogits, b * to_batch + p * to_position)
             # statistics
             statistics = weighted_statistics(
-                x, q, weight, keep, spread, classes, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count, terms, all_blocks
-            )
+                x, q, weight, keep, spread, classes, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count, terms,
+                all_blocks,
+            )  # fmt: skip
             _write_loss(loss, mass, top, total, row, count, *statistics)
             # gradient
             tops, g, scale = _row_numbers(mass, top, total, dloss, dloss_stride, row, tile, count)

@@ -59,9 +59,7 @@ def _block_masses(
         return _masses(x, top, q, weight, keep, spread, first, last, 1, 1, 1, 1, 1, 1, 1, lanes)
     if tile == 1 and class_stride == w_class == 1 and q_class == 0:
         return _masses(x, top, q, weight, keep, spread, first, last, 1, 1, 0, 0, 1, 1, 1, lanes)
-    return _masses(
-        x, top, q, weight, keep, spread, first, last, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count
-    )
+    return _masses(x, top, q, weight, keep, spread, first, last, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count)
 
 
 @njit(**INLINE)
@@ -162,8 +160,8 @@ def _gradient_of_block(
 
 @njit(**INLINE)
 def _stream(
-    x: Any, top: Any, terms: Any, kept: Any, dx: Any, first: Any, c: Any, stop: Any, q: Any, q_class: Any, weight: Any, keep: Any, spread: Any,
-    factor: Any, g: Any, past_caches: Any,
+    x: Any, top: Any, terms: Any, kept: Any, dx: Any, first: Any, c: Any, stop: Any, q: Any, q_class: Any, weight: Any,
+    keep: Any, spread: Any, factor: Any, g: Any, past_caches: Any,
 ) -> None:  # fmt: skip
     """Whole vectors of one row."""
     lanes = lanes_of(x)

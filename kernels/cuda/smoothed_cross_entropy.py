@@ -48,9 +48,7 @@ def smoothed_cross_entropy_forward_backward(
 ) -> None:  # fmt: skip
     """In two visits: only plain cross-entropy has a kernel for one."""
     smoothed_cross_entropy_forward(logits, target, weight, ignore_index, keep, spread, loss, row_weight, mass, top, total)
-    smoothed_cross_entropy_backward(
-        logits, target, weight, ignore_index, keep, spread, row_weight, mass, top, total, dloss, dlogits
-    )
+    smoothed_cross_entropy_backward(logits, target, weight, ignore_index, keep, spread, row_weight, mass, top, total, dloss, dlogits)
 
 
 @triton.jit

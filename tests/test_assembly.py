@@ -8,12 +8,19 @@ import pytest
 import torch
 from numba.core import types
 
-from fastloss.kernels.cpu import bce_with_logits, cross_entropy, smoothed_cross_entropy, soft_cross_entropy, softmax
+from fastloss.kernels.cpu import (
+    bce_with_logits,
+    cross_entropy,
+    cross_entropy_one_visit,
+    smoothed_cross_entropy,
+    soft_cross_entropy,
+    softmax,
+)
 from fastloss.kernels.cpu.launch import STORAGE, Arguments, Region
 
 REGIONS = {
     f"{module.__name__.rsplit('.', 1)[1]}.{name}": region
-    for module in (bce_with_logits, cross_entropy, smoothed_cross_entropy, soft_cross_entropy, softmax)
+    for module in (bce_with_logits, cross_entropy, cross_entropy_one_visit, smoothed_cross_entropy, soft_cross_entropy, softmax)
     for name, region in vars(module).items()
     if isinstance(region, Region)
 }
@@ -32,7 +39,9 @@ def test_no_call_to_libm(name: str) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction names are those of x86-64")
-@pytest.mark.parametrize("name", ["cross_entropy._forward", "cross_entropy._backward", "bce_with_logits._sum"])
+@pytest.mark.parametrize(
+    "name", ["cross_entropy._forward", "cross_entropy._backward", "cross_entropy_one_visit._rows_in_turn", "bce_with_logits._sum_backward"]
+)
 def test_arithmetic_is_on_vectors(name: str) -> None:
     text = assembly(REGIONS[name], torch.float32)
     on_vectors = len(re.findall(r"\bv?(?:fn?m(?:add|sub)\d*|mul|add|sub)ps\b", text))
@@ -42,5 +51,6 @@ def test_arithmetic_is_on_vectors(name: str) -> None:
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the instruction names are those of x86-64")
-def test_large_gradients_bypass_the_caches() -> None:
-    assert re.search(r"\bv?movntps\b", assembly(REGIONS["cross_entropy._backward"], torch.float32))
+@pytest.mark.parametrize("name", ["cross_entropy._backward", "cross_entropy_one_visit._rows_in_turn", "bce_with_logits._sum_backward"])
+def test_large_gradients_bypass_the_caches(name: str) -> None:
+    assert re.search(r"\bv?movntps\b", assembly(REGIONS[name], torch.float32))

@@ -195,3 +195,39 @@ def test_half_precision_rounds_once_to_even(dtype: str) -> None:
     if wrong.any():
         up = torch.nextafter(rounded.float(), torch.tensor(INF)).double()
         assert wrong.double().mean() < 1e-3, (mine[wrong], rounded[wrong], up[wrong])
+
+
+PAYLOADS = {torch.float32: (0x7FFFFFFF, 0x7F800001, -1, -0x3FFFFF), torch.float64: (0x7FFFFFFFFFFFFFFF, 0x7FF0000000000001, -1)}
+INTEGERS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+CALLS = {
+    "indices": ("cross_entropy", {"reduction": "none"}),
+    "smoothed": ("cross_entropy", {"reduction": "none", "label_smoothing": 0.1}),
+    "softmax": ("softmax", {"dim": 1}),
+    "log_softmax": ("log_softmax", {"dim": 1}),
+    "bce": ("binary_cross_entropy_with_logits", {"reduction": "none"}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_nan_of_any_payload_stays_one(dtype: str, call: str) -> None:
+    """CUDA's NaN is 0x7fffffff; arithmetic on its bits must not make a number of it."""
+    function, options = CALLS[call]
+    kind = DTYPES[dtype]
+    for shape in ((20, 11), (5, 70), (3, 9000)):
+        for payload in PAYLOADS.get(kind, (0x7FFF, -1)):
+            logits = torch.randn(shape).to(kind)
+            logits.view(INTEGERS[kind])[1, shape[1] // 2] = payload
+            assert logits.isnan().sum() == 1
+            tensors = {"input": logits}
+            if function == "cross_entropy":
+                tensors["target"] = torch.zeros(shape[0], dtype=torch.long)
+            elif call == "bce":
+                tensors["target"] = torch.rand(shape).to(kind)
+            mine = kernel_call(function, *tensors.values(), **options)
+            assert torch.equal(mine.isnan(), getattr(F, function)(*tensors.values(), **options).isnan())
+            leaf = logits.clone().requires_grad_()
+            kernel_call(function, leaf, *list(tensors.values())[1:], **options).float().nansum().backward()
+            if call != "bce":
+                assert leaf.grad[1].isnan().all()
+            assert leaf.grad.isnan().sum() == (1 if call == "bce" else shape[1])

@@ -215,12 +215,12 @@ def gradient_of_row(
     size = block_size(tops, tile)
     for first in range(begin, end, size):
         last = min(end, first + size)
+        block, top, factor = terms, tops, scale  # the top of the only block is the row's
         if kept:
             block = block_of(terms, first // size)
-            top = kept_top(block)
-        else:
-            block, top = terms, block_top(x, first, last, class_stride, lane_stride, tile, count)
-        factor = exp(top - tops) * scale if classes > size else scale  # the top of the only block is the row's
+        if classes > size:
+            top = kept_top(block) if kept else block_top(x, first, last, class_stride, lane_stride, tile, count)
+            factor = exp(top - tops) * scale
         if kept:
             _gradient_of_block(
                 x, top, class_stride, lane_stride, block, 1, dx, first, last, to_class, to_lane, tile, count, factor, y, y_row, g,

@@ -4,6 +4,7 @@ Each check takes the kernel package `k`, makes random upstream gradients, poison
 and compares. They run on any device: in the interpreter, on a GPU, and on deliberately broken copies of the package.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -104,6 +105,12 @@ class Truth:
         return dloss.double()[:, None] * (self.mass[:, None] * self.p - self.k)
 
 
+def assert_same(separately: Sequence[Tensor], together: Sequence[Tensor]) -> None:
+    """One launch gives the bits of two."""
+    for a, b in zip(separately, together, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
 def cross_entropy(
     k: Any, logits: Tensor, target: Tensor, weight: Tensor | None = None, smoothing: float | None = None,
     inplace: bool = False, ignore_index: int = NOT_A_ROW, one_visit: bool = False,
@@ -131,6 +138,10 @@ def cross_entropy(
         k.smoothed_cross_entropy_forward(logits, target, w, ignore_index, keep, spread, loss, row_weight, mass, top, total)
         k.smoothed_cross_entropy_backward(logits, target, w, ignore_index, keep, spread, row_weight, mass, top, total, dloss, dlogits)
         assert_close(mass, torch.where(is_row, torch.where(out_of_range, float("nan"), truth.mass), 0.0), what="mass")
+        if not inplace:
+            again = [poisoned_rows(logits) for _ in range(5)] + [laid_out(poisoned(logits), "contiguous")]
+            k.smoothed_cross_entropy_forward_backward(logits, target, w, ignore_index, keep, spread, dloss, *again)
+            assert_same((loss, row_weight, mass, top, total, dlogits), again)
     if not inplace:
         assert torch.allclose(logits, before, rtol=0, atol=0, equal_nan=True), "logits changed"
     bad = out_of_range | truth.log_total.isnan()
@@ -159,6 +170,9 @@ def soft_cross_entropy(
     dlogits, dtarget = poisoned(logits), poisoned(logits)
     k.soft_cross_entropy_forward(logits, target, w, keep, spread, loss, mass, top, total)
     k.soft_cross_entropy_backward(logits, target, w, keep, spread, mass, top, total, dloss, dlogits)
+    again = [poisoned_rows(logits) for _ in range(4)] + [poisoned(logits)]
+    k.soft_cross_entropy_forward_backward(logits, target, w, keep, spread, dloss, *again)
+    assert_same((loss, mass, top, total, dlogits), again)
     assert_close(loss, truth.loss, what="loss")
     assert_close(mass, truth.mass, what="mass")
     assert_close(total.log(), truth.log_total, what="total")
@@ -203,6 +217,10 @@ def nll_loss(k: Any, log_prob: Tensor, target: Tensor, weight: Tensor) -> None:
     picked = by_row(log_prob).gather(1, y[:, None])[:, 0]
     assert_close(loss, torch.where(is_row, -w * picked, 0.0), what="loss")
     assert_close(row_weight, w, what="row_weight")
+    totals = [poisoned(row_weight.new_empty(1)) for _ in range(2)]
+    k.sum_rows(row_weight, totals[0])
+    k.sum_weights(target, weight, NOT_A_ROW, totals[1])
+    assert_same(totals[:1], totals[1:])
     k.nll_loss_backward(target, NOT_A_ROW, row_weight, dloss, dlog_prob)
     onehot = torch.nn.functional.one_hot(y, classes).double() * (is_row & ~out_of_range)[:, None]
     want = torch.where(onehot == 1, -dloss.double()[:, None] * w.nan_to_num()[:, None], 0.0)
@@ -222,6 +240,9 @@ def bce_with_logits(k: Any, x: Tensor, y: Tensor, w: Tensor, pos_weight: Tensor)
     assert_close(total[0], want.sum(), scale=want.abs().sum().item(), what="total")
     dloss, dlogits = torch.randn_like(loss), poisoned(x)
     k.bce_with_logits_backward(x, y, w, pos_weight, dloss, dlogits)
+    again = poisoned(total), poisoned(x)
+    k.bce_with_logits_sum_backward(x, y, w, pos_weight, dloss, *again)
+    assert_same((total, dlogits), again)
     want = dloss.double() * w64 * ((1 - y64) - (1 + (pw - 1) * y64) * torch.sigmoid(-x64))
     assert_close(dlogits, want, scale=8.0, what="dlogits")
     assert_inside(total)

@@ -17,7 +17,7 @@ from fastloss.bench.footprint import can_measure
 from fastloss.bench.losses import LOSSES
 from fastloss.bench.measure import measure
 from fastloss.bench.presets import CPU_TARGETS, PRESETS, Target
-from fastloss.bench.providers import COMPILED, EAGER, FASTLOSS, HUGE_PAGES, INPLACE, NO_POOL, PROVIDERS
+from fastloss.bench.providers import COMPILED, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL, PROVIDERS
 from fastloss.bench.runner import Runner, Times
 from fastloss.bench.timing import Series, interleave
 
@@ -38,7 +38,7 @@ def result(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("name", [FASTLOSS, INPLACE, NO_POOL])
+@pytest.mark.parametrize("name", [FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL])
 def test_fastloss_passes_the_check_of_the_benchmark(name, loss, monkeypatch):
     monkeypatch.setitem(PROVIDERS[name].settings, "min_numel", 0)
     case = Case(loss, (64, 33))
@@ -148,7 +148,7 @@ def test_peak_memory_counts_the_pool_and_sees_in_place(monkeypatch):
 
 
 def test_a_provider_in_another_process_is_checked_and_timed_in_turn():
-    found = measure(SMALL, [EAGER, HUGE_PAGES], seconds=0, memory=False, least=2)["providers"][HUGE_PAGES]
+    found = measure(SMALL, [EAGER, EAGER_HUGE], seconds=0, memory=False, least=2)["providers"][EAGER_HUGE]
     assert found["status"] == "timed"
     assert found["slower"][EAGER]["middle"] > 0
 

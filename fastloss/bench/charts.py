@@ -14,16 +14,18 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .losses import SHORT
-from .providers import COMPILED, EAGER, FASTLOSS, HUGE_PAGES, INPLACE, NO_POOL
+from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
 from .tables import number, size
 
 # Okabe and Ito's palette, and a shape for each: told apart in grey and with any colour vision.
 STYLE = {
     FASTLOSS: ("#0072B2", "o"),
     INPLACE: ("#56B4E9", "D"),
+    NO_FORESIGHT: ("#009E73", "<"),
     NO_POOL: ("#009E73", "v"),
     COMPILED: ("#E69F00", "s"),
-    HUGE_PAGES: ("#CC79A7", "^"),
+    COMPILED_HUGE: ("#F0E442", "p"),
+    EAGER_HUGE: ("#CC79A7", "^"),
     EAGER: ("#D55E00", "X"),
 }
 _OTHER = ("#666666", "P")
@@ -128,7 +130,8 @@ def _memory(cases: list[dict[str, Any]]) -> Figure | None:
 
 def _error(cases: list[dict[str, Any]]) -> Figure | None:
     drawn = _dots(
-        [_without(case, INPLACE, NO_POOL, HUGE_PAGES) for case in cases],  # the same arithmetic as the mode they vary
+        # the same arithmetic as the mode they vary
+        [_without(case, INPLACE, NO_FORESIGHT, NO_POOL, EAGER_HUGE, COMPILED_HUGE) for case in cases],
         "error",
         "Error against float64",
         "largest error of loss or gradient, relative to the largest true value (log scale)",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .cases import Case
-from .providers import COMPILED, EAGER, FASTLOSS, HUGE_PAGES, INPLACE, NO_POOL
+from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
 
 _SEGMENTATION = (8, 21, 512, 512)
 _CE, _SOFT, _SMOOTHED = "cross_entropy", "cross_entropy, probabilities", "cross_entropy, smoothed and weighted"
@@ -42,8 +42,8 @@ CPU_TARGETS = (
     Target(Case(_SMOOTHED, (4096, 32000)), 11, 3.5),
 )
 
-USUAL = (FASTLOSS, INPLACE, EAGER, COMPILED, HUGE_PAGES)
-EVERYBODY = (FASTLOSS, INPLACE, NO_POOL, EAGER, COMPILED, HUGE_PAGES)
+USUAL = (FASTLOSS, INPLACE, EAGER, COMPILED, EAGER_HUGE)
+EVERYBODY = (FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL, EAGER, COMPILED, EAGER_HUGE, COMPILED_HUGE)
 RIVALS = ("liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy")
 """Measured on CUDA, where they are installed."""
 

@@ -103,8 +103,9 @@ def _never(loss: Loss) -> Function:
     raise NotImplementedError(loss.name)
 
 
-FASTLOSS, INPLACE, NO_POOL = "fastloss", "fastloss in-place", "fastloss without pool"
-EAGER, COMPILED, HUGE_PAGES = "torch eager", "torch.compile", "torch eager, huge pages"
+FASTLOSS, INPLACE, NO_POOL, NO_FORESIGHT = "fastloss", "fastloss in-place", "fastloss without pool", "fastloss without foresight"
+EAGER, COMPILED = "torch eager", "torch.compile"
+EAGER_HUGE, COMPILED_HUGE = "torch eager, huge pages", "torch.compile, huge pages"
 
 PROVIDERS: dict[str, Provider] = {
     provider.name: provider
@@ -112,9 +113,11 @@ PROVIDERS: dict[str, Provider] = {
         Provider(FASTLOSS, _fastloss),
         Provider(INPLACE, _fastloss_inplace, inplace=True),
         Provider(NO_POOL, _fastloss, devices=("cpu",), settings={"pool_max_bytes": 0}),
+        Provider(NO_FORESIGHT, _fastloss, devices=("cpu",), settings={"foresight_max_bytes": 0}),
         Provider(EAGER, _eager),
         Provider(COMPILED, _compiled),
-        Provider(HUGE_PAGES, _eager, devices=("cpu",), environment={"THP_MEM_ALLOC_ENABLE": "1"}),
+        Provider(EAGER_HUGE, _eager, devices=("cpu",), environment={"THP_MEM_ALLOC_ENABLE": "1"}),
+        Provider(COMPILED_HUGE, _compiled, devices=("cpu",), environment={"THP_MEM_ALLOC_ENABLE": "1"}),
         Provider("liger-kernel", _liger, ("cuda",), "liger_kernel", ("cross_entropy",), inplace=True),
         Provider("flash-attn", _flash_attn, ("cuda",), "flash_attn", ("cross_entropy",)),
         Provider("quack-kernels", _quack, ("cuda",), "quack", ("cross_entropy",)),

@@ -4,19 +4,19 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from .presets import CPU_TARGETS, Target
-from .providers import COMPILED, EAGER, FASTLOSS, HUGE_PAGES, INPLACE, NO_POOL
+from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
 
 Table = tuple[list[str], list[list[str]]]
 
 
 def overview(result: dict[str, Any]) -> Table:
     """One line for each case and mode of ours: error, ratios, memory."""
-    header = ["loss", "logits", "dtype", "mode", "error", "torch's", "vs eager", "vs compile", "vs eager+huge", "copies", "of copy speed"]
-    header += ["extra memory", "torch's"]
+    header = ["loss", "logits", "dtype", "mode", "error", "torch's", "vs eager", "vs compile", "vs eager+huge", "vs compile+huge"]
+    header += ["copies", "of copy speed", "extra memory", "torch's"]
     lines = []
     for case in result["cases"]:
         eager = case["providers"].get(EAGER, {})
-        for mode, name in (("default", FASTLOSS), ("in-place", INPLACE), ("no pool", NO_POOL)):
+        for mode, name in (("default", FASTLOSS), ("in-place", INPLACE), ("no foresight", NO_FORESIGHT), ("no pool", NO_POOL)):
             found = case["providers"].get(name)
             if found is None or found["status"] == "skipped":
                 continue
@@ -24,7 +24,7 @@ def overview(result: dict[str, Any]) -> Table:
             if found["status"] != "timed":
                 lines.append([*line, f"{found['status'].upper()}: {found['reason']}", *[""] * (len(header) - 5)])
                 continue
-            times = [ratio(found["slower"].get(other)) for other in (EAGER, COMPILED, HUGE_PAGES)]
+            times = [ratio(found["slower"].get(other)) for other in (EAGER, COMPILED, EAGER_HUGE, COMPILED_HUGE)]
             copies = [number(found["copies"]["middle"]), f"{found['share_of_copy_speed']:.0%}"]
             lines.append([*line, error(found), error(eager), *times, *copies, memory(found, case), memory(eager, case)])
     return header, lines

@@ -39,7 +39,7 @@ from .rows import (
     walk,
 )
 from .simd import any_lane, first_lane, lane_numbers, lanes_of, pick, select, splat
-from .targets import refuse_out_of_bounds
+from .targets import refuse_out_of_bounds, weights_of
 
 _BLOCKS = "TCCCn" + WALK
 _FORWARD = "TICCCCCCCCnnn" + WALK
@@ -155,7 +155,7 @@ def see_targets(
         y = load_classes(target, row, 1, count, ignore_index, tops)
         is_class = (y > -1) & (y < classes)
         store(loss, row, 1, count, load_each(x, lane_stride, y, class_stride, is_class))
-        store(row_weight, row, 1, count, load_each(weight, 0, y, weight_stride, is_class))
+        store(row_weight, row, 1, count, weights_of(weight, weight_stride, y, classes))
         store(top, row, 1, count, select(is_class, tops, 0.0))
         store(total, row, 1, count, select(is_class, totals, 1.0))
         return any_lane((y < -1) | (y > classes - 1))

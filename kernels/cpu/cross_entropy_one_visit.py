@@ -116,41 +116,41 @@ def _rows_in_turn(a: Any) -> None:
 
 @njit(**INLINE)
 def _statistics_and_gradient(
-    x: Any, classes: Any, terms: Any, dx: Any, terms2: Any, y_row: Any, tops2: Any, y: Any, g: Any, scale: Any, past_caches: Any
+    x: Any, classes: Any, terms: Any, dx: Any, other_terms: Any, y_row: Any, other_top: Any, y: Any, g: Any, scale: Any, past_caches: Any
 ) -> Any:
-    """`row_statistics` of the row at x, and meanwhile `gradient_of_row` of another one, whose terms are in `terms2`."""
+    """`row_statistics` of the row at x, and meanwhile `gradient_of_row` of the other one, whose terms are in `other_terms`."""
     lanes, size = lanes_of(x), block_size(terms, 1)
     top, total = no_statistics(x)
     for first in range(0, classes, size):
         last = min(classes, first + size)
-        block, block2 = block_of(terms, first // size), block_of(terms2, first // size)
-        factor = exp(kept_top(block2) - tops2) * scale if classes > size else scale
-        block_total, block_top_ = splat(0.0, x), block_top(x, first, last, 1, 1, 1, lanes)
-        keep_top(block, block_top_)
+        block, other = block_of(terms, first // size), block_of(other_terms, first // size)
+        factor = exp(kept_top(other) - other_top) * scale if classes > size else scale
+        here_total, here_top = splat(0.0, x), block_top(x, first, last, 1, 1, 1, lanes)
+        keep_top(block, here_top)
         # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
         c, k = first, min(last, first + to_alignment(offset(dx, first))) if past_caches else first
         if k > first:
-            store(dx, first, 1, k - first, near_target(x, scale, 1, block2, 1, first, first, k - first, factor, y, g))
+            store(dx, first, 1, k - first, near_target(x, scale, 1, other, 1, first, first, k - first, factor, y, g))
         while c + 4 * lanes <= last and k + 4 * lanes <= last:
-            block_total = block_total + four_terms(x, block_top_, c, 1, 1, 1, lanes, block, c - first)
+            here_total = here_total + four_terms(x, here_top, c, 1, 1, 1, lanes, block, c - first)
             if k <= y_row < k + 4 * lanes:
                 for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx, i, near_target(x, scale, 1, block2, 1, first, i, lanes, factor, y, g), past_caches)
+                    stream(dx, i, near_target(x, scale, 1, other, 1, first, i, lanes, factor, y, g), past_caches)
             else:
                 for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx, i, term(x, scale, 1, 1, block2, 1, first, i, 1, lanes) * factor, past_caches)
+                    stream(dx, i, term(x, scale, 1, 1, other, 1, first, i, 1, lanes) * factor, past_caches)
             c, k = c + 4 * lanes, k + 4 * lanes
-        if c + 4 * lanes <= last:
-            block_total, c = block_total + four_terms(x, block_top_, c, 1, 1, 1, lanes, block, c - first), c + 4 * lanes
-        block_total = sum_with_rest(x, block_top_, block_total, first, c, last, 1, 1, 1, lanes, block)
+        if c + 4 * lanes <= last:  # k was ahead by less than a vector
+            here_total, c = here_total + four_terms(x, here_top, c, 1, 1, 1, lanes, block, c - first), c + 4 * lanes
+        here_total = sum_with_rest(x, here_top, here_total, first, c, last, 1, 1, 1, lanes, block)
         while k < last:
             n = min(lanes, last - k)
-            store(dx, k, 1, n, near_target(x, scale, 1, block2, 1, first, k, n, factor, y, g))
+            store(dx, k, 1, n, near_target(x, scale, 1, other, 1, first, k, n, factor, y, g))
             k += n
         if first == 0:
-            top, total = block_top_, block_total
+            top, total = here_top, here_total
         else:
-            top, total = merge(top, total, block_top_, block_total)
+            top, total = merge(top, total, here_top, here_total)
     return top, real_total(total)
 
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from .launch import next_task, region, unpack
-from .memory import load, load_classes, load_each
+from .memory import load, load_classes
 from .simd import lane_sum, lanes_of, splat, widen
+from .targets import weights_of
 
 _SUM = "TDTnnn"
 _SUM_OF_WEIGHTS = "ITDTnnnnnn"
@@ -64,7 +65,7 @@ def _sum_of_weights(a: Any) -> None:
         last = min(size, (task + 1) * block)
         for i in range(task * block, last, lanes_of(weight)):
             y = load_classes(target, i, 1, last - i, ignore_index, splat(0.0, weight))
-            subtotal = subtotal + widen(load_each(weight, 0, y, weight_stride, (y > -1) & (y < classes)))
+            subtotal = subtotal + widen(weights_of(weight, weight_stride, y, classes))
         if direct:
             total[0] = lane_sum(subtotal)
         else:

@@ -1,6 +1,20 @@
-"""What the kernels found and would not compute with, as torch's exceptions."""
+"""Class weights of targets; and what the kernels found and would not compute with, as torch's exceptions."""
 
+from typing import Any
+
+from numba import njit
 from torch import Tensor
+
+from .math import INLINE
+from .memory import load_each
+from .simd import select, splat
+
+
+@njit(**INLINE)
+def weights_of(weight: Any, weight_stride: Any, y: Any, classes: Any) -> Any:
+    """w_y, 0 where y is no class. Without a stride one number serves all, which saves a gather."""
+    is_class = (y > -1) & (y < classes)
+    return select(is_class, splat(weight[0], weight), 0.0) if weight_stride == 0 else load_each(weight, 0, y, weight_stride, is_class)
 
 
 def refuse_out_of_bounds(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -85,31 +85,32 @@ def _rows_in_turn(a: Any) -> None:
     task = next_task(a)
     while task >= 0:
         begin, end = task * grain, last_tile(task, grain, batch, positions, 1)
-        before = -1  # the row whose gradient is still to be written: its terms are `theirs`
+        # the row whose gradient is still to be written, and where: its terms are `theirs`
+        before, before_dx = -1, dlogits
+        b, p, _, _ = rows_of(begin, positions, 1)
         for row in range(begin, end):
-            b, p, _, _ = rows_of(row, positions, 1)
             x = offset(logits, b * batch_stride + p * position_stride)
+            dx = offset(dlogits, b * to_batch + p * to_position)
             tops, totals = no_statistics(x)
             if target[row] == ignore_index:
-                write_zeros(offset(dlogits, b * to_batch + p * to_position), 0, classes, 1, past_caches)
+                write_zeros(dx, 0, classes, 1, past_caches)
             elif before < 0:
                 tops, totals = row_statistics(x, classes, 1, 1, 1, lanes, mine, 1)
             else:
-                b, p, _, _ = rows_of(before, positions, 1)
-                dx = offset(dlogits, b * to_batch + p * to_position)
                 numbers = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, before, 1, 1)
-                tops, totals = _statistics_and_gradient(x, classes, mine, dx, theirs, target[before], *numbers, past_caches)
+                tops, totals = _statistics_and_gradient(x, classes, mine, before_dx, theirs, target[before], *numbers, past_caches)
             if see_targets(
                 x, tops, totals, target, ignore_index, weight, weight_stride, loss, row_weight, top, total, row, 1, 1, classes, 1, 1
             ):
                 raise_flag(a)
             if target[row] != ignore_index:
-                before, mine, theirs = row, theirs, mine
+                before, before_dx, mine, theirs = row, dx, theirs, mine
+            b, p = (b, p + 1) if p + 1 < positions else (b + 1, 0)
         if before >= 0:
-            b, p, _, _ = rows_of(before, positions, 1)
-            dx = offset(dlogits, b * to_batch + p * to_position)
             tops, y, g, scale = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, before, 1, 1)
-            gradient_of_row(dx, dx, 0, classes, classes, 1, 1, 1, 1, 1, lanes, theirs, 1, tops, y, target[before], g, scale, past_caches)
+            gradient_of_row(
+                before_dx, before_dx, 0, classes, classes, 1, 1, 1, 1, 1, lanes, theirs, 1, tops, y, target[before], g, scale, past_caches
+            )
         write_losses(loss, row_weight, top, total, begin, end)
         task = next_task(a)
 

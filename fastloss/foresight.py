@@ -52,7 +52,13 @@ def foresee(loss: str, logits: Tensor, reduction: str) -> Foresight | None:
         or logits.device.type != "cpu"  # elsewhere the backward could not look at the number without waiting for the device
         or not 0 < logits.numel() * logits.element_size() <= config.foresight_max_bytes
         # saved tensors are moved or dropped until the backward (offloading, checkpointing): memory is scarce
-        or torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+        or _saved_tensors_are_hooked()
     ):
         return None
     return Foresight((loss, logits.dtype, logits.shape[1], reduction))
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """True too where torch cannot tell: before 2.8."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None

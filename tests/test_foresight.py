@@ -202,6 +202,13 @@ def test_no_gradient_waits_where_memory_is_scarce(way: str, launched: list[str])
     assert torch.equal(leaf.grad, step(loss, leaf.detach(), lambda x: x, 1.0)[1])
 
 
+def test_an_older_torch_that_cannot_tell(monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    monkeypatch.delattr("torch._C._autograd._top_saved_tensors_default_hooks")
+    loss, leaf = loss_of("indices", (20, 11), torch.float32), torch.randn(20, 11, requires_grad=True)
+    loss(leaf).backward()
+    assert launched == ["after"]
+
+
 def test_no_gradient_where_none_is_wanted(launched: list[str]) -> None:
     loss, leaf = loss_of("indices", (20, 11), torch.float32), torch.randn(20, 11, requires_grad=True)
     with torch.no_grad():

@@ -147,9 +147,9 @@ def test_every_number_of_rows_and_classes(dtype: str, kind: str) -> None:
     soft = kind == "probabilities"
     for rows, classes in itertools.product((*range(1, 35), 63, 64, 65), (*range(1, 52, 3), *range(61, 67), 127, 128, 129)):
         tensors = class_inputs((rows, classes), DTYPES[dtype], weighted=True, soft=soft)
-        check(
-            "cross_entropy", tensors, wanted=("input", "target") if soft else ("input",), label_smoothing=0.1 if kind == "smoothed" else 0.0
-        )
+        options = {"wanted": ("input", "target") if soft else ("input",), "label_smoothing": 0.1 if kind == "smoothed" else 0.0}
+        # the gradient of the only class is 0, what is left when numbers about 1 cancel
+        check("cross_entropy", tensors, scale=1.0 if classes == 1 else 0.0, **options)
 
 
 def test_the_result_is_the_mean_over_positions_of_an_image() -> None:

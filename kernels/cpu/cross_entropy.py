@@ -41,6 +41,9 @@ from .rows import (
 from .simd import any_lane, first_lane, lane_numbers, lanes_of, pick, select, splat
 from .targets import refuse_out_of_bounds, weights_of
 
+# up to here lanes are rows going forward: for more classes, gathering them costs more than the ends of rows do. Less than FEW_CLASSES,
+# because all that happens once for each row happens here to many rows at once even if they are taken one by one
+FEW_TO_GATHER = 31
 _BLOCKS = "TCCCn" + WALK
 _FORWARD = "TICCCCCCCCnnn" + WALK
 _BACKWARD = "TICCCCTnnnnnnn" + WALK
@@ -49,7 +52,7 @@ _BACKWARD = "TICCCCTnnnnnnn" + WALK
 def cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor
 ) -> None:
-    way = walk(logits)
+    way = walk(logits, FEW_TO_GATHER)
     terms, blocks = scratch(1), blocks_apart(way, logits)
     block_tops = block_totals = top  # not looked at unless blocks are handed out
     if blocks > 1:

@@ -28,6 +28,7 @@ from .blocks import (
     term,
 )
 from .cross_entropy import (
+    FEW_TO_GATHER,
     cross_entropy_backward,
     cross_entropy_forward,
     gapless,
@@ -54,7 +55,7 @@ def cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor,
     loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
 ) -> None:  # fmt: skip
-    way, to = walk(logits), strides_of(dlogits)
+    way, to = walk(logits, FEW_TO_GATHER), strides_of(dlogits)
     if blocks_apart(way, logits) > 1:
         cross_entropy_forward(logits, target, weight, ignore_index, loss, row_weight, top, total)
         cross_entropy_backward(logits, target, ignore_index, row_weight, top, total, dloss, dlogits)

@@ -1,36 +1,72 @@
-"""Which arguments our kernels serve. Each function returns None, or in words what does not fit; torch then serves, or raises."""
+"""Which arguments the kernels serve: what losses have in common. Each function returns None, or in words what does not fit; torch then
+serves, or raises."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import has_torch_function
+from torch.utils._device import DeviceContext
 
-from .launches import COMPUTE
+from .loss import COMPUTE
 
-_REDUCTIONS = ("none", "mean", "sum")
+REDUCTIONS = ("none", "mean", "sum")
 
 
-def _tensors(logits: Any, others: tuple[Any, ...] = (), optional: tuple[Any, ...] = ()) -> str | None:
-    """Kind, device, layout and dtype, for every loss. An optional tensor may be None."""
-    for tensor in (logits, *others, *(t for t in optional if t is not None)):
+def tensors_misfit(logits: Any, *others: Any) -> str | None:
+    """What every loss asks first, of all its tensors. Others may be None. Nothing is asked of a tensor before it is known to be plain:
+    subclasses must see torch's function, and only that."""
+    present = (logits, *(t for t in others if t is not None))
+    if has_torch_function(present):
+        return "a tensor subclass is among the arguments"
+    for tensor in present:
         if not isinstance(tensor, Tensor):
             return f"{type(tensor).__name__} is not a Tensor"
-        if tensor.layout != torch.strided or not isinstance(logits, Tensor) or tensor.device != logits.device:
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device != logits.device:
             return "the tensors are not all strided and on one device"
+    if not torch.compiler.is_compiling() and not plain(*present):
+        return "a tensor subclass, functorch transform, forward-mode level, trace or mode is active"
     return None if logits.dtype in COMPUTE else f"there are no kernels for {logits.dtype}"
 
 
-def _options(size_average: Any, reduce: Any, reduction: Any) -> str | None:
+def plain(*tensors: Tensor) -> bool:
+    """True if nothing but the numbers in memory matters: no subclass, vmap, forward-mode level, trace, mode or lazy tensor."""
+    return (
+        all(_has_its_numbers_in_memory(t) for t in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and (not torch._C._is_torch_function_mode_enabled() or _only_a_default_device())
+    )
+
+
+def _only_a_default_device() -> bool:
+    """Whether the active modes are those of torch.set_default_device and `with torch.device(...)`: they move new tensors only, and ours
+    name their device."""
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _has_its_numbers_in_memory(tensor: Tensor) -> bool:
+    return (
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and not tensor.is_neg()  # a lazy minus sign
+        and not tensor._is_zerotensor()  # no memory at all
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # `is_grads_batched`
+    )
+
+
+def reduction_misfit(size_average: Any, reduce: Any, reduction: Any) -> str | None:
     if size_average is not None or reduce is not None:
         return "size_average and reduce are deprecated"
-    return None if reduction in _REDUCTIONS else f"{reduction!r} is not a reduction"
+    return None if reduction in REDUCTIONS else f"{reduction!r} is not a reduction"
 
 
-def _is_int64(number: Any) -> bool:
+def is_int64(number: Any) -> bool:
     return isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
 
 
-def _class_weight(logits: Tensor, weight: Tensor | None) -> str | None:
+def class_weight_misfit(logits: Tensor, weight: Tensor | None) -> str | None:
     if weight is None:
         return None
     if weight.dim() != 1 or weight.shape[0] != (logits.shape[0] if logits.dim() == 1 else logits.shape[1]):
@@ -40,58 +76,26 @@ def _class_weight(logits: Tensor, weight: Tensor | None) -> str | None:
     return "weight requires a gradient" if weight.requires_grad else None
 
 
-def _class_indices(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any) -> str | None:
+def class_indices_misfit(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any) -> str | None:
     if target.dtype not in (torch.int64, torch.uint8):
         return f"target is {target.dtype}, not int64 or uint8"
     shape = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size(())
     if logits.dim() == 0 or (target.shape != shape and not (logits.dim() == 1 and target.shape == (1,))):
         return f"target of shape {tuple(target.shape)} does not belong to logits of shape {tuple(logits.shape)}"
-    if not _is_int64(ignore_index):
+    if not is_int64(ignore_index):
         return f"ignore_index is {ignore_index!r}"
-    return _class_weight(logits, weight)
+    return class_weight_misfit(logits, weight)
 
 
-def cross_entropy(
-    logits: Any, target: Any, weight: Any, size_average: Any, ignore_index: Any, reduce: Any, reduction: Any, label_smoothing: Any
-) -> str | None:
-    problem = _tensors(logits, (target,), (weight,)) or _options(size_average, reduce, reduction)
-    if problem is not None:
-        return problem
+def smoothing_misfit(logits: Tensor, label_smoothing: Any) -> str | None:
     if not isinstance(label_smoothing, (float, int)) or not 0 <= label_smoothing <= 1:
         return f"label_smoothing is {label_smoothing!r}"
     if logits.dim() > 0 and logits.shape[min(1, logits.dim() - 1)] == 0:
         return "there are no classes"
-    if target.is_floating_point() and target.shape == logits.shape and logits.dim() > 0:
-        if target.dtype != logits.dtype:
-            return f"target is {target.dtype}, logits are {logits.dtype}"
-        if not _is_int64(ignore_index) or ignore_index >= 0:
-            return f"ignore_index is {ignore_index!r} for class probabilities"
-        return _class_weight(logits, weight)
-    return _class_indices(logits, target, weight, ignore_index)
+    return None
 
 
-def nll_loss(logits: Any, target: Any, weight: Any, size_average: Any, ignore_index: Any, reduce: Any, reduction: Any) -> str | None:
-    problem = _tensors(logits, (target,), (weight,)) or _options(size_average, reduce, reduction)
-    if problem is None and logits.dim() == 1 and target.dim() != 0:
-        return "one row of log-probabilities has one target"
-    return problem or _class_indices(logits, target, weight, ignore_index)
-
-
-def softmax(logits: Any, dim: Any, dtype: Any) -> str | None:
-    if not _is_int64(dim):
-        return f"dim is {dim!r}"
-    problem = _tensors(logits)
-    if problem is not None:
-        return problem
-    if not -logits.dim() <= dim < logits.dim():
-        return f"dim {dim} is not a dimension of logits of shape {tuple(logits.shape)}"
-    return f"there are no kernels for {dtype}" if dtype is not None and dtype not in COMPUTE else None
-
-
-def elementwise(logits: Any, target: Any, weights: tuple[Any, ...], size_average: Any, reduce: Any, reduction: Any) -> str | None:
-    problem = _tensors(logits, (target,), weights) or _options(size_average, reduce, reduction)
-    if problem is not None:
-        return problem
+def elementwise_misfit(logits: Tensor, target: Tensor, *weights: Tensor | None) -> str | None:
     if target.shape != logits.shape or target.dtype != logits.dtype:
         return f"target is {target.dtype} of shape {tuple(target.shape)}, input {logits.dtype} of shape {tuple(logits.shape)}"
     if target.requires_grad:
@@ -99,7 +103,7 @@ def elementwise(logits: Any, target: Any, weights: tuple[Any, ...], size_average
     for weight in weights:
         if weight is None:
             continue
-        if weight.requires_grad or weight.dtype.is_complex:
+        if weight.requires_grad or weight.dtype.is_complex or weight.dtype == torch.bool:
             return f"a weight is {weight.dtype} or requires a gradient"
         missing = logits.dim() - weight.dim()
         if missing < 0 or any(w not in (1, s) for w, s in zip(weight.shape, logits.shape[missing:], strict=True)):
@@ -107,16 +111,17 @@ def elementwise(logits: Any, target: Any, weights: tuple[Any, ...], size_average
     return None
 
 
-def inplace_backward(logits: Tensor, target: Tensor) -> None:
+def refuse_inplace(logits: Tensor, *others: Tensor | None) -> None:
     """Raise RuntimeError where overwriting the logits with their gradient would be wrong."""
     problem = None
     owner = logits if logits._base is None else logits._base
+    memory = logits.untyped_storage().data_ptr()
     if owner.requires_grad and owner.is_leaf:
         problem = "the logits are (a view of) a leaf that requires a gradient, and would be lost"
     elif _may_overlap(logits):
         problem = f"logits with strides {tuple(logits.stride())} share memory among themselves"
-    elif logits.untyped_storage().data_ptr() == target.untyped_storage().data_ptr() and logits.numel():
-        problem = "target shares the memory of the logits"
+    elif logits.numel() and any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
+        problem = "target or weight shares the memory of the logits"
     if problem is not None:
         raise RuntimeError(f"inplace_backward: {problem}")
 

@@ -22,7 +22,7 @@ class BackendError(RuntimeError):
 
 
 _KERNELS_OF: dict[str, KernelsName] = {"cpu": "numba", "cuda": "triton"}
-_DEVICE_OF = {name: device for device, name in _KERNELS_OF.items()}
+_DEVICE_OF: dict[str, str] = {name: device for device, name in _KERNELS_OF.items()}
 _MODULE_OF = {"numba": ".kernels.cpu", "triton": ".kernels.cuda"}
 _OLDEST = {"numba": (0, 61), "triton": (3, 4)}
 

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 from torch.utils._device import DeviceContext
 
 from .loss import COMPUTE
@@ -13,19 +12,20 @@ from .loss import COMPUTE
 REDUCTIONS = ("none", "mean", "sum")
 
 
-def tensors_misfit(logits: Any, *others: Any) -> str | None:
-    """What every loss asks first, of all its tensors. Others may be None. Nothing is asked of a tensor before it is known to be plain:
+def tensors_misfit(logits: Any, *required: Any, optional: tuple[Any, ...] = ()) -> str | None:
+    """What every loss asks first, of all its tensors. Nothing is asked of a tensor before it is known to be plain:
     subclasses must see torch's function, and only that."""
-    present = (logits, *(t for t in others if t is not None))
-    if has_torch_function(present):
-        return "a tensor subclass is among the arguments"
+    present = (logits, *required, *(t for t in optional if t is not None))
+    compiling = torch.compiler.is_compiling()
     for tensor in present:
         if not isinstance(tensor, Tensor):
             return f"{type(tensor).__name__} is not a Tensor"
+        if not compiling and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"{type(tensor).__name__} is a tensor subclass"
         if tensor.is_nested or tensor.layout != torch.strided or tensor.device != logits.device:
             return "the tensors are not all strided and on one device"
-    if not torch.compiler.is_compiling() and not plain(*present):
-        return "a tensor subclass, functorch transform, forward-mode level, trace or mode is active"
+    if not compiling and not plain(*present):
+        return "a functorch transform, forward-mode level, trace or mode is active"
     return None if logits.dtype in COMPUTE else f"there are no kernels for {logits.dtype}"
 
 

@@ -57,16 +57,20 @@ def cross_entropy(
     arguments = input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
     if tiny(input) and not inplace_backward:
         return F.cross_entropy(*arguments)
-    loss, t, o = losses.cross_entropy, (input, target, weight), None
-    misfit = tensors_misfit(input, target, weight) or reduction_misfit(size_average, reduce, reduction)
-    if misfit is None and target.is_floating_point() and target.shape == input.shape and target.dim():
-        loss, t = losses.soft_cross_entropy, losses.soft_cross_entropy.tensors(*t)
-        o = loss.options(label_smoothing, reduction, _result_dtype(input))
-        if not is_int64(ignore_index) or ignore_index >= 0:
-            misfit = f"ignore_index is {ignore_index!r} for class probabilities"
-    elif misfit is None:
-        t, o = loss.tensors(*t), loss.options(ignore_index, label_smoothing, reduction, _result_dtype(input))
-    way = route(misfit or loss.misfit(t, o), input, 0 if inplace_backward else None)
+    misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
+    loss: Any = losses.cross_entropy
+    t: Any = (input, target, weight)
+    o: Any = None
+    if misfit is None:
+        dtype = _result_dtype(input)
+        if target.is_floating_point() and target.shape == input.shape and target.dim():
+            loss, o = losses.soft_cross_entropy, losses.soft_cross_entropy.options(label_smoothing, reduction, dtype)
+            misfit = None if is_int64(ignore_index) and ignore_index < 0 else f"ignore_index is {ignore_index!r} for class probabilities"
+        else:
+            o = loss.options(ignore_index, label_smoothing, reduction, dtype)
+        t = loss.tensors(*t)
+        misfit = misfit or loss.misfit(t, o)
+    way = route(misfit, input, 0 if inplace_backward else None)
     if inplace_backward:
         if way.path != "kernel":
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")
@@ -106,8 +110,10 @@ def nll_loss(
     arguments = input, target, weight, size_average, ignore_index, reduce, reduction
     if tiny(input):
         return F.nll_loss(*arguments)
-    loss, t, o = losses.nll_loss, None, None
-    misfit = tensors_misfit(input, target, weight) or reduction_misfit(size_average, reduce, reduction)
+    loss: Any = losses.nll_loss
+    t: Any = None
+    o: Any = None
+    misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
     if misfit is None:
         t, o = loss.tensors(input, target, weight), loss.options(ignore_index, reduction, _result_dtype(input))
         misfit = loss.misfit(t, o)
@@ -189,8 +195,10 @@ def binary_cross_entropy_with_logits(
     arguments = input, target, weight, size_average, reduce, reduction, pos_weight
     if tiny(input):
         return F.binary_cross_entropy_with_logits(*arguments)
-    loss, t, o = losses.bce_with_logits, None, None
-    misfit = tensors_misfit(input, target, weight, pos_weight) or reduction_misfit(size_average, reduce, reduction)
+    loss: Any = losses.bce_with_logits
+    t: Any = None
+    o: Any = None
+    misfit = tensors_misfit(input, target, optional=(weight, pos_weight)) or reduction_misfit(size_average, reduce, reduction)
     if misfit is None:
         t, o = loss.tensors(input, target, weight, pos_weight), loss.options(reduction, _result_dtype(input))
         misfit = loss.misfit(t, o)
@@ -229,8 +237,12 @@ def binary_cross_entropy(
     arguments = input, target, weight, size_average, reduce, reduction
     if tiny(input):
         return F.binary_cross_entropy(*arguments)
-    loss, t, o = losses.binary_cross_entropy, None, None
-    misfit = tensors_misfit(input, target, weight) or reduction_misfit(size_average, reduce, reduction) or _autocast_misfit(input)
+    loss: Any = losses.binary_cross_entropy
+    t: Any = None
+    o: Any = None
+    misfit = (
+        tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction) or _autocast_misfit(input)
+    )
     if misfit is None:
         t, o = loss.tensors(input, target, weight), loss.options(reduction)
         misfit = loss.misfit(t, o)
@@ -244,8 +256,9 @@ def _serve(way: Route, loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backwa
     """The loss by our kernels: by itself, or as an op where a compiler is watching."""
     if way.path == "kernel":
         return apply(loss, t, o, inplace_backward)
-    results = OPS[loss.name].forward(*t, *o)
-    return results[0] if isinstance(results, tuple) else results
+    results: Any = OPS[loss.name].forward(*t, *o)
+    value: Tensor = results[0] if isinstance(results, tuple) else results
+    return value
 
 
 def _result_dtype(input: Tensor) -> torch.dtype:
@@ -282,5 +295,6 @@ def _exporting() -> bool:
 
 
 # torch.jit.script cannot compile these functions, and takes torch's own instead, by the protocol it has for that (undocumented)
-for _function in (cross_entropy, nll_loss, softmax, log_softmax, binary_cross_entropy_with_logits, binary_cross_entropy):
-    _function.__prepare_scriptable__ = partial(getattr, F, _function.__name__)  # type: ignore[attr-defined]
+_FUNCTIONS: tuple[Any, ...] = (cross_entropy, nll_loss, softmax, log_softmax, binary_cross_entropy_with_logits, binary_cross_entropy)
+for _function in _FUNCTIONS:
+    _function.__prepare_scriptable__ = partial(getattr, F, _function.__name__)

@@ -104,8 +104,8 @@ def _derivative(loss: Any, t: Any, o: Any, dloss: Tensor, needed: tuple[bool, ..
     inputs = [x for x, wanted in zip(t, needed, strict=False) if wanted]
     with torch.enable_grad():
         # half precision is computed in float32, as by the kernels
-        wide = (x.to(compute_dtype(x)) for x in t[: len(needed)])
-        value = loss.definition(loss.tensors(*wide, *t[len(needed) :]), o).to(dloss.dtype)
+        wide = (x.to(compute_dtype(x)) if x is not None and x.dtype in COMPUTE else x for x in t)
+        value = loss.definition(loss.tensors(*wide), o).to(dloss.dtype)
         found = torch.autograd.grad(value, inputs, dloss, create_graph=torch.is_grad_enabled(), materialize_grads=True)
         found = tuple(_linked(gradient, x) for gradient, x in zip(found, inputs, strict=True))
     results = iter(found)

@@ -14,7 +14,7 @@ from .foresight import Foresight, foresee
 from .loss import Loss
 
 
-def apply(loss: Loss[Any, Any, Any], t: tuple[Tensor | None, ...], o: Any, inplace_backward: bool = False) -> Tensor:
+def apply(loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Tensor:
     """The loss of tensors and options that fit, by the kernels."""
     foresight = foresee(loss.name, t[0], o.reduction) if loss.one_visit and not inplace_backward else None
     result: Tensor = _Operation.apply(loss, o, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
@@ -26,7 +26,7 @@ class _Operation(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, loss: Loss[Any, Any, Any], o: Any, inplace: bool, foresight: Foresight | None, *tensors: Tensor | None
+        ctx: Any, loss: Loss[Any, Any, Any], o: Any, inplace: bool, foresight: Foresight | None, *tensors: Any
     ) -> Tensor:
         ctx.loss, ctx.options, ctx.inplace, ctx.foresight = loss, o, inplace, foresight
         t = loss.tensors(*tensors)

@@ -43,7 +43,9 @@ def _one_or_all(results: tuple[Any, ...]) -> Any:
 def _register(loss: AnyLoss) -> Ops:
     ours = _Arguments(loss)
     name, results = f"fastloss::{loss.name}", fields(loss.results)
-    forward = custom_op(name, ours.forward, mutates_args=(), schema=f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}")
+    forward = custom_op(
+        name, ours.forward, mutates_args=(), schema=f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}"
+    )
     schema = f"(Tensor dloss, {_arguments(loss.saved, loss.options)}, bool[] needed) -> {_returns(loss.differentiable)}"
     backward = custom_op(f"{name}_backward", ours.backward, mutates_args=(), schema=schema)
     forward.register_fake(ours.fake_forward)
@@ -120,7 +122,10 @@ class _Arguments:
     def second(self, ctx: Any, *upstream: Any) -> Any:
         """The derivatives of the backward op, by the loss's `gradient`."""
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_(wanted) if t is not None and wanted else t for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)]
+            inputs = [
+                t.detach().requires_grad_(wanted) if t is not None and wanted else t
+                for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            ]
             s, o, needed = self.of_backward((*inputs[1:], *ctx.rest))
             found = self.loss.gradient(inputs[0], s, o, needed)
             pairs = [(gradient, up) for gradient, up in zip(found, upstream, strict=True) if gradient is not None]

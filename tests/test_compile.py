@@ -167,7 +167,8 @@ def test_export(call: str) -> None:
 
     inputs = make_input(6)
     exported = torch.export.export(Loss(), (inputs, *tensors))
-    assert any("fastloss" in str(node.target) for node in exported.graph.nodes)
+    # softmax ends many a model that is served where fastloss is not installed
+    assert any("fastloss" in str(node.target) for node in exported.graph.nodes) == ("softmax" not in function)
     torch.testing.assert_close(exported.module()(inputs, *tensors), getattr(F, function)(inputs, **options))
 
 

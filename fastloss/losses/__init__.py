@@ -8,3 +8,14 @@ from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
 
 LOSSES = (cross_entropy, soft_cross_entropy, softmax, log_softmax, nll_loss, bce_with_logits, binary_cross_entropy)
+
+__all__ = [
+    "LOSSES",
+    "bce_with_logits",
+    "binary_cross_entropy",
+    "cross_entropy",
+    "log_softmax",
+    "nll_loss",
+    "soft_cross_entropy",
+    "softmax",
+]

@@ -95,7 +95,18 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
         if o.label_smoothing > 0:
             kernels.smoothed_cross_entropy_forward_backward(
-                logits, target, weight.contiguous(), o.ignore_index, *_smoothing(t, o), g, loss, r.row_weight, r.mass, r.top, r.total, dlogits
+                logits,
+                target,
+                weight.contiguous(),
+                o.ignore_index,
+                *_smoothing(t, o),
+                g,
+                loss,
+                r.row_weight,
+                r.mass,
+                r.top,
+                r.total,
+                dlogits,
             )
         else:
             kernels.cross_entropy_forward_backward(logits, target, weight, o.ignore_index, g, loss, r.row_weight, r.top, r.total, dlogits)

@@ -56,7 +56,12 @@ class NLLLoss(Loss[Tensors, Options, Saved]):
         return rows.reduced_rows(*rows.picked(log_prob, target, weight, o.ignore_index), o.reduction, t.input)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
-        r, log_prob, target, weight = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), rows.class_weight(t.weight, t.input)
+        r, log_prob, target, weight = (
+            self.allocate(t, o),
+            rows.as_rows(t.input),
+            rows.as_indices(t.target),
+            rows.class_weight(t.weight, t.input),
+        )
         loss = rows.row_losses(r.loss, t.input)
         kernels_for(t.input).nll_loss_forward(log_prob, target, weight, o.ignore_index, loss, r.row_weight)
         rows.sum_row_weights(r.row_weight, r.divisor)

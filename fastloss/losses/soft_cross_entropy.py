@@ -67,7 +67,12 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return rows.reduced_rows((terms if t.weight is None else terms * t.weight).sum(1), None, o.reduction, t.input)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
-        r, logits, target, weight = self.allocate(t, o), rows.as_rows(t.input), rows.as_rows(t.target), rows.dense_class_weight(t.weight, t.input)
+        r, logits, target, weight = (
+            self.allocate(t, o),
+            rows.as_rows(t.input),
+            rows.as_rows(t.target),
+            rows.dense_class_weight(t.weight, t.input),
+        )
         loss = rows.row_losses(r.loss, t.input)
         kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, *_smoothing(t, o), loss, r.mass, r.top, r.total)
         r.divisor.fill_(loss.numel())
@@ -75,7 +80,12 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return tuple(r)
 
     def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
-        r, logits, target, weight = self.allocate(t, o), rows.as_rows(t.input), rows.as_rows(t.target), rows.dense_class_weight(t.weight, t.input)
+        r, logits, target, weight = (
+            self.allocate(t, o),
+            rows.as_rows(t.input),
+            rows.as_rows(t.target),
+            rows.dense_class_weight(t.weight, t.input),
+        )
         loss, dinput = rows.row_losses(r.loss, t.input), empty_like(t.input)
         dlogits = rows.as_rows(dinput)
         r.divisor.fill_(loss.numel())
@@ -87,7 +97,12 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return rows.settle(dinput, dlogits), tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
-        logits, target, weight, kernels = rows.as_rows(s.input), rows.as_rows(s.target), rows.dense_class_weight(s.weight, s.input), kernels_for(s.input)
+        logits, target, weight, kernels = (
+            rows.as_rows(s.input),
+            rows.as_rows(s.target),
+            rows.dense_class_weight(s.weight, s.input),
+            kernels_for(s.input),
+        )
         g = rows.row_gradient(dloss, s.divisor, s.input)
         keep, spread = _smoothing(s, o)
         dinput = dtarget = None

@@ -274,15 +274,16 @@ def _checked(name: str, launcher: Launcher, device: str) -> Launcher:
     kinds = [(i, argument, hint.__metadata__[0]) for i, (argument, hint) in enumerate(hints.items()) if hasattr(hint, "__metadata__")]
     first, giver = next((i, kind) for i, _, kind in kinds if type(kind).facts is not Kind.facts)
     foreign = [(i, argument, kind) for i, argument, kind in kinds if not kind.ours]
+    facts_of, giver_name = giver.facts, next(argument for i, argument, _ in kinds if i == first)
 
     def launch(*arguments: Any) -> None:
-        facts = giver.facts(arguments[first])
+        facts = facts_of(arguments[first])
+        if facts is None or facts.device.type != device:
+            raise RuntimeError(_complaint(name, giver_name, giver, arguments[first], arguments[first], device))
         for i, argument, kind in foreign if watch is None else kinds:
             t = arguments[i]
-            if facts is None or t.device != facts.device or not kind.fits(t, facts):
+            if t.device != facts.device or not kind.fits(t, facts):
                 raise RuntimeError(_complaint(name, argument, kind, t, arguments[first], device))
-        if facts is None or facts.device.type != device:
-            raise RuntimeError(_complaint(name, "every tensor", giver, arguments[first], arguments[first], device))
         if watch is None:
             launcher(*arguments)
         else:

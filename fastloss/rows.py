@@ -95,14 +95,13 @@ def row_losses(loss: Tensor, logits: Tensor) -> Tensor:
 
 def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
     """The gradient of every row's loss, [N] with stride 1 or 0, from that of the reduced loss."""
-    dloss = dloss.to(compute_dtype(logits))
+    dloss, rows = dloss.to(compute_dtype(logits)), rows_in(logits)
     if divisor.numel():
         dloss = dloss / divisor
-    rows = rows_in(logits)
-    if dloss.numel() == rows != 1:
-        dloss = dloss.reshape(-1)
-        return dloss if dloss.stride(0) in (0, 1) else dloss.contiguous()
-    return dloss.reshape(1).expand(rows)
+    if dloss.dim() == 0:
+        return dloss.expand(rows)
+    dloss = dloss.reshape(-1)
+    return dloss if dloss.stride(0) in (0, 1) else dloss.contiguous()
 
 
 def row_gradient_of(number: float, divisor: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:

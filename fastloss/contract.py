@@ -275,19 +275,21 @@ def _checked(name: str, launcher: Launcher, device: str) -> Launcher:
     first, giver = next((i, kind) for i, _, kind in kinds if type(kind).facts is not Kind.facts)
     foreign = [(i, argument, kind) for i, argument, kind in kinds if not kind.ours]
     facts_of, giver_name = giver.facts, next(argument for i, argument, _ in kinds if i == first)
+    on_cpu = device == "cpu"
 
     def launch(*arguments: Any) -> None:
+        if watch is None and not foreign:
+            return launcher(*arguments)
         facts = facts_of(arguments[first])
         if facts is None or facts.device.type != device:
             raise RuntimeError(_complaint(name, giver_name, giver, arguments[first], arguments[first], device))
         for i, argument, kind in foreign if watch is None else kinds:
             t = arguments[i]
-            if t.device != facts.device or not kind.fits(t, facts):
+            if not (t.is_cpu if on_cpu else t.device == facts.device) or not kind.fits(t, facts):
                 raise RuntimeError(_complaint(name, argument, kind, t, arguments[first], device))
         if watch is None:
-            launcher(*arguments)
-        else:
-            watch(name, launcher, arguments, kinds)
+            return launcher(*arguments)
+        return watch(name, launcher, arguments, kinds)
 
     return launch
 

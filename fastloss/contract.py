@@ -262,19 +262,21 @@ def _checked(name: str, launcher: Launcher, device: str) -> Launcher:
     first, _, giver_name, giver = next(place for place in everywhere if type(place.kind).facts is not Kind.facts)
     foreign = [place for place in everywhere if not place.kind.ours]
     facts_of = giver.facts
+    on_cpu = device == "cpu"
 
     def launch(*arguments: Any) -> None:
+        if watch is None and not foreign:
+            return launcher(*arguments)
         facts = facts_of(arguments[first])
         if facts is None or facts.device.type != device:
             raise RuntimeError(_complaint(name, giver_name, giver, arguments[first], arguments[first], device))
         for i, field, argument, kind in foreign if watch is None else everywhere:
             t = arguments[i] if field is None else arguments[i][field]
-            if t.device != facts.device or not kind.fits(t, facts):
+            if not (t.is_cpu if on_cpu else t.device == facts.device) or not kind.fits(t, facts):
                 raise RuntimeError(_complaint(name, argument, kind, t, arguments[first], device))
         if watch is None:
-            launcher(*arguments)
-        else:
-            watch(name, launcher, arguments, everywhere)
+            return launcher(*arguments)
+        return watch(name, launcher, arguments, everywhere)
 
     return launch
 

@@ -10,7 +10,7 @@ Launchers build it of tensors and numbers. `packer` makes words of it, the one p
 """
 
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -60,40 +60,45 @@ def packer(block: Any) -> Callable[[int, Any], tuple[torch.dtype, bytes]]:
 
     It is made of source text, as NamedTuples are: a loop over the words would take longer than small kernels do.
     """
-    words = list(_words(block, "a"))
-    tensors = [(place, kind) for place, kind in words if isinstance(kind.of, str)]
+    names, words = _words(block, "a")
+    tensors = [(word, kind) for word, kind in words if isinstance(kind.of, str)]
     layout = struct.Struct("=" + "q" * HEADER + "".join("d" if kind.of is float else "q" for _, kind in words))
-    first = next(place for place, kind in tensors if kind.of == "stored")
-    fits = [f"({f'{place} is None or ' if kind.optional else ''}{place}.dtype is {kind.of})" for place, kind in tensors]
+    first = next(word for word, kind in tensors if kind.of == "stored")
+    fits = [f"({f'{word} is None or ' if kind.optional else ''}{word}.dtype is {kind.of})" for word, kind in tensors]
     given = {"pack": layout.pack, "computed_of": COMPUTED, "int64": torch.int64, "float64": torch.float64, "refuse": _refuse}
     source = f"""
 def packed(tasks, a):
+    {names} = a
     stored = {first}.dtype
     computed = computed_of[stored]
     if not ({" and ".join(fits)}):
         refuse(a, dict(stored=stored, computed=computed, int64=int64, float64=float64))
-    return stored, pack(tasks, {"0, " * (HEADER - 1)}{", ".join(_value(place, kind) for place, kind in words)})
+    return stored, pack(tasks, {"0, " * (HEADER - 1)}{", ".join(_value(word, kind) for word, kind in words)})
 """
     exec(source, given)
     return given["packed"]  # type: ignore[return-value]
 
 
-def _words(block: Any, place: str) -> Iterator[tuple[str, _Kind]]:
-    """Every word of a block: where it is, as source text, and what."""
-    for i, (_, kind) in enumerate(_kinds(block)):
-        here = f"{place}[{i}]"
+def _words(block: Any, prefix: str) -> tuple[str, list[tuple[str, _Kind]]]:
+    """Names for every word of a block, as the left-hand side of an assignment, and as a list with their kinds."""
+    names, words = [], []
+    for name, kind in _kinds(block):
         if hasattr(kind.of, "_fields"):
-            yield from _words(kind.of, here)
+            here, inside = _words(kind.of, f"{prefix}_{name}")
         elif isinstance(kind.of, int):
-            yield from ((f"{here}[{k}]", _Kind(int, False)) for k in range(kind.of))
+            inside = [(f"{prefix}_{name}_{k}", _Kind(int, False)) for k in range(kind.of)]
+            here = f"({', '.join(word for word, _ in inside)})"
         else:
-            yield here, kind
+            here, inside = f"{prefix}_{name}", [(f"{prefix}_{name}", kind)]
+        names.append(here)
+        words += inside
+    return f"({', '.join(names)},)", words
 
 
-def _value(place: str, kind: _Kind) -> str:
+def _value(word: str, kind: _Kind) -> str:
     if not isinstance(kind.of, str):
-        return place
-    return f"0 if {place} is None else {place}.data_ptr()" if kind.optional else f"{place}.data_ptr()"
+        return word
+    return f"0 if {word} is None else {word}.data_ptr()" if kind.optional else f"{word}.data_ptr()"
 
 
 def _refuse(block: Any, dtypes: dict[str, torch.dtype]) -> None:

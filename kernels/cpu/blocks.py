@@ -22,6 +22,7 @@ from .simd import fma, lane_max, lane_sum, lanes_of, larger, lowest, select, spl
 
 BLOCK = 128  # vectors: 8 KB of float32, so that a block, the next one and its terms fit the first-level cache
 ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its top
+_CPU = torch.device("cpu")
 KEPT_BYTES = 1 << 20  # scratch for a whole row: more would leave the second-level cache
 
 
@@ -43,7 +44,7 @@ def blocks_apart(way: Walk, logits: Tensor) -> int:
 
 def scratch(blocks: int, logits: Tensor) -> Tensor:
     """Room for so many blocks for each thread."""
-    return torch.empty(torch.get_num_threads() * blocks * ROOM * lanes_for(logits), dtype=COMPUTED[logits.dtype], device="cpu")
+    return torch.empty(torch.get_num_threads() * blocks * ROOM * lanes_for(logits), dtype=COMPUTED[logits.dtype], device=_CPU)
 
 
 class Block(NamedTuple):

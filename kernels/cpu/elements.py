@@ -26,11 +26,8 @@ class Elements(NamedTuple):
     a: int
     b: int
     p: int
+    pieces: int
     grain: int  # pieces in a task
-
-    @property
-    def pieces(self) -> int:
-        return self.a * self.b * -(-self.p // PIECE)
 
     @property
     def tasks(self) -> int:
@@ -39,10 +36,9 @@ class Elements(NamedTuple):
 
 def elements(tensor: Tensor) -> Elements:
     a, b, p = tensor.shape
-    whole = Elements(a, b, p, 1)
-    least, most = (numel // max(1, min(p, PIECE)) for numel in TASK_NUMEL)
-    share = whole.pieces // (4 * torch.get_num_threads())  # pieces in a task if every thread is to get four
-    return Elements(a, b, p, max(1, least, min(most, share)))
+    pieces, numel = a * b * -(-p // PIECE), max(1, min(p, PIECE))
+    share = pieces // (4 * torch.get_num_threads())  # pieces in a task if every thread is to get four
+    return Elements(a, b, p, pieces, max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share)))
 
 
 class Piece(NamedTuple):
@@ -62,7 +58,7 @@ class Line(NamedTuple):
 @njit(**INLINE)
 def last_piece(task: Any, way: Any) -> Any:
     """One past the last piece of a task."""
-    return min((task + 1) * way.grain, way.a * way.b * ((way.p + PIECE - 1) // PIECE))
+    return min((task + 1) * way.grain, way.pieces)
 
 
 @njit(**INLINE)

@@ -112,14 +112,14 @@ class Region:
         """Run all tasks and wait. True if one of them raised the flag."""
         dtype, words = self._pack(tasks, arguments)
         compiled, on_this_thread = self._compiled.get(dtype) or self.compile(dtype)
-        block = ctypes.create_string_buffer(words, len(words))
-        threads = min(tasks, torch.get_num_threads())
+        block = (ctypes.c_char * len(words)).from_buffer_copy(words)
+        threads = min(tasks, torch.get_num_threads()) if tasks > 1 else 1
         parallel = _openmp() if threads > 1 else None
         if parallel is None:
             on_this_thread(ctypes.addressof(block))
         else:
             parallel(compiled.address, ctypes.addressof(block), threads, 0)
-        return block.raw[8 * _FLAG] != 0
+        return block[8 * _FLAG] != b"\0"
 
 
 def region(block: Any) -> Callable[[Callable[[Any], None]], Region]:

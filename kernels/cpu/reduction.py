@@ -19,7 +19,6 @@ class Sum(NamedTuple):
     total: Stored | None  # for the sum itself, if one block is all there is
     subtotals: Float64 | None  # else for those of the blocks
     size: int
-    block: int
     direct: int
 
 
@@ -32,7 +31,6 @@ class SumOfWeights(NamedTuple):
     total: Stored | None  # as in `Sum`
     subtotals: Float64 | None
     size: int
-    block: int
     direct: int
 
 
@@ -40,7 +38,7 @@ def sum_rows(values: Tensor, total: Tensor) -> None:
     blocks, subtotals = _subtotals(values.numel(), values.dtype, total)
     direct = subtotals is None
     _sum(blocks, Sum(
-        values=values, total=total if direct else None, subtotals=subtotals, size=values.numel(), block=_BLOCK, direct=direct
+        values=values, total=total if direct else None, subtotals=subtotals, size=values.numel(), direct=direct
     ))  # fmt: skip
     if subtotals is not None:
         total.copy_(subtotals.sum())  # few numbers: torch sums them on one thread
@@ -51,7 +49,7 @@ def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor
     direct = subtotals is None
     _sum_of_weights(blocks, SumOfWeights(
         target=target, ignore_index=ignore_index, weight=weight, weight_stride=weight.stride(0), classes=weight.numel(),
-        total=total if direct else None, subtotals=subtotals, size=target.numel(), block=_BLOCK, direct=direct,
+        total=total if direct else None, subtotals=subtotals, size=target.numel(), direct=direct,
     ))  # fmt: skip
     if subtotals is not None:
         total.copy_(subtotals.sum())
@@ -70,8 +68,8 @@ def _sum(block: Any) -> None:
     task = next_task(block)
     while task >= 0:
         subtotal = widen(splat(0.0, a.values))
-        last = min(a.size, (task + 1) * a.block)
-        for i in range(task * a.block, last, lanes_of(a.values)):
+        last = min(a.size, (task + 1) * _BLOCK)
+        for i in range(task * _BLOCK, last, lanes_of(a.values)):
             subtotal = subtotal + widen(load(a.values, i, 1, last - i, 0.0))
         if a.direct:
             a.total[0] = lane_sum(subtotal)
@@ -86,8 +84,8 @@ def _sum_of_weights(block: Any) -> None:
     task = next_task(block)
     while task >= 0:
         subtotal = widen(splat(0.0, a.weight))
-        last = min(a.size, (task + 1) * a.block)
-        for i in range(task * a.block, last, lanes_of(a.weight)):
+        last = min(a.size, (task + 1) * _BLOCK)
+        for i in range(task * _BLOCK, last, lanes_of(a.weight)):
             y = load_classes(a.target, i, 1, last - i, a.ignore_index, splat(0.0, a.weight))
             subtotal = subtotal + widen(weights_of(a.weight, a.weight_stride, y, a.classes))
         if a.direct:

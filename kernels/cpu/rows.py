@@ -32,7 +32,8 @@ class Strides(NamedTuple):
 
 def strides_of(tensor: Tensor) -> Strides:
     """[B, C, P] as it is; the N rows of [N, C] are the positions of one batch entry."""
-    return Strides(0, tensor.stride(1), tensor.stride(0)) if tensor.dim() == 2 else Strides(*tensor.stride())
+    strides = tensor.stride()
+    return Strides(0, strides[1], strides[0]) if len(strides) == 2 else Strides(*strides)
 
 
 class Walk(NamedTuple):
@@ -52,13 +53,16 @@ class Walk(NamedTuple):
 
 def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
     """With at most `few` classes, lanes are rows."""
-    batch, classes, positions = (1, logits.shape[1], logits.shape[0]) if logits.dim() == 2 else logits.shape
-    strides = strides_of(logits)
-    rows, lanes = batch * positions, lanes_for(logits)
-    tile = lanes if (classes <= few or strides.class_ != 1) and rows >= lanes else 1
-    least, most = (numel // max(1, tile * classes) for numel in TASK_NUMEL)
+    if logits.dim() == 2:
+        batch, (positions, classes) = 1, logits.shape
+    else:
+        batch, classes, positions = logits.shape
+    strides, rows, lanes = strides_of(logits), batch * positions, lanes_for(logits)
+    tile = lanes if rows >= lanes and (classes <= few or strides.class_ != 1) else 1
+    numel = max(1, tile * classes)
     share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
-    return Walk(batch, classes, positions, strides, tile, max(1, least, min(most, share)))
+    grain = max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))
+    return Walk(batch, classes, positions, strides, tile, grain)
 
 
 def lanes_for(logits: Tensor) -> int:
@@ -68,7 +72,7 @@ def lanes_for(logits: Tensor) -> int:
 
 def bypass_caches(source: Tensor, result: Tensor) -> bool:
     """Whether to write a result past the caches: it is large, and it is not the memory just read."""
-    return result.numel() * result.element_size() >= STREAM_BYTES and result.data_ptr() != source.data_ptr()
+    return result.nbytes >= STREAM_BYTES and result.data_ptr() != source.data_ptr()
 
 
 class Tile(NamedTuple):

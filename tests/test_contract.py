@@ -122,7 +122,6 @@ def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
         "mass",
         "top",
         "total",
-        "dloss",
         "dlogits",
         "dtarget",
         "dlog_prob",

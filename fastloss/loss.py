@@ -86,7 +86,8 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
 
     def allocate(self, t: Tensors, o: Options) -> Any:
         """Uninitialised tensors for what `outputs` declares, as `results`."""
-        return self.results(*(spec.empty(t[0].device) for spec in self.outputs(t, o)))
+        device = t[0].device
+        return self.results(*[spec.empty(device) for spec in self.outputs(t, o)])
 
     def to_save(self, t: Tensors, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """The fields of `saved`."""

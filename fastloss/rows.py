@@ -89,9 +89,8 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def row_losses(loss: Tensor, logits: Tensor) -> Tensor:
     """Where the kernels write the losses of the rows, [N]: the result itself if it is just that."""
-    if loss.dtype == compute_dtype(logits) and loss.numel() == rows_in(logits) and loss.dim() == len(positions(logits)):
-        return loss.view(-1)
-    return memory.empty((rows_in(logits),), compute_dtype(logits), logits.device)
+    shape, dtype = positions(logits), compute_dtype(logits)
+    return loss.view(-1) if loss.shape == shape and loss.dtype is dtype else memory.empty((math.prod(shape),), dtype, logits.device)
 
 
 def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:

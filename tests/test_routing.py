@@ -184,9 +184,11 @@ def test_a_first_call_that_goes_to_torch_loads_no_kernels() -> None:
 LAYERS = {
     "_version": set(),
     "config": set(),
-    "backends": set(),
     "memory": {"config"},
     "loss": {"memory"},
+    "kinds": {"loss"},
+    "contract": {"kinds"},
+    "backends": {"contract"},
     "rows": {"backends", "loss", "memory"},
     "elements": {"loss", "rows"},
     "arguments": {"loss"},

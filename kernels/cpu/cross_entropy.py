@@ -40,7 +40,7 @@ from .rows import (
     walk,
 )
 from .simd import any_lane, first_lane, lane_numbers, lanes_of, pick, select, splat
-from .targets import refuse_out_of_bounds, weights_of
+from .targets import less_at, refuse_out_of_bounds, weights_of
 
 # up to here lanes are rows going forward: for more classes, gathering them costs more than the ends of rows do. Less than FEW_CLASSES,
 # because all that happens once for each row happens here to many rows at once even if they are taken one by one
@@ -212,8 +212,8 @@ def gradient_of_row(
     x: Any, dx: Any, begin: Any, end: Any, classes: Any, class_stride: Any, lane_stride: Any, to_class: Any, to_lane: Any,
     tile: Any, count: Any, terms: Any, kept: Any, tops: Any, y: Any, y_row: Any, g: Any, scale: Any, past_caches: Any,
 ) -> None:  # fmt: skip
-    """dlogits of classes begin .. end - 1, whole blocks: g / total exp(x - tops), less g at the target. `y_row` is y where the lanes are
-    one row. `terms` has the terms of all blocks (`kept` = 1), or none (0)."""
+    """dlogits of classes begin .. end - 1, whole blocks: g / total exp(x - tops), less g at the target y; where the lanes are one row,
+    `y_row`. `terms` has the terms of all blocks (`kept` = 1), or none (0)."""
     size = block_size(tops, tile)
     for first in range(begin, end, size):
         last = min(end, first + size)
@@ -257,26 +257,27 @@ def _gradient_of_block(
         end = begin + (last - begin) // lanes * lanes
         middle = begin + (y_row - begin) // lanes * lanes if begin <= y_row < end else end
         if begin > first:
-            store(dx, first, 1, begin - first, near_target(x, top, 1, terms, kept, first, first, begin - first, factor, y, g))
+            store(dx, first, 1, begin - first, near_target(x, top, 1, terms, kept, first, first, begin - first, factor, y_row, g))
         for c in range(begin, middle, lanes):
             stream(dx, c, term(x, top, 1, 1, terms, kept, first, c, 1, lanes) * factor, past_caches)
         if middle < end:
-            stream(dx, middle, near_target(x, top, 1, terms, kept, first, middle, lanes, factor, y, g), past_caches)
+            stream(dx, middle, near_target(x, top, 1, terms, kept, first, middle, lanes, factor, y_row, g), past_caches)
         for c in range(middle + lanes, end, lanes):
             stream(dx, c, term(x, top, 1, 1, terms, kept, first, c, 1, lanes) * factor, past_caches)
         if end < last:
-            store(dx, end, 1, last - end, near_target(x, top, 1, terms, kept, first, end, last - end, factor, y, g))
+            store(dx, end, 1, last - end, near_target(x, top, 1, terms, kept, first, end, last - end, factor, y_row, g))
     else:
         for c in range(first, last, lanes):
-            d = near_target(x, top, class_stride, terms, kept, first, c, last - c, factor, y, g)
+            d = near_target(x, top, class_stride, terms, kept, first, c, last - c, factor, y_row, g)
             store(dx, c * to_class, to_class, last - c, d)
 
 
 @njit(**INLINE)
-def near_target(x: Any, top: Any, class_stride: Any, terms: Any, kept: Any, first: Any, c: Any, n: Any, factor: Any, y: Any, g: Any) -> Any:
+def near_target(
+    x: Any, top: Any, class_stride: Any, terms: Any, kept: Any, first: Any, c: Any, n: Any, factor: Any, y_row: Any, g: Any
+) -> Any:
     """The gradient of n classes of one row from c on, one of which may be the target."""
-    d = term(x, top, class_stride, class_stride, terms, kept, first, c, 1, n) * factor
-    return select(lane_numbers(d) + c == y, d - g, d)
+    return less_at(term(x, top, class_stride, class_stride, terms, kept, first, c, 1, n) * factor, y_row - c, g)
 
 
 @njit(**INLINE)

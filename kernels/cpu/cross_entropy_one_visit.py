@@ -99,8 +99,8 @@ def _rows_in_turn(a: Any) -> None:
             elif before < 0:
                 tops, totals = row_statistics(x, classes, 1, 1, 1, lanes, mine, 1)
             else:
-                numbers = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, before, 1, 1)
-                tops, totals = _statistics_and_gradient(x, classes, mine, before_dx, theirs, target[before], *numbers, past_caches)
+                tops, _, g, scale = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, before, 1, 1)
+                tops, totals = _statistics_and_gradient(x, classes, mine, before_dx, theirs, target[before], tops, g, scale, past_caches)
             if see_targets(
                 x, tops, totals, target, ignore_index, weight, weight_stride, loss, row_weight, top, total, row, 1, 1, classes, 1, 1
             ):
@@ -119,7 +119,7 @@ def _rows_in_turn(a: Any) -> None:
 
 @njit(**INLINE)
 def _statistics_and_gradient(
-    x: Any, classes: Any, terms: Any, dx: Any, other_terms: Any, y_row: Any, other_top: Any, y: Any, g: Any, scale: Any, past_caches: Any
+    x: Any, classes: Any, terms: Any, dx: Any, other_terms: Any, y_row: Any, other_top: Any, g: Any, scale: Any, past_caches: Any
 ) -> Any:
     """`row_statistics` of the row at x, and meanwhile `gradient_of_row` of the other one, whose terms are in `other_terms`."""
     lanes, size = lanes_of(x), block_size(terms, 1)
@@ -133,12 +133,12 @@ def _statistics_and_gradient(
         # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
         c, k = first, min(last, first + to_alignment(offset(dx, first))) if past_caches else first
         if k > first:
-            store(dx, first, 1, k - first, near_target(x, scale, 1, other, 1, first, first, k - first, factor, y, g))
+            store(dx, first, 1, k - first, near_target(x, scale, 1, other, 1, first, first, k - first, factor, y_row, g))
         while c + 4 * lanes <= last and k + 4 * lanes <= last:
             here_total = here_total + four_terms(x, here_top, c, 1, 1, 1, lanes, block, c - first)
             if k <= y_row < k + 4 * lanes:
                 for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx, i, near_target(x, scale, 1, other, 1, first, i, lanes, factor, y, g), past_caches)
+                    stream(dx, i, near_target(x, scale, 1, other, 1, first, i, lanes, factor, y_row, g), past_caches)
             else:
                 for i in range(k, k + 4 * lanes, lanes):
                     stream(dx, i, term(x, scale, 1, 1, other, 1, first, i, 1, lanes) * factor, past_caches)
@@ -148,7 +148,7 @@ def _statistics_and_gradient(
         here_total = sum_with_rest(x, here_top, here_total, first, c, last, 1, 1, 1, lanes, block)
         while k < last:
             n = min(lanes, last - k)
-            store(dx, k, 1, n, near_target(x, scale, 1, other, 1, first, k, n, factor, y, g))
+            store(dx, k, 1, n, near_target(x, scale, 1, other, 1, first, k, n, factor, y_row, g))
             k += n
         if first == 0:
             top, total = here_top, here_total

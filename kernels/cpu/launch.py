@@ -10,20 +10,23 @@ Tasks are handed out one by one, and no result depends on who ran which, so ever
 
 import ctypes
 import hashlib
+import signal
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import cfunc
 from numba.core import types
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic, models, register_model
 
-from . import llvm
+from . import half, llvm
+from .cache import KernelCache
 
 STORAGE = {torch.float32: llvm.float32, torch.float64: llvm.float64, torch.float16: llvm.float16, torch.bfloat16: llvm.bfloat16}
 # Words at the start of a launch's argument block
@@ -33,8 +36,9 @@ _I64 = ir.IntType(64)
 
 @cache
 def _sources() -> str:
-    """A fingerprint of this package. Part of every region's signature, so Numba's cache on disk never outlives a change in any file."""
-    digest = hashlib.sha256()
+    """A fingerprint of this package and of the instructions it found. Part of every region's signature, so Numba's cache on disk never
+    outlives a change in any file, or in what LLVM can do."""
+    digest = hashlib.sha256(" ".join(sorted(half.instructions())).encode())
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
@@ -134,6 +138,23 @@ def _openmp() -> Callable[..., None] | None:
     return gomp
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block: what Numba has begun to register when an exception comes is lost for good."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
 class Region:
     """A compiled loop over tasks, one version for each dtype, compiled at first use and cached on disk where that is possible."""
 
@@ -145,13 +166,12 @@ class Region:
 
     def compile(self, dtype: torch.dtype) -> tuple[Any, Callable[[int], None]]:
         """Numba's compiled function for this dtype, and the same as a function of an address."""
-        with self._lock:
+        with self._lock, _uninterrupted():
             if dtype not in self._compiled:
-                signature = types.void(Arguments(STORAGE[dtype]))
-                try:
-                    compiled = cfunc(signature, cache=True, error_model="numpy")(self.body)
-                except RuntimeError:  # Numba found no place for its cache that can be written
-                    compiled = cfunc(signature, error_model="numpy")(self.body)
+                compiled = CFunc(self.body, ((Arguments(STORAGE[dtype]),), types.void), {}, {"error_model": "numpy"})
+                with suppress(Exception):  # without a place that can be written, every process compiles
+                    compiled._cache = KernelCache(self.body)
+                compiled.compile()
                 self._compiled[dtype] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
             return self._compiled[dtype]
 

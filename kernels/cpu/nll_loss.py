@@ -7,8 +7,8 @@ from torch import Tensor
 from .launch import next_task, raise_flag, region, unpack
 from .memory import load, load_classes, load_one, offset, store, stream
 from .rows import WALK, advance, bypass_caches, first_vector, last_tile, rows_of, walk, whole_vectors
-from .simd import lane_numbers, lanes_of, select, splat
-from .targets import refuse_out_of_bounds
+from .simd import lanes_of, select, splat
+from .targets import less_at, refuse_out_of_bounds
 
 _FORWARD = "TICCCnn" + WALK
 _BACKWARD = "TICCnnn" + WALK
@@ -72,7 +72,7 @@ def _backward(a: Any) -> None:
             y = load_classes(target, row, across, size, ignore_index, nothing)
             g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * load(row_weight, row, across, size, 0.0)
             # gradient
-            y_row = target[row]
+            y_row = -1 if target[row] == ignore_index else target[row]
             c, n = 0, first_vector(dx, classes, tile, count, past_caches)
             while c < classes:
                 stop = whole_vectors(c, n, classes, tile, lanes) if class_stride == 1 else c
@@ -83,7 +83,7 @@ def _backward(a: Any) -> None:
                 if stop > c:
                     c, n = stop, min(lanes, classes - stop)
                 else:
-                    value = select(lane_numbers(nothing) * (1 - across) + c == y, nothing - g, nothing)
+                    value = select(y == c, nothing - g, nothing) if tile > 1 else less_at(nothing, y_row - c, g)
                     store(dx, c * class_stride, lane_stride, n, value)
                     c, n = advance(c, n, classes, tile, lanes)
         task = next_task(a)

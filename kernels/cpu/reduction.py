@@ -64,7 +64,7 @@ def _sum_of_weights(a: Any) -> None:
         subtotal = widen(splat(0.0, weight))
         last = min(size, (task + 1) * block)
         for i in range(task * block, last, lanes_of(weight)):
-            y = load_classes(target, i, 1, last - i, ignore_index, splat(0.0, weight))
+            y = load_classes(target, i, 1, last - i, ignore_index, subtotal)
             subtotal = subtotal + widen(weights_of(weight, weight_stride, y, classes))
         if direct:
             total[0] = lane_sum(subtotal)

@@ -17,6 +17,7 @@ from .simd import lanes_of
 
 FEW_CLASSES = 48  # up to here lanes are rows
 SHORT_ROW = 64  # up to here a gradient is faster over several rows at once, if they lie without gaps
+MOST_IN_LANES = (1 << 31) - 1  # a class number has 32 bits where lanes are rows, and one number is for all that are no class
 TASK_NUMEL = (1 << 14, 1 << 16)  # logits in a task, at least and at most: 3 to 15 microseconds; less is not worth waking a thread
 AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp
 STREAM_BYTES = 1 << 25  # results from here on bypass the caches: they would not stay there anyway
@@ -60,7 +61,7 @@ def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
     batch, classes, positions = (1, logits.shape[1], logits.shape[0]) if logits.dim() == 2 else logits.shape
     strides = strides_of(logits)
     rows, lanes = batch * positions, lanes_for(logits)
-    tile = lanes if (classes <= few or strides.class_ != 1) and rows >= lanes else 1
+    tile = lanes if (classes <= few or (strides.class_ != 1 and classes <= MOST_IN_LANES)) and rows >= lanes else 1
     least, most = (numel // max(1, tile * classes) for numel in TASK_NUMEL)
     share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
     return Walk(batch, classes, positions, *strides, tile, max(1, least, min(most, share)))

@@ -114,7 +114,7 @@ def _backward(a: Any) -> None:
      batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
     lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
     q_lane, w_lane = (q_position, 0) if tile > 1 else (q_class, w_class)
-    no_class = lane_numbers(splat(0.0, logits)) + (1 << 30)
+    y, nothing = lane_numbers(splat(0.0, logits)), splat(0.0, logits)
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -125,7 +125,7 @@ def _backward(a: Any) -> None:
             tops, g, scale = _row_numbers(mass, top, total, dloss, dloss_stride, row, tile, count)
             weighted_gradient_of_row(
                 x, dx, classes, class_stride, lane_stride, to_class, to_lane, q, q_class, q_lane, weight, w_class, w_lane, keep, spread,
-                tile, count, top, 0, tops, scale, g, no_class, -1, g, past_caches,
+                tile, count, top, 0, tops, scale, g, y, -1, nothing, past_caches,
             )  # fmt: skip
         task = next_task(a)
 
@@ -139,7 +139,7 @@ def _forward_backward(a: Any) -> None:
     q_lane, w_lane = (q_position, 0) if tile > 1 else (q_class, w_class)
     terms = block_of(terms, next_worker(a) * kept)
     all_blocks = all_kept(terms, kept, classes, tile)
-    no_class = lane_numbers(splat(0.0, logits)) + (1 << 30)
+    y, nothing = lane_numbers(splat(0.0, logits)), splat(0.0, logits)
     task = next_task(a)
     while task >= 0:
         for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
@@ -157,7 +157,7 @@ def _forward_backward(a: Any) -> None:
             tops, g, scale = _row_numbers(mass, top, total, dloss, dloss_stride, row, tile, count)
             weighted_gradient_of_row(
                 x, dx, classes, class_stride, lane_stride, to_class, to_lane, q, q_class, q_lane, weight, w_class, w_lane, keep, spread,
-                tile, count, terms, all_blocks, tops, scale, g, no_class, -1, g, past_caches,
+                tile, count, terms, all_blocks, tops, scale, g, y, -1, nothing, past_caches,
             )  # fmt: skip
         task = next_task(a)
 

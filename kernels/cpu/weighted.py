@@ -12,7 +12,8 @@ from .blocks import BLOCK, block_of, block_size, block_statistics, block_top, ke
 from .math import INLINE, exp
 from .memory import load, offset, prefetch, store, stream
 from .rows import advance, first_vector, whole_vectors
-from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
+from .simd import fma, lane_sum, lanes_of, larger, lowest, select, splat
+from .targets import less_at
 
 
 @njit(**INLINE)
@@ -105,8 +106,8 @@ def weighted_gradient_of_row(
     weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any, tile: Any, count: Any, terms: Any, kept: Any,
     tops: Any, scale: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
 ) -> None:  # fmt: skip
-    """scale exp(x - tops) - g k, less g_y at class y; zero where y is -1, a row that does not count. `y_row` is y where the lanes are one
-    row. `terms` has the terms of all blocks (`kept` = 1), or none (0)."""
+    """scale exp(x - tops) - g k, less g_y at class y; zero where y is -1, a row that does not count. Where the lanes are one row, its class
+    is `y_row`. `terms` has the terms of all blocks (`kept` = 1), or none (0)."""
     size = block_size(tops, tile)
     for first in range(0, classes, size):
         last = min(classes, first + size)
@@ -154,7 +155,7 @@ def _gradient_of_block(
         else:
             k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
             d = term(x, top, class_stride, class_stride, terms, kept, first, c, 1, n) * factor - g * k
-            store(dx, c * to_class, to_lane, n, select(lane_numbers(d) + c == y, d - g_y, d))
+            store(dx, c * to_class, to_lane, n, less_at(d, y_row - c, g_y))
             c, n = advance(c, n, last, tile, lanes)
 
 

@@ -1,0 +1,128 @@
+"""More classes than a 32-bit number counts."""
+
+import ctypes
+import mmap
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastloss.backends import kernels
+from fastloss.kernels.cpu.cross_entropy import gradient_of_row
+from fastloss.kernels.cpu.launch import next_task, region, unpack
+from fastloss.kernels.cpu.memory import load_classes, offset
+from fastloss.kernels.cpu.rows import walk
+from fastloss.kernels.cpu.simd import lanes_of, splat
+
+KINDS = "TITCnnxx"
+
+
+@region(KINDS)
+def _part_of_a_row(a: Any) -> None:
+    """The gradient of 128 classes from `begin` on, of so many that the rest need not be in memory."""
+    x, target, dx, terms, begin, class_stride, g, scale = unpack(a, KINDS)
+    while next_task(a) >= 0:
+        y = load_classes(target, 0, 0, lanes_of(x), -100, splat(0.0, x))
+        x, dx = offset(x, -begin * class_stride), offset(dx, -begin * class_stride)
+        gradient_of_row(
+            x, dx, begin, begin + 128, begin + 128, class_stride, class_stride, class_stride, class_stride, 1, lanes_of(x), terms, 0,
+            splat(0.0, x), y, target[0], splat(g, x), splat(scale, x), 0,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("class_stride", [1, 2])
+@pytest.mark.parametrize("begin", [1 << 30, (1 << 31) - 64, 1 << 31, (1 << 32) - 64])
+def test_only_the_target_is_the_target(begin: int, class_stride: int) -> None:
+    logits = torch.randn(128 * class_stride)
+    for y in (begin - 1, begin, begin + 63, begin + 64, begin + 127, begin + 128, begin + (1 << 32), (1 << 31) - 1, 3):
+        target, dlogits = torch.tensor([y]), torch.full_like(logits, 7.0)
+        _part_of_a_row(
+            torch.float32, 1, logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), logits.data_ptr(), begin, class_stride, 1.7, 0.3
+        )
+        expected = logits.double()[::class_stride].exp() * 0.3
+        expected[y - begin : y - begin + 1] -= 1.7 if 0 <= y - begin < 128 else 0.0
+        torch.testing.assert_close(dlogits[::class_stride].double(), expected, atol=1e-6, rtol=1e-6, msg=lambda text: f"{y=}: {text}")
+
+
+def test_rows_are_in_lanes_only_where_a_lane_holds_a_class_number() -> None:
+    one = torch.zeros(1)
+    assert walk(one.expand(16, (1 << 31) - 1)).tile == 16
+    assert walk(one.expand(16, 1 << 31)).tile == 1
+
+
+@pytest.fixture
+def repeating() -> Iterator[Callable[[Tensor, int], Tensor]]:
+    """Tensors larger than memory: the content of a small one (whole pages) again and again, all in the same pages."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = ctypes.c_void_p, [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    with ExitStack() as stack:
+
+        def repeat(content: Tensor, times: int) -> Tensor:
+            size, fixed, read_write = content.numel() * content.element_size(), 0x10, mmap.PROT_READ | mmap.PROT_WRITE
+            file = os.memfd_create("repeating")
+            stack.callback(os.close, file)
+            os.write(file, content.view(torch.uint8).numpy().tobytes())
+            start = libc.mmap(None, size * times, read_write, mmap.MAP_SHARED | 0x4000, file, 0)  # 0x4000: MAP_NORESERVE
+            assert start not in (None, ctypes.c_void_p(-1).value)
+            stack.callback(libc.munmap, start, size * times)
+            for i in range(times):
+                assert libc.mmap(start + i * size, size, read_write, mmap.MAP_SHARED | fixed, file, 0) == start + i * size
+            return torch.frombuffer((ctypes.c_char * (size * times)).from_address(start), dtype=content.dtype)
+
+        yield repeat
+
+
+WINDOW = 1 << 20  # classes that differ
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="memfd_create")
+@pytest.mark.parametrize(
+    ("loss", "most"),
+    [("cross_entropy", 1 << 31), ("smoothed_cross_entropy", 1 << 31), ("nll_loss", 1 << 31), ("soft_cross_entropy", 1 << 30)],
+)
+def test_gradients_of_the_last_classes(loss: str, most: int, repeating: Callable[[Tensor, int], Tensor]) -> None:
+    """Gradients of later classes lie where those of earlier ones lay, so those of the last ones are left to be seen."""
+    numba: Any = kernels("numba")
+    classes, g = most + WINDOW, 1.7
+    window = torch.randn(WINDOW).to(torch.bfloat16)
+    logits = repeating(window, classes // WINDOW)[None]
+    dlogits = repeating(torch.full_like(window, 7.0), classes // WINDOW)[None]
+    ones = torch.ones(1).expand(classes)
+    x = window.double()
+    total = (x - x.max()).exp().sum() * (classes // WINDOW)
+    p = (x - x.max()).exp() / total
+    numbers = [torch.full((1,), n) for n in (1.0, x.max().item(), total.item())]
+    dloss = torch.tensor([g])
+    for y in (most + 5, most - 1, 3):
+        target = torch.tensor([y])
+        here = torch.zeros_like(p)
+        here[y - most : y - most + 1] = 1.0 if y >= most else 0.0
+        if loss == "cross_entropy":
+            out = [torch.full((1,), 7.0) for _ in range(4)]
+            if y == most + 5:
+                numba.cross_entropy_forward(logits, target, ones, -100, *out)
+                torch.testing.assert_close(out[0].double(), (total.log() - (x[5] - x.max()))[None], rtol=1e-3, atol=0)
+            numba.cross_entropy_backward(logits, target, -100, *numbers, dloss, dlogits)
+            expected = g * (p - here)
+        elif loss == "smoothed_cross_entropy":
+            keep, spread = 0.9, 0.1 / classes
+            numba.smoothed_cross_entropy_backward(
+                logits, target, ones, -100, keep, spread, numbers[0], numbers[0], *numbers[1:], dloss, dlogits
+            )
+            expected = g * (p - spread - keep * here)
+        elif loss == "soft_cross_entropy":
+            numba.soft_cross_entropy_backward(logits, logits, ones, 1.0, 0.0, *numbers, dloss, dlogits)
+            expected = g * (p - x)
+        else:
+            numba.nll_loss_backward(target, -100, numbers[0], dloss, dlogits)
+            expected = -g * here
+        torch.testing.assert_close(dlogits[0, most:].double(), expected, rtol=2e-2, atol=1e-12)
+        if loss == "soft_cross_entropy":
+            break

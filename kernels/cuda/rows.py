@@ -83,6 +83,19 @@ def _merge(tops, totals, axis: tl.constexpr):
 
 
 @triton.jit
+def _gap_of(gaps, masses, tops, totals, top):
+    """sum k (top - x) of all lanes. One that saw no logit above -inf has no top of its own, and nothing rises from there."""
+    return tl.sum(gaps + tl.where(totals > 0.0, masses * (top[:, None] - tops), 0.0), 1)
+
+
+@triton.jit
+def _loss_of(mass, log_total, gap):
+    """sum k (-log p). Where a k is infinite, so is its product with any -log p above 0; mass or gap may have met 0 x inf instead."""
+    endless = tl.where(log_total > 0.0, mass, gap + log_total)
+    return tl.where(tl.abs(mass) == float("inf"), endless, mass * log_total + gap)
+
+
+@triton.jit
 def _body_of(start, C, VEC: tl.constexpr):
     """Of C classes from offset `start`: those before the first aligned vector, whole vectors, and the offset of the first vector.
     The offset is written as a product so that the compiler sees its alignment, wherever the row starts."""

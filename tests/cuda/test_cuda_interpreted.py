@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed: its interpreter cannot run the CUDA kernels")
+pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed: its interpreter cannot run the CUDA kernels")
 
 import kernel_checks as check
 from triton_interpreter import interpreted
@@ -197,6 +197,107 @@ def test_classes_masked_by_the_lowest_number(k: Any, shape: tuple[int, ...], dty
     weight[:masked] = 0.0
     target = torch.full((logits.numel() // shape[1],), shape[1] - 1)
     check.cross_entropy(k, logits, target, weight, smoothing=0.1)
+
+
+def far(x: Tensor) -> float:
+    """So large that the lowest number less this is infinite, so small that no sum over the classes is."""
+    return torch.finfo(x.dtype).max / (4 * x.shape[1])
+
+
+HUGE = {
+    "2^103 or 2^970": lambda x: x.fill_(2.0**970 if x.dtype == torch.float64 else 2.0**103),
+    "the largest of all": lambda x: x.fill_(torch.finfo(x.dtype).max),
+    "towers": lambda x: x.index_fill_(1, torch.tensor([1, x.shape[1] - 1]), far(x)),
+    "both signs": lambda x: x.sign_().mul_(far(x)),
+    "far below, then ordinary": lambda x: x[:, : x.shape[1] // 2].fill_(-far(x)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 50), (2, 1500), (2, 30, 3)], ids=str)
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_logits(k: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The gap starts where nothing has been seen: the rise from there is infinite and must not meet a mass of 0."""
+    logits, q = torch.randn(shape).to(dtype), torch.softmax(torch.randn(shape), 1).to(dtype)
+    HUGE[name](logits)
+    target = torch.randint(shape[1], (logits.numel() // shape[1],))
+    weight = torch.rand(shape[1], dtype=check.real(dtype)) + 0.5
+    weight[1], q[:, 1] = 0.0, 0.0
+    check.cross_entropy(k, logits, target)
+    check.cross_entropy(k, logits, target, weight, smoothing=0.1)
+    check.soft_cross_entropy(k, logits, q, weight, smoothing=0.1, target_too=False)
+    check.soft_cross_entropy(k, logits, q, target_too=False)
+
+
+def smoothed_and_soft(k: Any, logits: Tensor, target: Tensor, q: Tensor, weight: Tensor, smoothing: float) -> list[tuple[Tensor, Tensor]]:
+    """(loss, dlogits) of both losses by the launchers."""
+    keep, spread, found = 1 - smoothing, smoothing / logits.shape[1], []
+    dloss = torch.ones(1, dtype=weight.dtype).expand(logits.shape[0])
+    loss, row_weight, mass, top, total = (check.poisoned_rows(logits) for _ in range(5))
+    dlogits = check.poisoned(logits)
+    k.smoothed_cross_entropy_forward(logits, target, weight, -100, keep, spread, loss, row_weight, mass, top, total)
+    k.smoothed_cross_entropy_backward(logits, target, weight, -100, keep, spread, row_weight, mass, top, total, dloss, dlogits)
+    found.append((loss, dlogits))
+    loss, dlogits = check.poisoned_rows(logits), check.poisoned(logits)
+    k.soft_cross_entropy_forward(logits, q, weight, keep, spread, loss, mass, top, total)
+    k.soft_cross_entropy_backward(logits, q, weight, keep, spread, mass, top, total, dloss, dlogits)
+    return [*found, (loss, dlogits)]
+
+
+def beyond_numbers(classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits [1, C] and class weights, one of them or a difference of logits infinite."""
+    x, w, top = torch.randn(1, classes), torch.rand(classes) + 0.5, torch.finfo(torch.float32).max
+    late = classes - 2
+
+    def put(t: Tensor, **at: float) -> Tensor:
+        t = t.clone()
+        for name, value in at.items():
+            t[..., int(name[1:])] = value
+        return t
+
+    return {
+        "weight inf": (x, put(w, c1=INF)),
+        "weight inf, late": (x, put(w, **{f"c{late}": INF})),
+        "weight -inf": (x, put(w, c1=-INF)),
+        "weights inf and -inf": (x, put(w, c1=-INF, **{f"c{late}": INF})),
+        "all weights inf": (x, w + INF),
+        "weight nan": (x, put(w, c1=float("nan"))),
+        "weight inf of the sure class": (put(x, c0=500.0), put(w, c0=INF)),
+        "weight inf, the top": (put(x, c1=9.0), put(w, c1=INF)),
+        "logit -inf": (put(x, c1=-INF), w),
+        "logit -inf, weight 0": (put(x, c1=-INF), put(w, c1=0.0)),
+        "logit -inf, weight inf": (put(x, c1=-INF), put(w, c1=INF)),
+        "first logits -inf": (torch.where(torch.arange(classes) < late, -INF, x), w),
+        "logit inf": (put(x, c1=INF), w),
+        "logit inf, weight inf": (put(x, c1=INF), put(w, c1=INF)),
+        "logit nan, weight inf": (put(x, c1=float("nan")), put(w, **{f"c{late}": INF})),
+        "all -inf": (x - INF, w),
+        "all -inf, weight inf": (x - INF, w + INF),
+        "lowest, then largest": (put(x, c0=-top, **{f"c{late}": top}), w),
+        "largest, then lowest": (put(x, c0=top, **{f"c{late}": -top}), w),
+        "lowest with weight 0, then largest": (put(x, c0=-top, **{f"c{late}": top}), put(w, c0=0.0)),
+        "largest, then lowest with weight 0": (put(x, c0=top, **{f"c{late}": -top}), put(w, **{f"c{late}": 0.0})),
+    }
+
+
+@pytest.mark.parametrize("classes", [5, 3000])
+@pytest.mark.parametrize("name", beyond_numbers(5))
+def test_nan_and_infinity_are_torchs(k: Any, name: str, classes: int) -> None:
+    x, weight = beyond_numbers(classes)[name]
+    q = torch.softmax(torch.randn(1, classes), 1)
+    for target in (torch.tensor([0]), torch.tensor([1]), torch.tensor([classes - 1])):
+        found = smoothed_and_soft(k, x, target, q, weight, 0.1)
+        for (loss, dlogits), wanted in zip(found, (target, q), strict=True):
+            logits = x.clone().requires_grad_()
+            torchs = torch.nn.functional.cross_entropy(logits, wanted, weight, reduction="none", label_smoothing=0.1)
+            truth = torch.nn.functional.cross_entropy(
+                x.double(), wanted if wanted is target else q.double(), weight.double(), reduction="none", label_smoothing=0.1
+            )
+            if not torchs.isfinite() and truth.isfinite():  # too large for float32: infinite, 0 x infinity, or right after all
+                assert not loss.isfinite() or torch.isclose(loss.double(), truth, rtol=1e-5)
+            else:
+                torch.testing.assert_close(loss, torchs.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(dlogits, torch.autograd.grad(torchs.sum(), logits)[0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -17,9 +17,15 @@ def _row_of(row, P, strides):
 
 
 @triton.jit
+def _blocks_of(n, BLOCK: tl.constexpr):
+    """How many blocks hold n > 0: tl.cdiv, whose sum would overflow where n is near 2**31."""
+    return (n - 1) // BLOCK + 1
+
+
+@triton.jit
 def _tile_of(number, P, BLOCK_N: tl.constexpr):
     """A tile's batch entry [], positions [BLOCK_N], rows [BLOCK_N], and which of these exist."""
-    tiles = tl.cdiv(P, BLOCK_N)
+    tiles = _blocks_of(P, BLOCK_N)
     b = (number // tiles).to(tl.int64)
     p = number % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     return b, p.to(tl.int64), b * P + p, p < P
@@ -37,7 +43,7 @@ def _class_weights(weight_ptr, weight_stride, c, C):
     if weight_stride is None:
         w = tl.where(c < C, tl.load(weight_ptr), 0.0)
     else:
-        w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)
+        w = tl.load(weight_ptr + c.to(tl.int64) * weight_stride, mask=c < C, other=0.0)
     return w[None, :]
 
 

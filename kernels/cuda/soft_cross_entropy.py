@@ -11,7 +11,7 @@ from torch import Tensor
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, looping_tiles, tiles, view
-from .rows import _class_weights, _gap_of, _lanes_at, _loss_of, _merge, _no_statistics, _see, _tile_of
+from .rows import _blocks_of, _class_weights, _gap_of, _lanes_at, _loss_of, _merge, _no_statistics, _see, _tile_of
 
 
 def soft_cross_entropy_forward(
@@ -101,7 +101,7 @@ def _soft_cross_entropy_backward(
 ):  # fmt: skip
     """logits, target, dlogits [B, C, P]; weight [C]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
     real: tl.constexpr = top_ptr.dtype.element_ty
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = _blocks_of(C, BLOCK_C)
     b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers
@@ -125,7 +125,7 @@ def _soft_cross_entropy_target_backward(
 ):  # fmt: skip
     """logits, dtarget [B, C, P]; weight [C]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
     real: tl.constexpr = top_ptr.dtype.element_ty
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = _blocks_of(C, BLOCK_C)
     b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers

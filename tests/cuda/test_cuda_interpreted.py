@@ -1,6 +1,7 @@
 """Every Triton kernel in Triton's interpreter on the CPU, for every dtype and on awkward shapes."""
 
 import importlib
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,11 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", minversion="3.4", reason="Triton is not installed: its interpreter cannot run the CUDA kernels")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 is not installed: its interpreter cannot run the CUDA kernels")
 
 import kernel_checks as check
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 from triton_interpreter import interpreted
 
+from fastloss.kernels.cuda import elements, rows
 from fastloss.kernels.cuda.plan import Device
 
 PACKAGE = "fastloss.kernels.cuda"
@@ -311,7 +316,8 @@ def test_softmax(k: Any, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(5, 10), (3, 2500), (2, 7, 5)], ids=str)
 def test_nll_loss(k: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits, target, weight = make(shape, dtype)
-    target[0] = shape[1]
+    check.nll_loss(k, logits, target, weight)
+    target[0], target[-1] = shape[1], -1
     check.nll_loss(k, logits, target, weight)
 
 
@@ -343,6 +349,38 @@ def test_binary_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     y = torch.rand(x.shape).to(dtype)
     p[0, 0, :2], y[0, 0, :2] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     check.binary_cross_entropy(k, p, y, weight)
+
+
+@triton.jit
+def _where_tiles_lie(number, n, rows_ptr, inside_ptr, elements_ptr, exist_ptr, BLOCK: tl.constexpr):
+    """A tile of n positions and an elementwise program of n elements."""
+    _b, _p, row, inside = rows._tile_of(number, n, BLOCK)
+    _a, _b, p, exist = elements._elements_of(number, 1, n, 1, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    tl.store(rows_ptr + lane, row)
+    tl.store(inside_ptr + lane, inside)
+    tl.store(elements_ptr + lane[None, :], p)
+    tl.store(exist_ptr + lane[None, :], exist)
+
+
+@pytest.mark.parametrize("n", [2**31 - 2048, 2**31 - 2047, 2**31 - 1, 2**31, 2**33 + 5])
+@pytest.mark.parametrize("block", [256, 2048])
+def test_the_last_block_of_positions_around_int32(k: Any, n: int, block: int) -> None:
+    """The interpreter raises where an int32 overflows."""
+    number = (n - 1) // block
+    found, exist = torch.zeros(2, block, dtype=torch.int64), torch.zeros(2, block, dtype=torch.bool)
+    InterpretedFunction(_where_tiles_lie.fn)[(1,)](number, n, found[0], exist[0], found[1], exist[1], BLOCK=block)
+    want = number * block + torch.arange(block)
+    assert torch.equal(exist, (want < n).expand(2, block))
+    assert torch.equal(found[exist], want.expand(2, block)[exist])
+
+
+def test_a_class_weight_with_a_huge_stride(k: Any) -> None:
+    """The last lies more than 2**31 numbers behind the first; only pages that are touched exist."""
+    stride, no_reserve = 3 << 28, 0x4000
+    pages = mmap.mmap(-1, (3 * stride + 1) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    weight = torch.frombuffer(pages, dtype=torch.float32)[::stride].copy_(torch.rand(4) + 0.5)
+    check.cross_entropy(k, torch.randn(3, 4), torch.tensor([1, 3, 0]), weight, smoothing=0.1)
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 3000, 40000])

@@ -20,7 +20,7 @@ from .memory import load, load_classes, offset, store
 from .rows import WALK, bypass_caches, last_tile, rows_of, strides_of, walk
 from .simd import lanes_of, select
 from .targets import refuse_out_of_bounds
-from .weighted import weighted_gradient_of_row, weighted_statistics
+from .weighted import weighted_gradient_of_row, weighted_loss, weighted_statistics
 
 _FORWARD = "TITCCCCCCCxxnn" + WALK
 _BACKWARD = "TITCCCCCCTxxnnnnnnn" + WALK
@@ -89,7 +89,7 @@ def _write_loss(
     kept = keep * load(row_weight, row, 1, count, 0.0)
     log_total = log(totals)
     nll = log_total - (load(loss, row, 1, count, 0.0) - tops)
-    store(loss, row, 1, count, select(valid, kept * nll + (masses * log_total + gaps), 0.0))
+    store(loss, row, 1, count, select(valid, kept * nll + weighted_loss(masses, log_total, gaps), 0.0))
     store(mass, row, 1, count, select(valid, masses + kept, 0.0))
 
 

@@ -16,7 +16,7 @@ from .math import INLINE, log
 from .memory import load, offset, store
 from .rows import WALK, advance, bypass_caches, last_tile, rows_of, strides_of, walk
 from .simd import lane_numbers, lanes_of, splat
-from .weighted import weighted_gradient_of_row, weighted_statistics
+from .weighted import weighted_gradient_of_row, weighted_loss, weighted_statistics
 
 _FORWARD = "TTCCCCCCxxnnnn" + WALK
 _BACKWARD = "TTCCCCCTxxnnnnnnnnn" + WALK
@@ -77,7 +77,7 @@ def _write_loss(loss: Any, mass: Any, top: Any, total: Any, row: Any, count: Any
     store(top, row, 1, count, tops)
     store(total, row, 1, count, totals)
     store(mass, row, 1, count, masses)
-    store(loss, row, 1, count, masses * log(totals) + gaps)
+    store(loss, row, 1, count, weighted_loss(masses, log(totals), gaps))
 
 
 @region(_FORWARD)

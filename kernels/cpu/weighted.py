@@ -6,6 +6,7 @@ The gradient of such a loss is dloss (mass p - k), less something at the target 
 
 from typing import Any
 
+import numpy as np
 from numba import njit
 
 from .blocks import BLOCK, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
@@ -64,18 +65,20 @@ def _block_masses(
 
 
 @njit(**INLINE)
-def _rise(low: Any, high: Any) -> Any:
-    """high - low, but finite, so that a mass of 0 cancels it."""
-    return 0.0 - larger(lowest(low), low - high)
-
-
-@njit(**INLINE)
 def _merge(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mass2: Any, gap2: Any) -> Any:
     """The statistics of two disjoint sets of classes taken together."""
     joint = larger(top, top2)
     total = fma(total, exp(top - joint), total2 * exp(top2 - joint))
-    gap = fma(mass, _rise(top, joint), gap) + fma(mass2, _rise(top2, joint), gap2)
+    # where nothing rises, an infinite mass would make a NaN of it
+    gap = select(top < joint, fma(mass, joint - top, gap), gap) + select(top2 < joint, fma(mass2, joint - top2, gap2), gap2)
     return joint, total, mass + mass2, gap
+
+
+@njit(**INLINE)
+def weighted_loss(mass: Any, log_total: Any, gap: Any) -> Any:
+    """sum k (-log p). Where a k is infinite, so is its product with any -log p above 0; mass or gap may have met 0 x inf instead."""
+    endless = select(log_total > 0.0, mass, gap + log_total)
+    return select((mass == np.inf) | (mass == -np.inf), endless, mass * log_total + gap)
 
 
 @njit(**INLINE)

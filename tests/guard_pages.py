@@ -213,7 +213,7 @@ def run(case: Case, layout: Layout) -> bool:
     assert torch.equal(without_graph.nan_to_num(12345.0), found[0].nan_to_num(12345.0)), "the value depends on requires_grad"
     if case.inplace:  # the logits are their gradient now; what lies between them is as it was
         logits = case.tensors["input"].detach()
-        if logits.dim() < 2 or logits.flatten(2).data_ptr() == logits.data_ptr():  # else the gradient takes the place of a copy
+        if logits.dim() < 3 or logits.flatten(2).data_ptr() == logits.data_ptr():  # else the gradient takes the place of a copy
             assert torch.equal(logits, found[1]), "the gradient is not where the logits were"
         logits.copy_(plain["input"])
     assert _bytes(case.tensors) == before, "an argument was written to"

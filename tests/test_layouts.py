@@ -14,7 +14,7 @@ import fastloss
 GRID = [(call, argument, layout) for call, arguments in ARGUMENTS.items() for argument in arguments for layout in LAYOUTS]
 
 
-@pytest.mark.parametrize(("call", "argument", "layout"), GRID, ids=" - ".join)
+@pytest.mark.parametrize(("call", "argument", "layout"), GRID)
 def test_one_argument(call: str, argument: str, layout: str) -> None:
     """The others are contiguous. Two dtypes: the others differ in nothing that has to do with addresses."""
     reduction = {} if "softmax" in call else {"reduction": "none"}
@@ -70,7 +70,6 @@ def test_an_upstream_gradient_that_is_one_of_many_numbers() -> None:
 @pytest.mark.parametrize(
     ("function", "argument"),
     [("cross_entropy", "input"), ("cross_entropy", "target"), ("cross_entropy", "weight"), ("nll_loss", "target")],
-    ids=" - ".join,
 )
 def test_compiled(function: str, argument: str) -> None:
     """The registered ops: all layouts in one graph, since a compilation takes seconds."""

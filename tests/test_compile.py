@@ -172,6 +172,8 @@ def test_export(call: str) -> None:
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @on_every_call
 def test_make_fx_records_no_constants(call: str, mode: str) -> None:
+    if (call, mode) == ("bce", "symbolic") and torch.__version__ < (2, 13):
+        pytest.skip("an older torch cannot trace its own binary_cross_entropy")
     function, make_input, make_options = CALLS[call]
     tensors, join = split(make_options(6))
     graph = make_fx(function_of_tensors(call), tracing_mode=mode)(make_input(6), *tensors)

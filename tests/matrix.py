@@ -159,7 +159,7 @@ def run_file(python: Path, home: Path, test: Path, cap: float) -> dict[str, Any]
         process = subprocess.Popen(command, cwd=work, env=environment, stdout=log, stderr=log, start_new_session=True)
         try:
             code = process.wait(cap)
-            end = "" if code in (0, 1, 5) else _ended(code)  # 1: tests failed; 5: all are long ones
+            end = "" if code in (0, 1, 2, 5) else _ended(code)  # 1: tests failed; 2: could not be collected; 5: all are long ones
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -189,9 +189,11 @@ def table(found: dict[str, Any]) -> str:
     lines += ["", *sorted({f"Commit {c['commit']}, {c['date']}, {c['machine']}." for c in found.values()})]
     for name, column in found.items():
         lines += ["", f"**{name}**, {len(column['files'])} test files", ""]
-        failures = {test: why for file in column["files"].values() for test, why in file["failures"].items()}
-        lines += [f"- failed: `{test.removeprefix('tests/')}`: {_cell(why)}" for test, why in list(failures.items())[:30]]
-        lines += [f"- failed: {len(failures) - 30} more"] if len(failures) > 30 else []
+        failures: dict[tuple[str, str], list[str]] = {}
+        for part, file in column["files"].items():
+            for test, why in file["failures"].items():
+                failures.setdefault((part, _cell(why)), []).append(test.split("::")[-1])
+        lines += [f"- {len(tests)} failed in {part}: {why} (`{tests[0]}`)" for (part, why), tests in failures.items()]
         lines += [f"- no CUDA kernels: {_cell(column['no_triton'])}"] if "too old" in (column["no_triton"] or "") else []
         skips = sum((Counter(file["skips"]) for file in column["files"].values()), Counter[str]())
         lines += [f"- {count} skipped: {_cell(why)}" for why, count in skips.most_common()]
@@ -199,7 +201,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def _cell(value: Any) -> str:
-    return re.sub(r"\s+", " ", str(value)).replace("|", "\\|")[:200]
+    text = re.sub(r"\S*fastloss-checkout-\w+/", "", str(value))  # the copy's folder has another name every time
+    return re.sub(r"\s+", " ", text).replace("|", "\\|")[:160]
 
 
 def write(page: Path, found: dict[str, Any]) -> None:

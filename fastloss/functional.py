@@ -5,15 +5,19 @@ the kernels do not serve go to torch (`fastloss.explain` tells which and why). N
 `torch.func` transforms, forward-mode AD and `torch.compile` work as they do with torch.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import autograd, checks, ops
-from .routing import route, served_by_torch, tiny
-from .shapes import as_elements, as_rows
+from . import losses
+from .arguments import is_int64, reduction_misfit, refuse_inplace, tensors_misfit
+from .loss import COMPUTE, Loss
+from .operation import apply
+from .ops import OPS
+from .routing import Route, route, served_by_torch, tiny
 
 
 def cross_entropy(
@@ -50,33 +54,30 @@ def cross_entropy(
         RuntimeError: inplace_backward where the gradient cannot take the place of the logits.
         Whatever torch raises, for all else.
     """
+    arguments = input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
     if tiny(input) and not inplace_backward:
-        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    misfit = checks.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    way = route(misfit, input, target, weight, min_numel=0 if inplace_backward else None)
+        return F.cross_entropy(*arguments)
+    misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
+    loss: Any = losses.cross_entropy
+    t: Any = (input, target, weight)
+    o: Any = None
+    if misfit is None:
+        dtype = _result_dtype(input)
+        if target.is_floating_point() and target.shape == input.shape and target.dim():
+            loss, o = losses.soft_cross_entropy, losses.soft_cross_entropy.options(label_smoothing, reduction, dtype)
+            misfit = None if is_int64(ignore_index) and ignore_index < 0 else f"ignore_index is {ignore_index!r} for class probabilities"
+        else:
+            o = loss.options(ignore_index, label_smoothing, reduction, dtype)
+        t = loss.tensors(*t)
+        misfit = misfit or loss.misfit(t, o)
+    way = route(misfit, input, 0 if inplace_backward else None)
     if inplace_backward:
         if way.path != "kernel":
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")
-        checks.inplace_backward(input, target)
+        refuse_inplace(*t)
     if way.path == "torch":
-        return served_by_torch(
-            "cross_entropy", way, F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-        )
-    loss: Tensor
-    logits, dtype = as_rows(input), _result_dtype(input)
-    if target.is_floating_point():
-        soft = as_rows(target)
-        if way.path == "op":
-            loss = ops.soft_cross_entropy(logits, soft, weight, label_smoothing, reduction, dtype)[0]
-        else:
-            loss = autograd.soft_cross_entropy(logits, soft, weight, label_smoothing, reduction, dtype, inplace_backward)
-        return loss.view(input.shape[:1] + input.shape[2:] if input.dim() > 1 else ()) if reduction == "none" else loss
-    indices = target.reshape(-1).long()
-    if way.path == "op":
-        loss = ops.cross_entropy(logits, indices, weight, ignore_index, label_smoothing, reduction, dtype)[0]
-    else:
-        loss = autograd.cross_entropy(logits, indices, weight, ignore_index, label_smoothing, reduction, dtype, inplace_backward)
-    return loss.view(target.shape if input.dim() > 1 else ()) if reduction == "none" else loss
+        return served_by_torch("cross_entropy", way, F.cross_entropy(*arguments))
+    return _serve(way, loss, t, o, inplace_backward)
 
 
 def nll_loss(
@@ -106,15 +107,20 @@ def nll_loss(
         IndexError: on CPU, a class index that is no class. On CUDA the loss of that row is NaN.
         Whatever torch raises, for all else.
     """
+    arguments = input, target, weight, size_average, ignore_index, reduce, reduction
     if tiny(input):
-        return F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    misfit = checks.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction)
-    way = route(misfit, input, target, weight)
+        return F.nll_loss(*arguments)
+    loss: Any = losses.nll_loss
+    t: Any = None
+    o: Any = None
+    misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
+    if misfit is None:
+        t, o = loss.tensors(input, target, weight), loss.options(ignore_index, reduction, _result_dtype(input))
+        misfit = loss.misfit(t, o)
+    way = route(misfit, input)
     if way.path == "torch":
-        return served_by_torch("nll_loss", way, F.nll_loss(input, target, weight, size_average, ignore_index, reduce, reduction))
-    arguments = as_rows(input), target.reshape(-1).long(), weight, ignore_index, reduction, _result_dtype(input)
-    loss: Tensor = ops.nll_loss(*arguments)[0] if way.path == "op" else autograd.nll_loss(*arguments)
-    return loss.view(target.shape) if reduction == "none" else loss
+        return served_by_torch("nll_loss", way, F.nll_loss(*arguments))
+    return _serve(way, loss, t, o)
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,13 +138,12 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     """
     if tiny(input):
         return F.softmax(input, dim, _stacklevel + 1, dtype)
-    way = route(checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
+    way = route(_softmax_misfit(input, dim, dtype), input)
     if way.path == "torch":
         return served_by_torch("softmax", way, F.softmax(input, dim, _stacklevel + 1, dtype))
     assert dim is not None
-    logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
-    prob: Tensor = ops.softmax(logits) if way.path == "op" else autograd.softmax(logits)
-    return _back(prob, input, dim)
+    loss = losses.softmax
+    return _serve(way, loss, loss.tensors(input if dtype is None else input.to(dtype)), loss.options(dim % input.dim()))
 
 
 def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -156,13 +161,12 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
     """
     if tiny(input):
         return F.log_softmax(input, dim, _stacklevel + 1, dtype)
-    way = route(checks.softmax(input, dim, dtype) or _autocast_misfit(input), input)
+    way = route(_softmax_misfit(input, dim, dtype), input)
     if way.path == "torch":
         return served_by_torch("log_softmax", way, F.log_softmax(input, dim, _stacklevel + 1, dtype))
     assert dim is not None
-    logits = as_rows(input if dtype is None else input.to(dtype), dim % input.dim())
-    log_prob: Tensor = ops.log_softmax(logits) if way.path == "op" else autograd.log_softmax(logits)
-    return _back(log_prob, input, dim)
+    loss = losses.log_softmax
+    return _serve(way, loss, loss.tensors(input if dtype is None else input.to(dtype)), loss.options(dim % input.dim()))
 
 
 def binary_cross_entropy_with_logits(
@@ -188,20 +192,20 @@ def binary_cross_entropy_with_logits(
     Returns:
         The loss, () or the shape of `input`, in the dtype of `input` (float32 for half precision under autocast). Raises what torch raises.
     """
+    arguments = input, target, weight, size_average, reduce, reduction, pos_weight
     if tiny(input):
-        return F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight)
-    misfit = checks.elementwise(input, target, (weight, pos_weight), size_average, reduce, reduction)
-    way = route(misfit, input, target, weight, pos_weight)
+        return F.binary_cross_entropy_with_logits(*arguments)
+    loss: Any = losses.bce_with_logits
+    t: Any = None
+    o: Any = None
+    misfit = tensors_misfit(input, target, optional=(weight, pos_weight)) or reduction_misfit(size_average, reduce, reduction)
+    if misfit is None:
+        t, o = loss.tensors(input, target, weight, pos_weight), loss.options(reduction, _result_dtype(input))
+        misfit = loss.misfit(t, o)
+    way = route(misfit, input)
     if way.path == "torch":
-        return served_by_torch(
-            "binary_cross_entropy_with_logits",
-            way,
-            F.binary_cross_entropy_with_logits(input, target, weight, size_average, reduce, reduction, pos_weight),
-        )
-    elements = as_elements(input, target, weight, pos_weight)
-    arguments: Any = *elements.tensors, reduction, _result_dtype(input)
-    loss: Tensor = ops.bce_with_logits(*arguments) if way.path == "op" else autograd.bce_with_logits(*arguments)
-    return elements.restore(loss) if reduction == "none" else loss
+        return served_by_torch("binary_cross_entropy_with_logits", way, F.binary_cross_entropy_with_logits(*arguments))
+    return _serve(way, loss, t, o)
 
 
 def binary_cross_entropy(
@@ -230,31 +234,67 @@ def binary_cross_entropy(
         RuntimeError: on CPU, a number of `input` or `target` outside [0, 1].
         Whatever torch raises, for all else.
     """
+    arguments = input, target, weight, size_average, reduce, reduction
     if tiny(input):
-        return F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction)
-    misfit = checks.elementwise(input, target, (weight,), size_average, reduce, reduction) or _autocast_misfit(input)
-    way = route(misfit, input, target, weight)
+        return F.binary_cross_entropy(*arguments)
+    loss: Any = losses.binary_cross_entropy
+    t: Any = None
+    o: Any = None
+    misfit = (
+        tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction) or _autocast_misfit(input)
+    )
+    if misfit is None:
+        t, o = loss.tensors(input, target, weight), loss.options(reduction)
+        misfit = loss.misfit(t, o)
+    way = route(misfit, input)
     if way.path == "torch":
-        return served_by_torch("binary_cross_entropy", way, F.binary_cross_entropy(input, target, weight, size_average, reduce, reduction))
-    elements = as_elements(input, target, weight)
-    arguments = *elements.tensors, reduction, input.dtype
-    loss: Tensor = ops.binary_cross_entropy(*arguments) if way.path == "op" else autograd.binary_cross_entropy(*arguments)
-    return elements.restore(loss) if reduction == "none" else loss
+        return served_by_torch("binary_cross_entropy", way, F.binary_cross_entropy(*arguments))
+    return _serve(way, loss, t, o)
+
+
+def _serve(way: Route, loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Tensor:
+    """The loss by our kernels: by itself, or as an op where a compiler is watching."""
+    if way.path == "kernel":
+        return apply(loss, t, o, inplace_backward)
+    results: Any = OPS[loss.name].forward(*t, *o)
+    value: Tensor = results[0] if isinstance(results, tuple) else results
+    return value
 
 
 def _result_dtype(input: Tensor) -> torch.dtype:
     """float32 for half precision under autocast, computed without a float32 copy of the input; else the input's own."""
     half = input.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and torch.is_autocast_enabled(input.device.type) else input.dtype
+    return torch.float32 if half and _autocast_is_active(input) else input.dtype
 
 
-def _autocast_misfit(input: Any) -> str | None:
+def _autocast_is_active(input: Tensor) -> bool:
+    # torch cannot say so of every device; before 2.12, whether it can cannot be traced
+    return input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+
+
+def _autocast_misfit(input: Tensor) -> str | None:
     """Autocast's rules for these functions differ between devices; torch knows them."""
-    if isinstance(input, Tensor) and torch.amp.is_autocast_available(input.device.type) and torch.is_autocast_enabled(input.device.type):
-        return "autocast is active"
-    return None
+    return "autocast is active" if _autocast_is_active(input) else None
 
 
-def _back(result: Tensor, input: Tensor, dim: int) -> Tensor:
-    """A result of `as_rows(input, dim)` in the shape of `input`."""
-    return result.reshape(input.shape)
+def _softmax_misfit(input: Any, dim: Any, dtype: Any) -> str | None:
+    if not is_int64(dim):
+        return f"dim is {dim!r}"
+    misfit = tensors_misfit(input) or _autocast_misfit(input)
+    if misfit is not None:
+        return misfit
+    if not -input.dim() <= dim < input.dim():
+        return f"dim {dim} is not a dimension of logits of shape {tuple(input.shape)}"
+    if _exporting():
+        return "an exported program is to run where fastloss is not installed"
+    return f"there are no kernels for {dtype}" if dtype is not None and dtype not in COMPUTE else None
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+
+
+# torch.jit.script cannot compile these functions, and takes torch's own instead, by the protocol it has for that (undocumented)
+_FUNCTIONS: tuple[Any, ...] = (cross_entropy, nll_loss, softmax, log_softmax, binary_cross_entropy_with_logits, binary_cross_entropy)
+for _function in _FUNCTIONS:
+    _function.__prepare_scriptable__ = partial(getattr, F, _function.__name__)

@@ -1,241 +1,137 @@
 """The registered ops `torch.ops.fastloss.*`: what torch.compile, torch.export and make_fx see instead of pointers.
 
-One op for each direction of each loss, around the same launches as the eager path; opaque on purpose, since a compiler that opened them
-would drop the launch options. Second derivatives go through the reference, as in `autograd`; `nll_loss` and the gradient of soft targets
-have none here and raise.
+Two for each loss, `NAME` and `NAME_backward`, around the same forward and backward as the eager path; opaque on purpose, since a compiler
+that opened them would drop the launch options. Schema, fakes and derivatives of any order follow from the loss.
+
+    NAME(tensors, options) -> results              the loss first
+    NAME_backward(dloss, saved, options, bool[] needed) -> a gradient for each differentiable tensor, without elements where not needed
 """
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from . import launches, reference
-from .autograd import differentiable_backward
-from .launches import compute_dtype, rows_in
+from .loss import Loss, fields
+from .losses import LOSSES
 
-cross_entropy = custom_op("fastloss::cross_entropy", launches.cross_entropy_forward, mutates_args=())
-soft_cross_entropy = custom_op("fastloss::soft_cross_entropy", launches.soft_cross_entropy_forward, mutates_args=())
-softmax = custom_op("fastloss::softmax", launches.softmax_forward, mutates_args=())
-log_softmax = custom_op("fastloss::log_softmax", launches.log_softmax_forward, mutates_args=())
-nll_loss = custom_op("fastloss::nll_loss", launches.nll_loss_forward, mutates_args=())
-bce_with_logits = custom_op("fastloss::bce_with_logits", launches.bce_with_logits_forward, mutates_args=())
-binary_cross_entropy = custom_op("fastloss::binary_cross_entropy", launches.binary_cross_entropy_forward, mutates_args=())
-softmax_backward = custom_op("fastloss::softmax_backward", launches.softmax_backward, mutates_args=())
-log_softmax_backward = custom_op("fastloss::log_softmax_backward", launches.log_softmax_backward, mutates_args=())
-nll_loss_backward = custom_op("fastloss::nll_loss_backward", launches.nll_loss_backward, mutates_args=())
-bce_with_logits_backward = custom_op("fastloss::bce_with_logits_backward", launches.bce_with_logits_backward, mutates_args=())
-binary_cross_entropy_backward = custom_op(
-    "fastloss::binary_cross_entropy_backward", launches.binary_cross_entropy_backward, mutates_args=()
-)
-soft_cross_entropy_target_backward = custom_op(
-    "fastloss::soft_cross_entropy_target_backward", launches.soft_cross_entropy_target_backward, mutates_args=()
-)
+AnyLoss = Loss[Any, Any, Any]
+
+_KIND = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float", str: "str", bool: "bool", torch.dtype: "ScalarType"}
 
 
-@custom_op("fastloss::cross_entropy_backward", mutates_args=())
-def cross_entropy_backward(
-    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: int, label_smoothing: float, reduction: str,
-    divisor: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor,
-) -> Tensor:  # fmt: skip
-    saved = divisor, row_weight, mass, top, total
-    return launches.cross_entropy_backward(dloss, logits, target, weight, ignore_index, label_smoothing, *saved)
+class Ops(NamedTuple):
+    """The two ops of a loss."""
+
+    forward: Any
+    backward: Any
 
 
-@custom_op("fastloss::soft_cross_entropy_backward", mutates_args=())
-def soft_cross_entropy_backward(
-    dloss: Tensor, logits: Tensor, target: Tensor, weight: Tensor | None, label_smoothing: float, reduction: str,
-    divisor: Tensor, mass: Tensor, top: Tensor, total: Tensor,
-) -> Tensor:  # fmt: skip
-    return launches.soft_cross_entropy_backward(dloss, logits, target, weight, label_smoothing, divisor, mass, top, total)
+def _arguments(*named: type[tuple[Any, ...]]) -> str:
+    return ", ".join(f"{_KIND[kind]} {field}" for group in named for field, kind in group.__annotations__.items())
 
 
-# ---------------------------------------------------------------- shapes and dtypes, for tracing without data
+def _returns(count: int) -> str:
+    return "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
 
 
-def _loss(logits: Tensor, rows: Any, reduction: str, dtype: torch.dtype) -> Tensor:
-    return logits.new_empty(rows if reduction == "none" else (), dtype=dtype)
+def _one_or_all(results: tuple[Any, ...]) -> Any:
+    return results[0] if len(results) == 1 else tuple(results)
 
 
-def _vector(logits: Tensor, size: Any) -> Tensor:
-    return logits.new_empty((size,), dtype=compute_dtype(logits))
+def _register(loss: AnyLoss) -> Ops:
+    ours = _Arguments(loss)
+    name, results = f"fastloss::{loss.name}", fields(loss.results)
+    forward = custom_op(
+        name, ours.forward, mutates_args=(), schema=f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}"
+    )
+    schema = f"(Tensor dloss, {_arguments(loss.saved, loss.options)}, bool[] needed) -> {_returns(loss.differentiable)}"
+    backward = custom_op(f"{name}_backward", ours.backward, mutates_args=(), schema=schema)
+    forward.register_fake(ours.fake_forward)
+    backward.register_fake(ours.fake_backward)
+
+    def first(ctx: Any, dloss: Tensor, *_: Any) -> Any:
+        _, o = ours.of_forward(ctx.arguments)
+        needed = ctx.needs_input_grad[: loss.differentiable]
+        found = backward(dloss, *ctx.saved_tensors, *o, list(needed))
+        found = found if isinstance(found, tuple) else (found,)
+        gradients = (gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True))
+        return *gradients, *(None,) * (len(ctx.needs_input_grad) - loss.differentiable)
+
+    forward.register_autograd(first, setup_context=ours.save_for_first)
+    backward.register_autograd(ours.second, setup_context=ours.save_for_second)
+    return Ops(forward, backward)
 
 
-def _divisor(logits: Tensor, reduction: str) -> Tensor:
-    return _vector(logits, 1 if reduction == "mean" else 0)
+class _Arguments:
+    """A loss's forward, backward and derivatives as functions of an op's flat arguments."""
 
+    def __init__(self, loss: AnyLoss) -> None:
+        self.loss = loss
+        self.tensors, self.saved, self.options = len(fields(loss.tensors)), len(fields(loss.saved)), len(fields(loss.options))
 
-@cross_entropy.register_fake
-def _(logits, target, weight, ignore_index, label_smoothing, reduction, dtype):  # type: ignore[no-untyped-def]
-    rows = rows_in(logits)
-    mass = _vector(logits, rows if label_smoothing > 0 else 0)
-    vectors = (_vector(logits, rows) for _ in range(3))
-    row_weight, top, total = vectors
-    return _loss(logits, (rows,), reduction, dtype), _divisor(logits, reduction), row_weight, mass, top, total
+    def of_forward(self, arguments: Any) -> tuple[Any, Any]:
+        return self.loss.tensors(*arguments[: self.tensors]), self.loss.options(*arguments[self.tensors :])
 
+    def of_backward(self, arguments: Any) -> tuple[Any, Any, tuple[bool, ...]]:
+        """Saved tensors, options, needed; without dloss."""
+        *rest, needed = arguments
+        return self.loss.saved(*rest[: self.saved]), self.loss.options(*rest[self.saved :]), tuple(needed)
 
-@soft_cross_entropy.register_fake
-def _(logits, target, weight, label_smoothing, reduction, dtype):  # type: ignore[no-untyped-def]
-    rows = rows_in(logits)
-    vectors = (_vector(logits, rows) for _ in range(3))
-    return _loss(logits, (rows,), reduction, dtype), _divisor(logits, reduction), *vectors
+    # ---- kernels
 
+    def forward(self, *arguments: Any) -> Any:
+        t, o = self.of_forward(arguments)
+        self._refuse(self.loss.misfit(t, o))
+        return _one_or_all(self.loss.forward(t, o))
 
-@nll_loss.register_fake
-def _(log_prob, target, weight, ignore_index, reduction, dtype):  # type: ignore[no-untyped-def]
-    rows = rows_in(log_prob)
-    return _loss(log_prob, (rows,), reduction, dtype), _divisor(log_prob, reduction), _vector(log_prob, rows)
+    def backward(self, dloss: Tensor, *arguments: Any) -> Any:
+        s, o, needed = self.of_backward(arguments)
+        found = self.loss.backward(dloss, s, o, needed, None)
+        return _one_or_all(tuple(dloss.new_empty(0) if gradient is None else gradient for gradient in found))
 
+    def _refuse(self, misfit: str | None) -> None:
+        if misfit is not None:
+            raise RuntimeError(f"fastloss::{self.loss.name}: {misfit}")
 
-@bce_with_logits.register_fake
-def _(logits, target, weight, pos_weight, reduction, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(target, dtype=dtype) if reduction == "none" else logits.new_empty((), dtype=dtype)
+    # ---- shapes and dtypes, for tracing without data
 
+    def fake_forward(self, *arguments: Any) -> Any:
+        t, o = self.of_forward(arguments)
+        return _one_or_all(tuple(spec.empty(t[0].device) for spec in self.loss.outputs(t, o)))
 
-@binary_cross_entropy.register_fake
-def _(prob, target, weight, reduction, dtype):  # type: ignore[no-untyped-def]
-    return torch.empty_like(prob, dtype=dtype) if reduction == "none" else prob.new_empty((), dtype=dtype)
+    def fake_backward(self, dloss: Tensor, *arguments: Any) -> Any:
+        s, _, needed = self.of_backward(arguments)
+        return _one_or_all(tuple(torch.empty_like(s[i]) if wanted else dloss.new_empty(0) for i, wanted in enumerate(needed)))
 
+    # ---- derivatives
 
-def _shaped_like(position: int) -> Callable[..., Tensor]:
-    return lambda *args: torch.empty_like(args[position])
+    def save_for_first(self, ctx: Any, inputs: Any, output: Any) -> None:
+        t, _ = self.of_forward(inputs)
+        for field, tensor in zip(t._fields[self.loss.differentiable :], t[self.loss.differentiable :], strict=True):
+            if tensor is not None and tensor.requires_grad:
+                raise RuntimeError(f"fastloss::{self.loss.name}: there is no gradient of {field}")
+        ctx.arguments = (*(None,) * self.tensors, *inputs[self.tensors :])
+        ctx.save_for_backward(*self.loss.to_save(t, output if isinstance(output, tuple) else (output,)))
 
+    def save_for_second(self, ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.rest = inputs[1 + self.saved :]
+        ctx.save_for_backward(*inputs[: 1 + self.saved])
 
-def _contiguous(logits: Tensor) -> Tensor:
-    return torch.empty_like(logits, memory_format=torch.contiguous_format)
-
-
-softmax.register_fake(_contiguous)
-log_softmax.register_fake(_contiguous)
-softmax_backward.register_fake(_shaped_like(1))
-log_softmax_backward.register_fake(_shaped_like(1))
-cross_entropy_backward.register_fake(_shaped_like(1))
-soft_cross_entropy_backward.register_fake(_shaped_like(1))
-soft_cross_entropy_target_backward.register_fake(_shaped_like(1))
-nll_loss_backward.register_fake(_shaped_like(1))
-bce_with_logits_backward.register_fake(_shaped_like(1))
-binary_cross_entropy_backward.register_fake(_shaped_like(1))
-
-
-# ---------------------------------------------------------------- first derivatives: the backward ops
-
-
-def _save(tensors: int, *, outputs: bool = True) -> Callable[..., None]:
-    """Save the first `tensors` inputs and all outputs but the loss; keep the other inputs as `ctx.options`."""
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.set_materialize_grads(True)
-        ctx.options = inputs[tensors:]
-        ctx.save_for_backward(*inputs[:tensors], *(output[1:] if isinstance(output, tuple) and outputs else ()))
-
-    return setup_context
-
-
-def _cross_entropy(ctx: Any, dloss: Tensor, *_: Any) -> Any:
-    logits, target, weight, *saved = ctx.saved_tensors
-    ignore_index, label_smoothing, reduction, _dtype = ctx.options
-    dlogits = cross_entropy_backward(dloss, logits, target, weight, ignore_index, label_smoothing, reduction, *saved)
-    return dlogits, None, None, None, None, None, None
-
-
-def _soft_cross_entropy(ctx: Any, dloss: Tensor, *_: Any) -> Any:
-    logits, target, weight, divisor, mass, top, total = ctx.saved_tensors
-    label_smoothing, reduction, _dtype = ctx.options
-    dlogits = dtarget = None
-    if ctx.needs_input_grad[0]:
-        dlogits = soft_cross_entropy_backward(dloss, logits, target, weight, label_smoothing, reduction, divisor, mass, top, total)
-    if ctx.needs_input_grad[1]:
-        dtarget = soft_cross_entropy_target_backward(dloss, logits, weight, label_smoothing, divisor, top, total)
-    return dlogits, dtarget, None, None, None, None
-
-
-def _nll_loss(ctx: Any, dloss: Tensor, *_: Any) -> Any:
-    log_prob, target, _weight, divisor, row_weight = ctx.saved_tensors
-    return nll_loss_backward(dloss, log_prob, target, ctx.options[0], divisor, row_weight), None, None, None, None, None
-
-
-def _bce_with_logits(ctx: Any, dloss: Tensor) -> Any:
-    return bce_with_logits_backward(dloss, *ctx.saved_tensors, ctx.options[0]), None, None, None, None, None
-
-
-def _binary_cross_entropy(ctx: Any, dloss: Tensor) -> Any:
-    return binary_cross_entropy_backward(dloss, *ctx.saved_tensors, ctx.options[0]), None, None, None, None
-
-
-def _save_result(ctx: Any, inputs: Any, output: Any) -> None:
-    ctx.save_for_backward(output)
-
-
-cross_entropy.register_autograd(_cross_entropy, setup_context=_save(3))
-soft_cross_entropy.register_autograd(_soft_cross_entropy, setup_context=_save(3))
-nll_loss.register_autograd(_nll_loss, setup_context=_save(3))
-bce_with_logits.register_autograd(_bce_with_logits, setup_context=_save(4))
-binary_cross_entropy.register_autograd(_binary_cross_entropy, setup_context=_save(3))
-softmax.register_autograd(lambda ctx, d: softmax_backward(d, *ctx.saved_tensors), setup_context=_save_result)
-log_softmax.register_autograd(lambda ctx, d: log_softmax_backward(d, *ctx.saved_tensors), setup_context=_save_result)
-
-
-# ---------------------------------------------------------------- second derivatives: the backward ops' own, through the reference
-
-
-def _differentiate(op: Any, formula: Callable[..., Tensor], differentiable: int) -> None:
-    """Give a backward op the derivatives of `formula`, the same gradient in plain torch, by its first `differentiable` inputs."""
-
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.inputs = inputs[differentiable:]
-        ctx.save_for_backward(*inputs[:differentiable])
-
-    def backward(ctx: Any, ddinput: Tensor) -> Any:
+    def second(self, ctx: Any, *upstream: Any) -> Any:
+        """The derivatives of the backward op, by the loss's `gradient`."""
         with torch.enable_grad():
-            inputs = [t.detach().requires_grad_(t.is_floating_point()) for t in ctx.saved_tensors]
-            wanted = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            found = torch.autograd.grad(formula(*inputs, *ctx.inputs), wanted, ddinput, allow_unused=True)
-        results = iter(found)
-        return *(next(results) if needed else None for needed in ctx.needs_input_grad[:differentiable]), *(None for _ in ctx.inputs)
-
-    op.register_autograd(backward, setup_context=setup_context)
-
-
-def _cross_entropy_gradient(
-    dloss: Tensor, logits: Tensor, target: Any, weight: Any, ignore_index: Any, smoothing: Any, *rest: Any
-) -> Tensor:
-    def definition(logits: Tensor) -> Tensor:
-        return reference.cross_entropy(logits, target, weight, ignore_index, smoothing, rest[0])
-
-    return _gradient(definition, logits, dloss)
+            inputs = [
+                t.detach().requires_grad_(wanted) if t is not None and wanted else t
+                for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
+            ]
+            s, o, needed = self.of_backward((*inputs[1:], *ctx.rest))
+            found = self.loss.gradient(inputs[0], s, o, needed)
+            pairs = [(gradient, up) for gradient, up in zip(found, upstream, strict=True) if gradient is not None]
+            wanted = [t for t, w in zip(inputs, ctx.needs_input_grad, strict=False) if w]
+            derivatives = iter(torch.autograd.grad([g for g, _ in pairs], wanted, [up for _, up in pairs], allow_unused=True))
+        return *(next(derivatives) if w else None for w in ctx.needs_input_grad[: len(inputs)]), *(None,) * len(ctx.rest)
 
 
-def _soft_gradient(dloss: Tensor, logits: Tensor, target: Tensor, weight: Any, smoothing: Any, reduction: str, *_: Any) -> Tensor:
-    return _gradient(lambda logits: reference.soft_cross_entropy(logits, target, weight, smoothing, reduction), logits, dloss)
-
-
-def _bce_gradient(dloss: Tensor, logits: Tensor, target: Any, weight: Any, pos_weight: Any, reduction: str) -> Tensor:
-    return _gradient(lambda logits: reference.bce_with_logits(logits, target, weight, pos_weight, reduction), logits, dloss)
-
-
-def _binary_gradient(dloss: Tensor, prob: Tensor, target: Any, weight: Any, reduction: str) -> Tensor:
-    return _gradient(lambda prob: reference.binary_cross_entropy(prob, target, weight, reduction), prob, dloss)
-
-
-def _gradient(definition: Callable[[Tensor], Tensor], logits: Tensor, dloss: Tensor) -> Tensor:
-    found = differentiable_backward(definition, (logits,), dloss)[0]
-    assert found is not None
-    return found
-
-
-def _softmax_gradient(dprob: Tensor, prob: Tensor) -> Tensor:
-    return prob * (dprob - (dprob * prob).sum(1, keepdim=True))
-
-
-def _log_softmax_gradient(dlog_prob: Tensor, log_prob: Tensor) -> Tensor:
-    return dlog_prob - log_prob.exp() * dlog_prob.sum(1, keepdim=True)
-
-
-_differentiate(cross_entropy_backward, _cross_entropy_gradient, 2)
-_differentiate(soft_cross_entropy_backward, _soft_gradient, 3)
-_differentiate(bce_with_logits_backward, _bce_gradient, 2)
-_differentiate(binary_cross_entropy_backward, _binary_gradient, 2)
-_differentiate(softmax_backward, _softmax_gradient, 2)
-_differentiate(log_softmax_backward, _log_softmax_gradient, 2)
+OPS = {loss.name: _register(loss) for loss in LOSSES}

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from . import backends, config
-from .autograd import plain
 
 
 class Route(NamedTuple):
@@ -46,22 +45,24 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> Route:
 
 def tiny(input: Any) -> bool:
     """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss."""
-    # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size
+    # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size. Nothing is asked of a subclass
+    # or a nested tensor, which may have no size
     return (
-        isinstance(input, Tensor)
+        (type(input) is Tensor or type(input) is torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not input.is_nested
         and _few(input, config.min_numel)
         and backends.get_backend() == "auto"
         and not _explaining.get()
     )
 
 
-def route(misfit: str | None, logits: Any, *others: Any, min_numel: int | None = None) -> Route:
+def route(misfit: str | None, logits: Any, min_numel: int | None = None) -> Route:
     """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; fewer than `min_numel` logits
     (by default `config.min_numel`) go to torch."""
     if torch.compiler.is_compiling():
         return _compiled(misfit, logits)
-    found = _eager(misfit, logits, others, config.min_numel if min_numel is None else min_numel)
+    found = _eager(misfit, logits, config.min_numel if min_numel is None else min_numel)
     if _explaining.get():
         raise _Explained(found)
     return found
@@ -75,14 +76,12 @@ def served_by_torch(function: str, way: Route, result: Tensor) -> Tensor:
     return result
 
 
-def _eager(misfit: str | None, logits: Any, others: tuple[Any, ...], min_numel: int) -> Route:
+def _eager(misfit: str | None, logits: Any, min_numel: int) -> Route:
     choice = backends.get_backend()
     if choice == "torch":
         return Route("torch", "torch", "backend 'torch' was chosen")
     if misfit is not None:
         return Route("torch", "torch", misfit)
-    if not plain(logits, *others):
-        return Route("torch", "torch", "a tensor subclass, functorch transform, forward-mode level, trace or mode is active")
     name = backends.backend_of(logits.device.type)
     if name is None:
         return Route("torch", "torch", f"there are no kernels for device {logits.device}")

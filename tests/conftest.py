@@ -2,10 +2,12 @@
 
 from collections.abc import Iterator
 
+import launch_watch
 import pytest
 import torch
 
 import fastloss
+from fastloss import contract
 
 ON_ANY_DEVICE = ("cross_entropy", "bce", "softmax", "nll_loss", "seed_cases", "numerics", "property", "inplace")
 
@@ -27,11 +29,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def forced_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No input is too small for the kernels, random numbers are the same every time, and fresh memory holds NaN.
+    """No input is too small for the kernels, every launch is watched, random numbers are the same every time, and fresh memory holds NaN.
 
     One thread: test_concurrency has more, and results do not depend on their number.
     """
     monkeypatch.setattr(fastloss.config, "min_numel", 0)
+    monkeypatch.setattr(contract, "watch", launch_watch.watch)
     torch.manual_seed(0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny inputs on busy cores: libgomp's barriers would take twenty times the work

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors, check, kernel_call
 
 import fastloss
-from fastloss import launches
+from fastloss import elements
 
 WITH_LOGITS, PLAIN = "binary_cross_entropy_with_logits", "binary_cross_entropy"
 SHAPES = [
@@ -186,7 +186,7 @@ def test_strides_of_the_unreduced_loss_are_torchs(layout: str, function: str) ->
 def test_a_broadcast_weight_is_never_written_out(dtype: torch.dtype) -> None:
     """Casting bfloat16 weights after broadcasting them made an N x C copy in float32."""
     logits, weight = torch.empty(300, 7, 40, dtype=dtype), torch.rand(7, 1).to(dtype)
-    wide = launches._element_weight(weight.expand(300, 7, 40), logits)
+    wide = elements.computed(weight.expand(300, 7, 40), logits)
     assert (wide.shape, wide.dtype) == (logits.shape, torch.float32)
     assert wide.untyped_storage().nbytes() <= 7 * 4
     assert torch.equal(wide, weight.float().expand(300, 7, 40))

@@ -12,7 +12,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 import fastloss
-from fastloss import foresight, launches, memory
+from fastloss import foresight, losses, memory
 
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "indices": ("cross_entropy", {}),
@@ -22,12 +22,7 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "bce": ("binary_cross_entropy_with_logits", {}),
     "bce, weights": ("binary_cross_entropy_with_logits", {"weight": True, "pos_weight": True}),
 }
-COMPUTED_AHEAD = (
-    "cross_entropy_forward_backward",
-    "soft_cross_entropy_forward_backward",
-    "bce_with_logits_forward_backward",
-)
-COMPUTED_AFTER = ("cross_entropy_backward", "soft_cross_entropy_backward", "bce_with_logits_backward")
+ONE_VISIT = [loss for loss in losses.LOSSES if loss.one_visit]
 foreseen = pytest.mark.skipif(
     torch.__version__ < (2, 8), reason="no foresight before torch 2.8: it cannot say whether saved tensors are hooked"
 )
@@ -36,6 +31,7 @@ foreseen = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def nothing_seen_yet() -> Iterator[None]:
     foresight._last.clear()
+    foresight._waiting.clear()
     yield
     foresight._last.clear()
 
@@ -45,19 +41,18 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """'ahead' or 'after' for every gradient that is computed."""
     calls: list[str] = []
 
-    def spy(name: str, when: str) -> None:
-        real = getattr(launches, name)
+    def spy(loss: Any, method: str, when: str) -> None:
+        real = getattr(loss, method)
 
         def call(*args: Any, **kwargs: Any) -> Any:
             calls.append(when)
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(launches, name, call)
+        monkeypatch.setattr(loss, method, call)
 
-    for name in COMPUTED_AHEAD:
-        spy(name, "ahead")
-    for name in COMPUTED_AFTER:
-        spy(name, "after")
+    for loss in ONE_VISIT:
+        spy(loss, "forward_backward", "ahead")
+        spy(loss, "backward", "after")
     return calls
 
 

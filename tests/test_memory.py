@@ -11,11 +11,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastloss
 from fastloss import memory
 
 SIZE = 1 << 20  # floats: one gradient is 4 MiB
+
+
+@pytest.fixture(autouse=True, scope="module")
+def little_to_collect() -> Iterator[None]:
+    """A collection looks at what these tests made, not at all that torch and Numba did."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
@@ -173,6 +183,107 @@ def test_shape_dtype_and_strides_are_those_of_torch_empty_like(dtype: torch.dtyp
     for tensor in (base, base.transpose(0, 2), base.permute(1, 0, 2), base[:, ::2], base[:, :1].expand(300, 40, 10), base[10:]):
         mine, theirs = memory.empty_like(tensor), torch.empty_like(tensor)
         assert (mine.shape, mine.dtype, mine.stride(), mine.requires_grad) == (theirs.shape, theirs.dtype, theirs.stride(), False)
+
+
+@pytest.mark.parametrize("pool_min_bytes", [0, 1 << 40], ids=["pooled", "plain"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_every_tensor_is_a_base(pool_min_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """autograd refuses to edit a view that a Function made."""
+    monkeypatch.setattr(fastloss.config, "pool_min_bytes", pool_min_bytes)
+    cpu, base = torch.device("cpu"), torch.empty(8, 6, 4, dtype=dtype)
+    makers: dict[str, Callable[[], torch.Tensor]] = {
+        "empty": lambda: memory.empty((8, 6, 4), dtype, cpu),
+        "scalar": lambda: memory.empty((), dtype, cpu),
+        "nothing": lambda: memory.empty((8, 0, 4), dtype, cpu),
+        "like": lambda: memory.empty_like(base),
+        "like transposed": lambda: memory.empty_like(base.transpose(0, 2)),
+        "like a parameter": lambda: memory.empty_like(torch.nn.Parameter(base)),
+    }
+    modes: dict[str, Callable[[], Any]] = {
+        "grad": torch.enable_grad,
+        "no grad": torch.no_grad,
+        "inference": torch.inference_mode,
+        "device": lambda: torch.device("meta"),
+    }
+    for name, make in makers.items():
+        for mode, context in modes.items():
+            with context():
+                fresh = make()
+                assert not fresh._is_view(), (name, mode)
+                assert (fresh.dtype, fresh.device, fresh.requires_grad, fresh.is_leaf) == (dtype, cpu, False, True), (name, mode)
+                assert fresh.is_inference() == (mode == "inference"), (name, mode)
+                assert (fresh.storage_offset(), fresh.untyped_storage().nbytes()) == (0, fresh.numel() * dtype.itemsize), (name, mode)
+
+
+def test_pooled_tensors_can_shrink_and_not_grow() -> None:
+    """docs/memory.md says why."""
+    tensor = like()
+    assert tensor.resize_(4, 5).shape == (4, 5)
+    assert torch.neg(torch.ones(4, 5), out=tensor).sum() == -20
+    for grow in (lambda: tensor.resize_(2 * SIZE), lambda: tensor.untyped_storage().resize_(0)):
+        with pytest.raises(RuntimeError, match="storage that is not resizable"):
+            grow()
+
+
+def classes(*shape: int) -> torch.Tensor:
+    return torch.randint(shape[1], (shape[0], *shape[2:]))
+
+
+PER_ROW: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "cross_entropy": lambda f, x: f.cross_entropy(x, classes(*x.shape), reduction="none"),
+    "smoothed": lambda f, x: f.cross_entropy(x, classes(*x.shape), label_smoothing=0.1, reduction="none"),
+    "probabilities": lambda f, x: f.cross_entropy(x, torch.rand_like(x), reduction="none"),
+    "nll_loss": lambda f, x: f.nll_loss(x, classes(*x.shape), reduction="none"),
+    "bce_with_logits": lambda f, x: f.binary_cross_entropy_with_logits(x, torch.rand_like(x), reduction="none"),
+    "bce": lambda f, x: f.binary_cross_entropy(x.sigmoid(), torch.rand_like(x), reduction="none"),
+}
+PER_ELEMENT: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "softmax": lambda f, x: f.softmax(x, dim=1),
+    "log_softmax": lambda f, x: f.log_softmax(x, dim=1),
+}
+
+
+def edit(result: torch.Tensor) -> None:
+    result[0] = 0
+    result *= 3
+    result += 1
+    result.relu_()
+
+
+@pytest.mark.parametrize("pool_min_bytes", [0, 1 << 40], ids=["pooled", "plain"])
+@pytest.mark.parametrize("shape", [(60, 20), (6, 20, 10)], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.filterwarnings("ignore:grad and param do not obey")  # torch's gradient of transposed logits
+@pytest.mark.parametrize("name", [*PER_ROW, *PER_ELEMENT])
+def test_results_and_gradients_can_be_edited_in_place(
+    name: str, layout: str, shape: tuple[int, ...], pool_min_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fastloss.config, "pool_min_bytes", pool_min_bytes)
+    call = (PER_ROW | PER_ELEMENT)[name]
+    values = torch.randn(shape) if layout == "contiguous" else torch.randn(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+    found = []
+    for library in (fastloss, F):
+        torch.manual_seed(1)
+        leaf = values.detach().requires_grad_()
+        result = call(library, leaf)
+        if name in PER_ROW:
+            edit(result)
+        upstream = torch.randn(result.shape)
+        (gradient,) = torch.autograd.grad(result, leaf, upstream)
+        if library is fastloss:  # torch's own are views for (N, C, ...): "Can't detach views in-place"
+            result.detach_()
+            gradient.detach_()
+        edit(gradient)
+        leaf.grad = gradient
+        found += [result.detach(), gradient.clone()]
+        optimizer = torch.optim.SGD([leaf], lr=0.1)
+        optimizer.zero_grad(set_to_none=False)
+        assert not leaf.grad.any()
+        call(library, leaf).sum().backward()
+        edit(leaf.grad)
+        found.append(leaf.grad)
+    for mine, theirs in zip(found[:3], found[3:], strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_python_threads_share_nothing() -> None:

@@ -1,15 +1,25 @@
-"""The definitions of `fastloss.reference` are torch's functions."""
+"""The losses' definitions are torch's functions."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from helpers import REDUCTIONS
 
-from fastloss import reference
+from fastloss import losses
 
 f64 = torch.float64
+
+
+def definition(loss: Any, *arguments: Any) -> torch.Tensor:
+    """A loss's definition of its tensors and options, one after the other; the dtype of the loss is left out."""
+    tensors = len(loss.tensors._fields)
+    options = (*arguments[tensors:], f64)[: len(loss.options._fields)]
+    return loss.definition(loss.tensors(*arguments[:tensors]), loss.options(*options))  # type: ignore[no-any-return]
+
+
 WEIGHT = torch.rand(5, dtype=f64, generator=torch.Generator().manual_seed(3)) + 0.1
 
 
@@ -34,14 +44,14 @@ def test_class_indices(weight: torch.Tensor | None, reduction: str) -> None:
             theirs = F.cross_entropy(leaf, target, weight, ignore_index=ignore_index, reduction=reduction, label_smoothing=smoothing)
             if weight is not None and reduction == "mean" and weight[0] == 0:
                 torch.testing.assert_close(
-                    reference.cross_entropy(leaf, target.flatten(), weight, ignore_index, smoothing, reduction), theirs, equal_nan=True
+                    definition(losses.cross_entropy, leaf, target, weight, ignore_index, smoothing, reduction), theirs, equal_nan=True
                 )
                 continue
-            compare(reference.cross_entropy(leaf, target.flatten(), weight, ignore_index, smoothing, reduction), theirs, leaf)
+            compare(definition(losses.cross_entropy, leaf, target, weight, ignore_index, smoothing, reduction), theirs, leaf)
             if smoothing == 0:
                 log_prob = (-torch.rand(shape, dtype=f64)).requires_grad_()
                 theirs = F.nll_loss(log_prob, target, weight, ignore_index=ignore_index, reduction=reduction)
-                compare(reference.nll_loss(log_prob, target.flatten(), weight, ignore_index, reduction), theirs, log_prob)
+                compare(definition(losses.nll_loss, log_prob, target, weight, ignore_index, reduction), theirs, log_prob)
 
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
@@ -50,7 +60,7 @@ def test_class_probabilities(weight: torch.Tensor | None, reduction: str) -> Non
     for shape, smoothing in itertools.product(((6, 5), (2, 5, 3)), (0.0, 0.1, 1.0)):
         leaf, target = torch.randn(shape, dtype=f64, requires_grad=True), torch.rand(shape, dtype=f64, requires_grad=True)
         theirs = F.cross_entropy(leaf, target, weight, reduction=reduction, label_smoothing=smoothing)
-        mine = reference.soft_cross_entropy(leaf, target, weight, smoothing, reduction)
+        mine = definition(losses.soft_cross_entropy, leaf, target, weight, smoothing, reduction)
         compare(mine, theirs, leaf)
         if smoothing < 1:
             compare(mine, theirs, target)
@@ -62,10 +72,10 @@ def test_binary(weighted: bool, reduction: str) -> None:
     leaf, target = torch.randn(4, 5, dtype=f64, requires_grad=True), torch.rand(4, 5, dtype=f64)
     weight, positive = (WEIGHT, WEIGHT * 2) if weighted else (None, None)
     theirs = F.binary_cross_entropy_with_logits(leaf, target, weight, reduction=reduction, pos_weight=positive)
-    compare(reference.bce_with_logits(leaf, target, weight, positive, reduction), theirs, leaf)
+    compare(definition(losses.bce_with_logits, leaf, target, weight, positive, reduction), theirs, leaf)
     prob = torch.rand(4, 5, dtype=f64, requires_grad=True)
     compare(
-        reference.binary_cross_entropy(prob, target, weight, reduction),
+        definition(losses.binary_cross_entropy, prob, target, weight, reduction),
         F.binary_cross_entropy(prob, target, weight, reduction=reduction),
         prob,
     )
@@ -75,5 +85,5 @@ def test_all_ignored_and_no_rows() -> None:
     for rows in (0, 3):
         leaf, target = torch.randn(rows, 5, dtype=f64, requires_grad=True), torch.full((rows,), -100)
         for reduction, smoothing in itertools.product(REDUCTIONS, (0.0, 0.1)):
-            mine = reference.cross_entropy(leaf, target, None, -100, smoothing, reduction)
+            mine = definition(losses.cross_entropy, leaf, target, None, -100, smoothing, reduction)
             torch.testing.assert_close(mine, F.cross_entropy(leaf, target, reduction=reduction, label_smoothing=smoothing), equal_nan=True)

@@ -30,7 +30,7 @@ def test_explain_computes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise AssertionError("computed")
 
-    monkeypatch.setattr("fastloss.launches.cross_entropy_forward", refuse)
+    monkeypatch.setattr("fastloss.losses.cross_entropy.forward", refuse)
     monkeypatch.setattr(F, "cross_entropy", refuse)
     fastloss.explain(fastloss.cross_entropy, X, Y)
     fastloss.explain(fastloss.cross_entropy, X.int(), Y)
@@ -184,17 +184,20 @@ def test_a_first_call_that_goes_to_torch_loads_no_kernels() -> None:
 LAYERS = {
     "_version": set(),
     "config": set(),
-    "reference": set(),
-    "shapes": set(),
-    "backends": set(),
     "memory": {"config"},
-    "launches": {"memory", "backends"},
-    "checks": {"launches"},
-    "autograd": {"foresight", "launches", "reference"},
+    "loss": {"memory"},
+    "kinds": {"loss"},
+    "contract": {"kinds"},
+    "backends": {"contract"},
+    "rows": {"backends", "loss", "memory"},
+    "elements": {"loss", "rows"},
+    "arguments": {"loss"},
+    "losses": {"arguments", "backends", "elements", "loss", "memory", "rows"},
     "foresight": {"config"},
-    "ops": {"launches", "reference", "autograd"},
-    "routing": {"backends", "config", "autograd"},
-    "functional": {"autograd", "checks", "ops", "routing", "shapes"},
+    "operation": {"arguments", "foresight", "loss"},
+    "ops": {"loss", "losses"},
+    "routing": {"backends", "config"},
+    "functional": {"arguments", "loss", "losses", "operation", "ops", "routing"},
     "modules": {"functional"},
 }
 
@@ -217,9 +220,20 @@ def imports_of(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layers_import_only_what_they_may_know(layer: str) -> None:
-    imported = imports_of(PACKAGE / f"{layer}.py")
-    assert {name[1:] for name in imported if name.startswith(".")} <= LAYERS[layer]
-    assert not imported & {"numba", "triton", "llvmlite"}
+    """A folder's files may import what the folder may, but not one another: they know no other loss."""
+    files = [PACKAGE / f"{layer}.py"] if (PACKAGE / f"{layer}.py").exists() else list((PACKAGE / layer).glob("*.py"))
+    for file in files:
+        imported = imports_of(file)
+        dots = "." if file.parent == PACKAGE else ".."
+        if file.name != "__init__.py":
+            assert {name for name in imported if name.startswith(".")} <= {dots + name for name in LAYERS[layer]}, file
+        assert not imported & {"numba", "triton", "llvmlite"}
+
+
+def test_every_file_is_in_a_layer() -> None:
+    above = {"__init__", "__main__", "doctor", "bench", "integrations", "kernels"}
+    found = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert found - above == set(LAYERS)
 
 
 @pytest.mark.parametrize("package", ["cpu", "cuda"])

@@ -1,0 +1,136 @@
+"""Which arguments the kernels serve: what losses have in common. Each function returns None, or in words what does not fit; torch then
+serves, or raises."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._device import DeviceContext
+
+from .loss import COMPUTE
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def tensors_misfit(logits: Any, *required: Any, optional: tuple[Any, ...] = ()) -> str | None:
+    """What every loss asks first, of all its tensors. Nothing is asked of a tensor before it is known to be plain:
+    subclasses must see torch's function, and only that."""
+    present = (logits, *required, *(t for t in optional if t is not None))
+    compiling = torch.compiler.is_compiling()
+    for tensor in present:
+        if not isinstance(tensor, Tensor):
+            return f"{type(tensor).__name__} is not a Tensor"
+        if not compiling and type(tensor) is not Tensor and type(tensor) is not torch.nn.Parameter:
+            return f"{type(tensor).__name__} is a tensor subclass"
+        if tensor.is_nested or tensor.layout != torch.strided or tensor.device != logits.device:
+            return "the tensors are not all strided and on one device"
+    if not compiling and not plain(*present):
+        return "a functorch transform, forward-mode level, trace or mode is active"
+    return None if logits.dtype in COMPUTE else f"there are no kernels for {logits.dtype}"
+
+
+def plain(*tensors: Tensor) -> bool:
+    """True if nothing but the numbers in memory matters: no subclass, vmap, forward-mode level, trace, mode or lazy tensor."""
+    return (
+        all(_has_its_numbers_in_memory(t) for t in tensors)
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+        and torch._C._len_torch_dispatch_stack() == 0
+        and (not torch._C._is_torch_function_mode_enabled() or _only_a_default_device())
+    )
+
+
+def _only_a_default_device() -> bool:
+    """Whether the active modes are those of torch.set_default_device and `with torch.device(...)`: they move new tensors only, and ours
+    name their device."""
+    return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
+
+
+def _has_its_numbers_in_memory(tensor: Tensor) -> bool:
+    return (
+        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
+        and not tensor.is_neg()  # a lazy minus sign
+        and not tensor._is_zerotensor()  # no memory at all
+        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # `is_grads_batched`
+    )
+
+
+def reduction_misfit(size_average: Any, reduce: Any, reduction: Any) -> str | None:
+    if size_average is not None or reduce is not None:
+        return "size_average and reduce are deprecated"
+    return None if reduction in REDUCTIONS else f"{reduction!r} is not a reduction"
+
+
+def is_int64(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and -(2**63) <= number < 2**63
+
+
+def class_weight_misfit(logits: Tensor, weight: Tensor | None) -> str | None:
+    if weight is None:
+        return None
+    if weight.dim() != 1 or weight.shape[0] != (logits.shape[0] if logits.dim() == 1 else logits.shape[1]):
+        return f"weight of shape {tuple(weight.shape)} is not one number for each class"
+    if weight.dtype != logits.dtype:
+        return f"weight is {weight.dtype}, logits are {logits.dtype}"
+    return "weight requires a gradient" if weight.requires_grad else None
+
+
+def class_indices_misfit(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any) -> str | None:
+    if target.dtype not in (torch.int64, torch.uint8):
+        return f"target is {target.dtype}, not int64 or uint8"
+    shape = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size(())
+    if logits.dim() == 0 or (target.shape != shape and not (logits.dim() == 1 and target.shape == (1,))):
+        return f"target of shape {tuple(target.shape)} does not belong to logits of shape {tuple(logits.shape)}"
+    if not is_int64(ignore_index):
+        return f"ignore_index is {ignore_index!r}"
+    return class_weight_misfit(logits, weight)
+
+
+def smoothing_misfit(logits: Tensor, label_smoothing: Any) -> str | None:
+    if not isinstance(label_smoothing, (float, int)) or not 0 <= label_smoothing <= 1:
+        return f"label_smoothing is {label_smoothing!r}"
+    if logits.dim() > 0 and logits.shape[min(1, logits.dim() - 1)] == 0:
+        return "there are no classes"
+    return None
+
+
+def elementwise_misfit(logits: Tensor, target: Tensor, *weights: Tensor | None) -> str | None:
+    if target.shape != logits.shape or target.dtype != logits.dtype:
+        return f"target is {target.dtype} of shape {tuple(target.shape)}, input {logits.dtype} of shape {tuple(logits.shape)}"
+    if target.requires_grad:
+        return "target requires a gradient"
+    for weight in weights:
+        if weight is None:
+            continue
+        if weight.requires_grad or weight.dtype.is_complex or weight.dtype == torch.bool:
+            return f"a weight is {weight.dtype} or requires a gradient"
+        missing = logits.dim() - weight.dim()
+        if missing < 0 or any(w not in (1, s) for w, s in zip(weight.shape, logits.shape[missing:], strict=True)):
+            return f"a weight of shape {tuple(weight.shape)} cannot be broadcast to {tuple(logits.shape)}"
+    return None
+
+
+def refuse_inplace(logits: Tensor, *others: Tensor | None) -> None:
+    """Raise RuntimeError where overwriting the logits with their gradient would be wrong."""
+    problem = None
+    owner = logits if logits._base is None else logits._base
+    memory = logits.untyped_storage().data_ptr()
+    if owner.requires_grad and owner.is_leaf:
+        problem = "the logits are (a view of) a leaf that requires a gradient, and would be lost"
+    elif _may_overlap(logits):
+        problem = f"logits with strides {tuple(logits.stride())} share memory among themselves"
+    elif logits.numel() and any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
+        problem = "target or weight shares the memory of the logits"
+    if problem is not None:
+        raise RuntimeError(f"inplace_backward: {problem}")
+
+
+def _may_overlap(tensor: Tensor) -> bool:
+    """Whether two elements might share memory: a dimension does not reach beyond all smaller ones."""
+    reach = 0
+    for stride, size in sorted((s, n) for s, n in zip(tensor.stride(), tensor.shape, strict=True) if n > 1):
+        if stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False

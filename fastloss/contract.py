@@ -1,0 +1,300 @@
+"""What the launchers of a kernel package are given, as code. `Kernels` says of every argument of every launcher what kind it is, and
+`checked` looks before each call: launchers take addresses, and what does not fit would be read or written out of bounds.
+
+`logits` is [N, C] or [B, C, P] with any strides; a *row* is one position, number b * P + p (N = B * P rows). Rows whose target equals
+`ignore_index` are not rows: their logits are not read, their loss, row_weight and mass are 0, their gradient is written as zero. A
+target outside [0, C) that is not `ignore_index` is never used as an index: on CPU IndexError, on CUDA a loss of NaN. `top` is the
+largest logit of a row, `total` the sum of exp(x - top). Results are written whole, every element, exactly once; `dlogits` may be the
+memory of `logits`.
+"""
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any, Protocol, get_type_hints
+
+from torch import Tensor
+
+from .kinds import (
+    AnyIndices,
+    ClassWeight,
+    ElementNumbers,
+    ElementResults,
+    Elements,
+    Gradient,
+    Indices,
+    Kind,
+    LikeLogits,
+    Logits,
+    Numbers,
+    OnlyGradient,
+    RowGradient,
+    RowNumbers,
+    RowResults,
+    Total,
+    WeightAlone,
+    is_in_its_storage,
+)
+
+
+class Kernels(Protocol):
+    """What a kernel package offers. Launchers fill the results they are given and return None."""
+
+    def cross_entropy_forward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        loss: RowResults,
+        row_weight: RowResults,
+        top: RowResults,
+        total: RowResults,
+    ) -> None:
+        """row_weight = w_y; loss = w_y (log total - (x_y - top))."""
+
+    def cross_entropy_backward(
+        self,
+        logits: Logits,
+        target: Indices,
+        ignore_index: int,
+        row_weight: RowNumbers,
+        top: RowNumbers,
+        total: RowNumbers,
+        dloss: RowGradient,
+        dlogits: Gradient,
+    ) -> None:
+        """dlogits = dloss w_y (p - onehot(y)), p = exp(x - top) / total."""
+
+    def cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        dloss: RowGradient,
+        loss: RowResults,
+        row_weight: RowResults,
+        top: RowResults,
+        total: RowResults,
+        dlogits: Gradient,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
+
+    def smoothed_cross_entropy_forward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        keep: float,
+        spread: float,
+        loss: RowResults,
+        row_weight: RowResults,
+        mass: RowResults,
+        top: RowResults,
+        total: RowResults,
+    ) -> None:
+        """mass = keep w_y + spread sum(w); loss = keep w_y (-log p_y) + spread sum_c w_c (-log p_c); keep = 1 - eps, spread = eps / C."""
+
+    def smoothed_cross_entropy_backward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        keep: float,
+        spread: float,
+        row_weight: RowNumbers,
+        mass: RowNumbers,
+        top: RowNumbers,
+        total: RowNumbers,
+        dloss: RowGradient,
+        dlogits: Gradient,
+    ) -> None:
+        """dlogits = dloss (mass p - spread w - keep w_y onehot(y))."""
+
+    def smoothed_cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        keep: float,
+        spread: float,
+        dloss: RowGradient,
+        loss: RowResults,
+        row_weight: RowResults,
+        mass: RowResults,
+        top: RowResults,
+        total: RowResults,
+        dlogits: Gradient,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
+
+    def soft_cross_entropy_forward(
+        self,
+        logits: Logits,
+        target: LikeLogits,
+        weight: ClassWeight,
+        keep: float,
+        spread: float,
+        loss: RowResults,
+        mass: RowResults,
+        top: RowResults,
+        total: RowResults,
+    ) -> None:
+        """target q is shaped and typed like logits, own strides. k_c = w_c (keep q_c + spread); mass = sum k; loss = sum k_c (-log p_c)."""
+
+    def soft_cross_entropy_backward(
+        self,
+        logits: Logits,
+        target: LikeLogits,
+        weight: ClassWeight,
+        keep: float,
+        spread: float,
+        mass: RowNumbers,
+        top: RowNumbers,
+        total: RowNumbers,
+        dloss: RowGradient,
+        dlogits: Gradient,
+    ) -> None:
+        """dlogits = dloss (mass p - k)."""
+
+    def soft_cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        target: LikeLogits,
+        weight: ClassWeight,
+        keep: float,
+        spread: float,
+        dloss: RowGradient,
+        loss: RowResults,
+        mass: RowResults,
+        top: RowResults,
+        total: RowResults,
+        dlogits: Gradient,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
+
+    def soft_cross_entropy_target_backward(
+        self, logits: Logits, weight: ClassWeight, keep: float, top: RowNumbers, total: RowNumbers, dloss: RowGradient, dtarget: Gradient
+    ) -> None:
+        """dtarget = dloss keep w_c (-log p_c)."""
+
+    def softmax_forward(self, logits: Logits, prob: Gradient) -> None:
+        """prob = exp(x - top) / total, shaped like logits."""
+
+    def softmax_backward(self, prob: Logits, dprob: LikeLogits, dlogits: Gradient) -> None:
+        """dlogits = p (dp - sum_c dp_c p_c)."""
+
+    def log_softmax_forward(self, logits: Logits, log_prob: Gradient) -> None:
+        """log_prob = (x - top) - log total, shaped like logits."""
+
+    def log_softmax_backward(self, log_prob: Logits, dlog_prob: LikeLogits, dlogits: Gradient) -> None:
+        """dlogits = d - p sum_c d_c, p = exp(log_prob)."""
+
+    def nll_loss_forward(
+        self, log_prob: Logits, target: Indices, weight: ClassWeight, ignore_index: int, loss: RowResults, row_weight: RowResults
+    ) -> None:
+        """row_weight = w_y; loss = -w_y log_prob_y. log_prob is shaped like logits."""
+
+    def nll_loss_backward(
+        self, target: Indices, ignore_index: int, row_weight: RowNumbers, dloss: RowGradient, dlog_prob: OnlyGradient
+    ) -> None:
+        """dlog_prob = -dloss w_y onehot(y)."""
+
+    # The elementwise losses: every tensor is [A, B, P], all of one shape, each with its own strides (0 where it is broadcast).
+    # logits, prob, target, dlogits and dprob are in the logits' dtype; weight, pos_weight, loss and dloss in the compute dtype.
+
+    def bce_with_logits_forward(
+        self, logits: Elements, target: LikeLogits, weight: ElementNumbers, pos_weight: ElementNumbers, loss: ElementResults
+    ) -> None:
+        """loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0)."""
+
+    def bce_with_logits_sum(
+        self, logits: Elements, target: LikeLogits, weight: ElementNumbers, pos_weight: ElementNumbers, total: Total
+    ) -> None:
+        """total [1] = the sum of these losses, in one fixed order."""
+
+    def bce_with_logits_backward(
+        self,
+        logits: Elements,
+        target: LikeLogits,
+        weight: ElementNumbers,
+        pos_weight: ElementNumbers,
+        dloss: ElementNumbers,
+        dlogits: Gradient,
+    ) -> None:
+        """dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))."""
+
+    def bce_with_logits_sum_backward(
+        self,
+        logits: Elements,
+        target: LikeLogits,
+        weight: ElementNumbers,
+        pos_weight: ElementNumbers,
+        dloss: ElementNumbers,
+        total: Total,
+        dlogits: Gradient,
+    ) -> None:
+        """What sum and backward compute, in one visit where that can be."""
+
+    def binary_cross_entropy_forward(self, prob: Elements, target: LikeLogits, weight: ElementNumbers, loss: ElementResults) -> None:
+        """loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))."""
+
+    def binary_cross_entropy_sum(self, prob: Elements, target: LikeLogits, weight: ElementNumbers, total: Total) -> None:
+        """total [1] = the sum of these losses, in one fixed order."""
+
+    def binary_cross_entropy_backward(
+        self, prob: Elements, target: LikeLogits, weight: ElementNumbers, dloss: ElementNumbers, dprob: Gradient
+    ) -> None:
+        """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
+
+    def sum_rows(self, values: Numbers, total: Total) -> None:
+        """total [1] = the sum of values [N] (compute dtype), accumulated in float64 in one fixed order."""
+
+    def sum_weights(self, target: AnyIndices, weight: WeightAlone, ignore_index: int, total: Total) -> None:
+        """total [1] = the sum of row_weight, to the same bits, from the targets alone. A target that is no class counts for nothing on
+        CPU, makes the sum NaN on CUDA."""
+
+
+Launcher = Callable[..., None]
+watch: Callable[[str, Launcher, Sequence[Any], Sequence[tuple[int, str, Kind]]], None] | None = None
+"""What tests put between the contract and the launchers: called with a launcher's name, itself, its arguments and their kinds."""
+
+
+def checked(package: Any, device: str) -> Any:
+    """The launchers of a kernel package for tensors on this type of device, each behind its contract."""
+    names = [name for name in vars(Kernels) if not name.startswith("_")]
+    return SimpleNamespace(**{name: _checked(name, getattr(package, name), device) for name in names})
+
+
+def _checked(name: str, launcher: Launcher, device: str) -> Launcher:
+    hints = get_type_hints(getattr(Kernels, name), include_extras=True)
+    kinds = [(i, argument, hint.__metadata__[0]) for i, (argument, hint) in enumerate(hints.items()) if hasattr(hint, "__metadata__")]
+    first, giver = next((i, kind) for i, _, kind in kinds if type(kind).facts is not Kind.facts)
+    foreign = [(i, argument, kind) for i, argument, kind in kinds if not kind.ours]
+    facts_of, giver_name = giver.facts, next(argument for i, argument, _ in kinds if i == first)
+
+    def launch(*arguments: Any) -> None:
+        facts = facts_of(arguments[first])
+        if facts is None or facts.device.type != device:
+            raise RuntimeError(_complaint(name, giver_name, giver, arguments[first], arguments[first], device))
+        for i, argument, kind in foreign if watch is None else kinds:
+            t = arguments[i]
+            if t.device != facts.device or not kind.fits(t, facts):
+                raise RuntimeError(_complaint(name, argument, kind, t, arguments[first], device))
+        if watch is None:
+            launcher(*arguments)
+        else:
+            watch(name, launcher, arguments, kinds)
+
+    return launch
+
+
+def _complaint(name: str, argument: str, kind: Kind, t: Tensor, first: Tensor, device: str) -> str:
+    got = f"{t.dtype} {tuple(t.shape)} with strides {tuple(t.stride())} on {t.device}"
+    if not is_in_its_storage(t):
+        got += f", whose storage holds {t.untyped_storage().nbytes()} bytes: it was freed or cut"
+    beside = "" if t is first else f" beside {first.dtype} {tuple(first.shape)} on {first.device}"
+    return f"fastloss {name}: {argument} must be {kind.rule}, on {device}; got {got}{beside}"

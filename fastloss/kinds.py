@@ -1,0 +1,188 @@
+"""The kinds of tensors that launchers take, each a rule in words and as a test. `contract` says which argument is of which kind."""
+
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from .loss import COMPUTE
+
+
+class Facts:
+    """What the first tensor of a launch says of the others."""
+
+    __slots__ = ("classes", "compute", "device", "dtype", "rows", "shape")
+
+    def __init__(self, t: Tensor, rows: int, classes: int) -> None:
+        self.shape, self.dtype, self.device, self.compute = t.shape, t.dtype, t.device, COMPUTE.get(t.dtype)
+        self.rows, self.classes = rows, classes
+
+
+class Kind:
+    """A rule for one argument, in words and as a test. Some kinds give the facts that the others are held against.
+
+    `ours` is what nobody but the calling loss can have made, a moment ago: it is held against its rule only where launches are watched.
+    """
+
+    rule = ""
+    written = False
+    ours = False
+
+    def facts(self, t: Tensor) -> Facts | None:
+        return None
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        raise NotImplementedError
+
+
+class _Logits(Kind):
+    rule = "[N, C] or [B, C, P] of float32, float64, bfloat16 or float16"
+
+    def facts(self, t: Tensor) -> Facts | None:
+        dims = t.dim()
+        return Facts(t, t.shape[0] * (t.shape[2] if dims == 3 else 1), t.shape[1]) if dims in (2, 3) else None
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return f.compute is not None and is_in_its_storage(t)
+
+
+class _LikeLogits(Kind):
+    rule = "shape and dtype of the logits"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.shape == f.shape and t.dtype is f.dtype and is_in_its_storage(t)
+
+
+class _Gradient(_LikeLogits):
+    rule = "shape and dtype of the logits, no two elements in one place"
+    written = ours = True
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return super().fits(t, f) and (t.is_contiguous() or all(s or n < 2 for s, n in zip(t.stride(), t.shape, strict=True)))
+
+
+class _OnlyGradient(_Gradient, _Logits):
+    """The gradient where there are no logits."""
+
+    facts = _Logits.facts
+
+
+class _Indices(Kind):
+    rule = "[N] of int64, contiguous"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is torch.int64 and t.dim() == 1 and t.numel() == f.rows and t.is_contiguous() and is_in_its_storage(t)
+
+
+class _ClassWeight(Kind):
+    rule = "[C] of the compute dtype"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is f.compute and t.dim() == 1 and t.numel() == f.classes and is_in_its_storage(t)
+
+
+class _RowNumbers(Kind):
+    rule = "[N] of the compute dtype, contiguous"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is f.compute and t.dim() == 1 and t.numel() == f.rows and t.is_contiguous() and is_in_its_storage(t)
+
+
+class _RowResults(_RowNumbers):
+    written = ours = True
+
+
+class _RowGradient(Kind):
+    rule = "[N] of the compute dtype, stride 0 or 1"
+    ours = True
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return (
+            t.dtype is f.compute and t.dim() == 1 and t.numel() == f.rows and (f.rows < 2 or t.stride(0) in (0, 1)) and is_in_its_storage(t)
+        )
+
+
+class _Total(Kind):
+    rule = "one number, float32 or float64"
+    written = ours = True
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype in (torch.float32, torch.float64) and t.numel() == 1 and is_in_its_storage(t)
+
+
+class _Numbers(Kind):
+    rule = "[N] of float32 or float64, contiguous"
+    ours = True
+
+    def facts(self, t: Tensor) -> Facts | None:
+        return Facts(t, t.numel(), 0)
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype in (torch.float32, torch.float64) and t.dim() == 1 and t.is_contiguous() and is_in_its_storage(t)
+
+
+class _WeightAlone(Kind):
+    """The class weight where there are no logits."""
+
+    rule = "[C] of float32 or float64"
+
+    def facts(self, t: Tensor) -> Facts | None:
+        return Facts(t, 0, t.numel())
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype in (torch.float32, torch.float64) and t.dim() == 1 and is_in_its_storage(t)
+
+
+class _AnyIndices(Kind):
+    rule = "one dimension of int64, contiguous"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is torch.int64 and t.dim() == 1 and t.is_contiguous() and is_in_its_storage(t)
+
+
+class _Elements(Kind):
+    rule = "[A, B, P] of float32, float64, bfloat16 or float16"
+
+    def facts(self, t: Tensor) -> Facts | None:
+        return Facts(t, 0, 0) if t.dim() == 3 else None
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return f.compute is not None and is_in_its_storage(t)
+
+
+class _ElementNumbers(Kind):
+    rule = "shape of the logits, compute dtype"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.shape == f.shape and t.dtype is f.compute and is_in_its_storage(t)
+
+
+class _ElementResults(_ElementNumbers):
+    written = ours = True
+
+
+Logits = Annotated[Tensor, _Logits()]
+LikeLogits = Annotated[Tensor, _LikeLogits()]
+Gradient = Annotated[Tensor, _Gradient()]
+OnlyGradient = Annotated[Tensor, _OnlyGradient()]
+Indices = Annotated[Tensor, _Indices()]
+AnyIndices = Annotated[Tensor, _AnyIndices()]
+ClassWeight = Annotated[Tensor, _ClassWeight()]
+WeightAlone = Annotated[Tensor, _WeightAlone()]
+RowNumbers = Annotated[Tensor, _RowNumbers()]
+RowResults = Annotated[Tensor, _RowResults()]
+RowGradient = Annotated[Tensor, _RowGradient()]
+Numbers = Annotated[Tensor, _Numbers()]
+Total = Annotated[Tensor, _Total()]
+Elements = Annotated[Tensor, _Elements()]
+ElementNumbers = Annotated[Tensor, _ElementNumbers()]
+ElementResults = Annotated[Tensor, _ElementResults()]
+
+
+def is_in_its_storage(t: Tensor) -> bool:
+    """Whether every element lies in memory that the tensor still has: a storage may have been freed or cut (`resize_`, FSDP)."""
+    count = t.numel()
+    if not count:
+        return True
+    last = count if t.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
+    return (t.storage_offset() + last) * t.element_size() <= t.untyped_storage().nbytes()

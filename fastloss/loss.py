@@ -1,0 +1,133 @@
+"""What a loss says of itself. `operation` and `ops` make everything else of it: the eager path, two registered ops, all derivatives."""
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from . import memory
+
+COMPUTE = {torch.float32: torch.float32, torch.float64: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""Storage dtype -> the dtype that its numbers are computed in. What is not here has no kernels."""
+
+Tensors = TypeVar("Tensors", bound=tuple[Any, ...])
+Options = TypeVar("Options", bound=tuple[Any, ...])
+Saved = TypeVar("Saved", bound=tuple[Any, ...])
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    return COMPUTE[tensor.dtype]
+
+
+class Spec(NamedTuple):
+    """A tensor that a forward leaves behind, before it exists; with the strides of `like` where those are dense, else contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    like: Tensor | None = None
+
+    def empty(self, device: torch.device) -> Tensor:
+        """The tensor, uninitialised. Traced, it is a fake one: what tracing sees is what the forward allocates."""
+        if self.like is not None:
+            return torch.empty_like(self.like, dtype=self.dtype)
+        return memory.empty(self.shape, self.dtype, device)
+
+
+class Loss(ABC, Generic[Tensors, Options, Saved]):
+    """One loss. `Tensors`, `Options` and `Saved` are NamedTuples, whose annotations become the schema of the registered ops.
+
+    `forward` takes the tensors as the user gave them, of any layout, and returns what `outputs` declares: the loss first. `Saved` names
+    what the backward sees again, by the fields of `tensors` and of `results`.
+    """
+
+    name: str
+    tensors: ClassVar[type[tuple[Any, ...]]]
+    options: ClassVar[type[tuple[Any, ...]]]
+    results: ClassVar[type[tuple[Any, ...]]]
+    saved: ClassVar[type[tuple[Any, ...]]]
+    differentiable: ClassVar[int] = 1  # the first so many tensors have a gradient
+    one_visit: ClassVar[bool] = False  # there is a `forward_backward`
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        everything = (*fields(self.tensors), *fields(self.results))
+        self._saved = tuple(everything.index(field) for field in fields(self.saved))
+
+    @abstractmethod
+    def misfit(self, t: Tensors, o: Options) -> str | None:
+        """In words, what about these arguments the kernels do not do; None if they fit. The tensors are plain and on one device."""
+
+    @abstractmethod
+    def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
+        """What the forward leaves, one for each field of `results`."""
+
+    @abstractmethod
+    def definition(self, t: Tensors, o: Options) -> Tensor:
+        """The loss in plain torch, in the dtype of its first tensor: the oracle of the tests, and the way to second derivatives."""
+
+    @abstractmethod
+    def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
+        """What `outputs` declares, by the kernels."""
+
+    @abstractmethod
+    def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
+        """The gradients of the first tensors, None where not needed, by the kernels; the very first in `result` if there is one, which
+        may be the memory of the first tensor."""
+
+    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The gradient of the first tensor under this upstream gradient, and what `forward` returns, in one visit."""
+        raise NotImplementedError(self.name)
+
+    def gradient(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """What `backward` computes, in torch operations that can be differentiated again."""
+        t = self.tensors(*(getattr(s, field) for field in fields(self.tensors)))
+        return _derivative(self, t, o, dloss, needed)
+
+    def allocate(self, t: Tensors, o: Options) -> Any:
+        """Uninitialised tensors for what `outputs` declares, as `results`."""
+        device = t[0].device
+        return self.results(*[spec.empty(device) for spec in self.outputs(t, o)])
+
+    def to_save(self, t: Tensors, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
+        """The fields of `saved`."""
+        everything = (*t, *results)
+        return tuple(everything[i] for i in self._saved)
+
+
+def fields(named: type[tuple[Any, ...]]) -> tuple[str, ...]:
+    """The names of a NamedTuple."""
+    return named._fields  # type: ignore[attr-defined, no-any-return]
+
+
+def _derivative(loss: Any, t: Any, o: Any, dloss: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    """The gradients of the definition as a graph; None where not needed."""
+    inputs = [x for x, wanted in zip(t, needed, strict=False) if wanted]
+    with torch.enable_grad():
+        # half precision is computed in float32, as by the kernels
+        wide = (x.to(compute_dtype(x)) if x is not None and x.dtype in COMPUTE else x for x in t)
+        value = loss.definition(loss.tensors(*wide), o).to(dloss.dtype)
+        found = torch.autograd.grad(value, inputs, dloss, create_graph=torch.is_grad_enabled(), materialize_grads=True)
+        found = tuple(_linked(gradient, x) for gradient, x in zip(found, inputs, strict=True))
+    results = iter(found)
+    return tuple(next(results) if wanted else None for wanted in needed)
+
+
+def _linked(gradient: Tensor, x: Tensor) -> Tensor:
+    """A gradient that does not depend on x, as a function of x all the same, as torch has it: its derivative is 0, not an error."""
+    if gradient.requires_grad or not x.requires_grad:
+        return gradient
+    return torch.where(torch.zeros((), dtype=torch.bool, device=x.device), x, gradient)
+
+
+def reduced(loss: Tensor, row_weight: Tensor | None, reduction: str) -> Tensor:
+    """In plain torch: 'none', 'sum', or 'mean' over the weights of the rows (their number, if there are none)."""
+    if reduction == "none":
+        return loss
+    total = loss.sum()
+    if reduction == "sum":
+        return total
+    if row_weight is None:
+        return total / loss.numel()
+    divisor = row_weight.sum()
+    return total / divisor + 0 / divisor  # no weight at all is NaN, also where the total is not zero

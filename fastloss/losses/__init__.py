@@ -1,0 +1,21 @@
+"""The losses, one file each."""
+
+from .bce_with_logits import bce_with_logits
+from .binary_cross_entropy import binary_cross_entropy
+from .cross_entropy import cross_entropy
+from .nll_loss import nll_loss
+from .soft_cross_entropy import soft_cross_entropy
+from .softmax import log_softmax, softmax
+
+LOSSES = (cross_entropy, soft_cross_entropy, softmax, log_softmax, nll_loss, bce_with_logits, binary_cross_entropy)
+
+__all__ = [
+    "LOSSES",
+    "bce_with_logits",
+    "binary_cross_entropy",
+    "cross_entropy",
+    "log_softmax",
+    "nll_loss",
+    "soft_cross_entropy",
+    "softmax",
+]

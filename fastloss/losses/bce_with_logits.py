@@ -1,0 +1,79 @@
+"""Sigmoid cross-entropy: w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)) of each element; 'mean' divides by their number."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import elementwise_misfit
+from ..backends import kernels_for
+from ..elements import as_elements, computed, element_gradient, loss_spec, reduce_elements
+from ..loss import Loss, Spec, compute_dtype, reduced
+from ..memory import empty_like
+from ..rows import settle
+
+
+class Tensors(NamedTuple):
+    input: Tensor  # logits x of any shape
+    target: Tensor  # y, shape and dtype of `input`
+    weight: Tensor | None  # w, broadcastable to `input`
+    pos_weight: Tensor | None  # broadcastable to `input`
+
+
+class Options(NamedTuple):
+    reduction: str
+    dtype: torch.dtype  # of the loss
+
+
+class Results(NamedTuple):
+    loss: Tensor
+
+
+Saved = Tensors
+
+
+class BCEWithLogits(Loss[Tensors, Options, Saved]):
+    tensors, options, results, saved = Tensors, Options, Results, Saved
+    one_visit = True
+
+    def misfit(self, t: Tensors, o: Options) -> str | None:
+        return elementwise_misfit(t.input, t.target, t.weight, t.pos_weight)
+
+    def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
+        return (loss_spec(t.target, o.reduction, o.dtype),)
+
+    def definition(self, t: Tensors, o: Options) -> Tensor:
+        log_weight = 1.0 if t.pos_weight is None else 1 + (t.pos_weight - 1) * t.target
+        loss = (1 - t.target) * t.input - log_weight * torch.nn.functional.logsigmoid(t.input)
+        return reduced(loss if t.weight is None else loss * t.weight, None, o.reduction)
+
+    def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
+        (loss,), compute = self.allocate(t, o), compute_dtype(t.input)
+        if o.reduction == "none":
+            exact = loss if loss.dtype == compute else torch.empty_like(loss, dtype=compute)
+            x, y, w, pos, written = as_elements(*t, exact)
+            kernels_for(x).bce_with_logits_forward(x, y, computed(w, x), computed(pos, x), written)
+            settle(exact, written)
+            return (loss if exact is loss else loss.copy_(exact),)
+        x, y, w, pos = as_elements(*t)
+        total = t.input.new_empty((), dtype=compute)
+        kernels_for(x).bce_with_logits_sum(x, y, computed(w, x), computed(pos, x), total)
+        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        return (loss,)
+
+    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+        (loss,), dinput, total = self.allocate(t, o), empty_like(t.input), t.input.new_empty((), dtype=compute_dtype(t.input))
+        x, y, w, pos, written = as_elements(*t, dinput)
+        g = element_gradient(torch.full((), dloss, dtype=o.dtype, device=x.device), o.reduction, x).expand(x.shape)
+        kernels_for(x).bce_with_logits_sum_backward(x, y, computed(w, x), computed(pos, x), g, total, written)
+        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        return settle(dinput, written), (loss,)
+
+    def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
+        dinput = empty_like(s.input)
+        x, y, w, pos, g, written = as_elements(*s, element_gradient(dloss, o.reduction, s.input), dinput)
+        kernels_for(x).bce_with_logits_backward(x, y, computed(w, x), computed(pos, x), g, written)
+        return (settle(dinput, written),)
+
+
+bce_with_logits = BCEWithLogits("bce_with_logits")

@@ -1,0 +1,68 @@
+"""Cross-entropy of probabilities: -w (y log p + (1 - y) log(1 - p)) of each element, no logarithm below -100; 'mean' divides by their
+number."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import elementwise_misfit
+from ..backends import kernels_for
+from ..elements import as_elements, computed, element_gradient, loss_spec, reduce_elements
+from ..loss import Loss, Spec, compute_dtype, reduced
+from ..memory import empty_like
+from ..rows import settle
+
+
+class Tensors(NamedTuple):
+    input: Tensor  # probabilities p of any shape
+    target: Tensor  # y, shape and dtype of `input`
+    weight: Tensor | None  # w, broadcastable to `input`
+
+
+class Options(NamedTuple):
+    reduction: str
+
+
+class Results(NamedTuple):
+    loss: Tensor
+
+
+Saved = Tensors
+
+
+class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
+    tensors, options, results, saved = Tensors, Options, Results, Saved
+
+    def misfit(self, t: Tensors, o: Options) -> str | None:
+        return elementwise_misfit(t.input, t.target, t.weight)
+
+    def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
+        return (loss_spec(t.input, o.reduction, t.input.dtype),)
+
+    def definition(self, t: Tensors, o: Options) -> Tensor:
+        loss = (t.target - 1) * torch.log1p(-t.input).clamp(min=-100) - t.target * torch.log(t.input).clamp(min=-100)
+        return reduced(loss if t.weight is None else loss * t.weight, None, o.reduction)
+
+    def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
+        (loss,), compute = self.allocate(t, o), compute_dtype(t.input)
+        if o.reduction == "none":
+            exact = loss if loss.dtype == compute else torch.empty_like(loss, dtype=compute)
+            p, y, w, written = as_elements(*t, exact)
+            kernels_for(p).binary_cross_entropy_forward(p, y, computed(w, p), written)
+            settle(exact, written)
+            return (loss if exact is loss else loss.copy_(exact),)
+        p, y, w = as_elements(*t)
+        total = t.input.new_empty((), dtype=compute)
+        kernels_for(p).binary_cross_entropy_sum(p, y, computed(w, p), total)
+        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        return (loss,)
+
+    def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
+        dinput = empty_like(s.input)
+        p, y, w, g, written = as_elements(*s, element_gradient(dloss, o.reduction, s.input), dinput)
+        kernels_for(p).binary_cross_entropy_backward(p, y, computed(w, p), g, written)
+        return (settle(dinput, written),)
+
+
+binary_cross_entropy = BinaryCrossEntropy("binary_cross_entropy")

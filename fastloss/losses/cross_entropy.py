@@ -1,0 +1,141 @@
+"""Softmax cross-entropy with class indices as targets. Of each row whose target y is not `ignore_index`
+
+    loss = -(1 - eps) w_y log p_y - eps / C sum_c w_c log p_c,    p = softmax(input)
+
+and 'mean' divides by the sum of w_y.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import rows
+from ..arguments import class_indices_misfit, smoothing_misfit
+from ..backends import kernels_for
+from ..loss import Loss, Spec
+from ..memory import empty_like
+
+
+class Tensors(NamedTuple):
+    input: Tensor  # logits (C,), (N, C) or (N, C, d1, ...)
+    target: Tensor  # class indices, the shape of `input` without its classes, int64 or uint8
+    weight: Tensor | None  # (C,)
+
+
+class Options(NamedTuple):
+    ignore_index: int
+    label_smoothing: float  # eps
+    reduction: str
+    dtype: torch.dtype  # of the loss
+
+
+class Results(NamedTuple):
+    loss: Tensor
+    divisor: Tensor
+    row_weight: Tensor  # [N], as all that follow
+    mass: Tensor  # without elements if nothing is smoothed
+    top: Tensor
+    total: Tensor
+
+
+class Saved(NamedTuple):
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    divisor: Tensor
+    row_weight: Tensor
+    mass: Tensor
+    top: Tensor
+    total: Tensor
+
+
+class CrossEntropy(Loss[Tensors, Options, Saved]):
+    tensors, options, results, saved = Tensors, Options, Results, Saved
+    one_visit = True
+
+    def misfit(self, t: Tensors, o: Options) -> str | None:
+        return smoothing_misfit(t.input, o.label_smoothing) or class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
+
+    def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
+        row = rows.vector(t.input, rows.rows_in(t.input))
+        mass = row if o.label_smoothing > 0 else rows.vector(t.input, 0)
+        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row, mass, row, row
+
+    def definition(self, t: Tensors, o: Options) -> Tensor:
+        log_prob, target = torch.log_softmax(rows.one_row_each(t.input), 1), t.target.reshape(-1).long()
+        weight = log_prob.new_ones(log_prob.shape[1]) if t.weight is None else t.weight.to(log_prob.dtype)
+        loss, row_weight = rows.picked(log_prob, target, weight, o.ignore_index)
+        if o.label_smoothing > 0:
+            smooth = -(log_prob * weight).sum(1).masked_fill(target == o.ignore_index, 0.0)
+            loss = (1 - o.label_smoothing) * loss + o.label_smoothing / max(1, log_prob.shape[1]) * smooth
+        return rows.reduced_rows(loss, row_weight, o.reduction, t.input)
+
+    def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
+        r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
+        loss = rows.row_losses(r.loss, t.input)
+        if o.label_smoothing > 0:
+            weight = rows.dense_class_weight(t.weight, t.input)
+            kernels.smoothed_cross_entropy_forward(
+                logits, target, weight, o.ignore_index, *_smoothing(t, o), loss, r.row_weight, r.mass, r.top, r.total
+            )
+        else:
+            weight = rows.class_weight(t.weight, t.input)
+            kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, r.row_weight, r.top, r.total)
+        rows.sum_row_weights(r.row_weight, r.divisor)
+        _reduce(loss, r, o)
+        return tuple(r)
+
+    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+        r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
+        loss, weight, dinput = rows.row_losses(r.loss, t.input), rows.class_weight(t.weight, t.input), empty_like(t.input)
+        dlogits = rows.as_rows(dinput)
+        if o.reduction == "mean":
+            kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
+        g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
+        if o.label_smoothing > 0:
+            kernels.smoothed_cross_entropy_forward_backward(
+                logits,
+                target,
+                weight.contiguous(),
+                o.ignore_index,
+                *_smoothing(t, o),
+                g,
+                loss,
+                r.row_weight,
+                r.mass,
+                r.top,
+                r.total,
+                dlogits,
+            )
+        else:
+            kernels.cross_entropy_forward_backward(logits, target, weight, o.ignore_index, g, loss, r.row_weight, r.top, r.total, dlogits)
+        _reduce(loss, r, o)
+        return rows.settle(dinput, dlogits), tuple(r)
+
+    def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
+        dinput = empty_like(s.input) if result is None else result
+        logits, dlogits, target, kernels = rows.as_rows(s.input), rows.as_rows(dinput), rows.as_indices(s.target), kernels_for(s.input)
+        g = rows.row_gradient(dloss, s.divisor, s.input)
+        if o.label_smoothing > 0:
+            weight = rows.dense_class_weight(s.weight, s.input)
+            kernels.smoothed_cross_entropy_backward(
+                logits, target, weight, o.ignore_index, *_smoothing(s, o), s.row_weight, s.mass, s.top, s.total, g, dlogits
+            )
+        else:
+            kernels.cross_entropy_backward(logits, target, o.ignore_index, s.row_weight, s.top, s.total, g, dlogits)
+        return (rows.settle(dinput, dlogits),)
+
+
+def _smoothing(t: Tensors | Saved, o: Options) -> tuple[float, float]:
+    """How much of a target stays where it is, and how much goes to every class."""
+    return 1 - o.label_smoothing, o.label_smoothing / rows.classes_of(t.input)
+
+
+def _reduce(loss: Tensor, r: Any, o: Options) -> None:
+    rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
+    if o.label_smoothing > 0 and o.reduction == "mean":
+        r.loss.add_(0 / r.divisor)  # no weight at all: NaN, although the smoothed part of the sum is not 0
+
+
+cross_entropy = CrossEntropy("cross_entropy")

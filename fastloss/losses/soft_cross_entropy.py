@@ -1,0 +1,127 @@
+"""Softmax cross-entropy with class probabilities as targets. Of each row
+
+    loss = -sum_c w_c q_c log p_c,    p = softmax(input),    q = (1 - eps) target + eps / C
+
+and 'mean' divides by the number of rows.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import rows
+from ..arguments import class_weight_misfit, smoothing_misfit
+from ..backends import kernels_for
+from ..loss import Loss, Spec
+from ..memory import empty_like
+
+
+class Tensors(NamedTuple):
+    input: Tensor  # logits (C,), (N, C) or (N, C, d1, ...)
+    target: Tensor  # class probabilities, shape and dtype of `input`
+    weight: Tensor | None  # (C,)
+
+
+class Options(NamedTuple):
+    label_smoothing: float  # eps
+    reduction: str
+    dtype: torch.dtype  # of the loss
+
+
+class Results(NamedTuple):
+    loss: Tensor
+    divisor: Tensor
+    mass: Tensor  # [N], as all that follow
+    top: Tensor
+    total: Tensor
+
+
+class Saved(NamedTuple):
+    input: Tensor
+    target: Tensor
+    weight: Tensor | None
+    divisor: Tensor
+    mass: Tensor
+    top: Tensor
+    total: Tensor
+
+
+class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
+    tensors, options, results, saved = Tensors, Options, Results, Saved
+    differentiable = 2
+    one_visit = True
+
+    def misfit(self, t: Tensors, o: Options) -> str | None:
+        if t.target.dtype != t.input.dtype or t.target.shape != t.input.shape:
+            return f"target is {t.target.dtype} {tuple(t.target.shape)}, logits are {t.input.dtype} {tuple(t.input.shape)}"
+        return smoothing_misfit(t.input, o.label_smoothing) or class_weight_misfit(t.input, t.weight)
+
+    def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
+        row = rows.vector(t.input, rows.rows_in(t.input))
+        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row, row, row
+
+    def definition(self, t: Tensors, o: Options) -> Tensor:
+        q = (1 - o.label_smoothing) * rows.one_row_each(t.target) + o.label_smoothing / max(1, rows.classes_of(t.input))
+        terms = -q * torch.log_softmax(rows.one_row_each(t.input), 1)
+        return rows.reduced_rows((terms if t.weight is None else terms * t.weight).sum(1), None, o.reduction, t.input)
+
+    def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
+        r, logits, target, weight = (
+            self.allocate(t, o),
+            rows.as_rows(t.input),
+            rows.as_rows(t.target),
+            rows.dense_class_weight(t.weight, t.input),
+        )
+        loss = rows.row_losses(r.loss, t.input)
+        kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, *_smoothing(t, o), loss, r.mass, r.top, r.total)
+        r.divisor.fill_(loss.numel())
+        rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
+        return tuple(r)
+
+    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+        r, logits, target, weight = (
+            self.allocate(t, o),
+            rows.as_rows(t.input),
+            rows.as_rows(t.target),
+            rows.dense_class_weight(t.weight, t.input),
+        )
+        loss, dinput = rows.row_losses(r.loss, t.input), empty_like(t.input)
+        dlogits = rows.as_rows(dinput)
+        r.divisor.fill_(loss.numel())
+        g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
+        kernels_for(t.input).soft_cross_entropy_forward_backward(
+            logits, target, weight, *_smoothing(t, o), g, loss, r.mass, r.top, r.total, dlogits
+        )
+        rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
+        return rows.settle(dinput, dlogits), tuple(r)
+
+    def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
+        logits, target, weight, kernels = (
+            rows.as_rows(s.input),
+            rows.as_rows(s.target),
+            rows.dense_class_weight(s.weight, s.input),
+            kernels_for(s.input),
+        )
+        g = rows.row_gradient(dloss, s.divisor, s.input)
+        keep, spread = _smoothing(s, o)
+        dinput = dtarget = None
+        if needed[1]:  # before the logits may be overwritten
+            dtarget = empty_like(s.target)
+            written = rows.as_rows(dtarget)
+            kernels.soft_cross_entropy_target_backward(logits, weight, keep, s.top, s.total, g, written)
+            rows.settle(dtarget, written)
+        if needed[0]:
+            dinput = empty_like(s.input) if result is None else result
+            written = rows.as_rows(dinput)
+            kernels.soft_cross_entropy_backward(logits, target, weight, keep, spread, s.mass, s.top, s.total, g, written)
+            rows.settle(dinput, written)
+        return dinput, dtarget
+
+
+def _smoothing(t: Tensors | Saved, o: Options) -> tuple[float, float]:
+    """How much of a target stays where it is, and how much goes to every class."""
+    return 1 - o.label_smoothing, o.label_smoothing / rows.classes_of(t.input)
+
+
+soft_cross_entropy = SoftCrossEntropy("soft_cross_entropy")

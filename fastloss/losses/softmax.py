@@ -1,0 +1,67 @@
+"""softmax and log_softmax along any dimension. Both save their result only, so the logits may be freed or edited before the backward."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import rows
+from ..backends import kernels_for
+from ..loss import Loss, Spec, compute_dtype
+from ..memory import empty_like
+
+
+class Tensors(NamedTuple):
+    input: Tensor  # logits of any shape
+
+
+class Options(NamedTuple):
+    dim: int  # not negative
+
+
+class Results(NamedTuple):
+    result: Tensor
+
+
+Saved = Results
+
+
+class Softmax(Loss[Tensors, Options, Saved]):
+    """p = exp(input) / sum of exp(input), or its logarithm."""
+
+    tensors, options, results, saved = Tensors, Options, Results, Saved
+
+    def misfit(self, t: Tensors, o: Options) -> str | None:
+        return None if 0 <= o.dim < t.input.dim() else f"dim {o.dim} is not a dimension of logits of shape {tuple(t.input.shape)}"
+
+    def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
+        return (Spec(tuple(t.input.shape), t.input.dtype),)
+
+    def definition(self, t: Tensors, o: Options) -> Tensor:
+        return torch.log_softmax(t.input, o.dim) if self.name == "log_softmax" else torch.softmax(t.input, o.dim)
+
+    def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
+        (result,) = self.allocate(t, o)
+        logits, written, kernels = rows.as_rows(t.input, o.dim), rows.as_rows(result, o.dim), kernels_for(t.input)
+        (kernels.log_softmax_forward if self.name == "log_softmax" else kernels.softmax_forward)(logits, written)
+        return (result,)
+
+    def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
+        dinput, kernels = empty_like(s.result), kernels_for(s.result)
+        found, upstream, written = (rows.as_rows(t, o.dim) for t in (s.result, dloss, dinput))
+        (kernels.log_softmax_backward if self.name == "log_softmax" else kernels.softmax_backward)(found, upstream, written)
+        return (rows.settle(dinput, written),)
+
+    def gradient(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """By the formula, in which the result stands for the logits."""
+        with torch.enable_grad():
+            d, found = (t.to(compute_dtype(t)) for t in (dloss, s.result))
+            if self.name == "log_softmax":
+                gradient = d - found.exp() * d.sum(o.dim, keepdim=True)
+            else:
+                gradient = found * (d - (d * found).sum(o.dim, keepdim=True))
+        return (gradient.to(dloss.dtype),)
+
+
+softmax = Softmax("softmax")
+log_softmax = Softmax("log_softmax")

@@ -1,0 +1,65 @@
+"""The eager path of every loss: one autograd Function, made of what the loss says of itself.
+
+A first derivative is a kernel; a graph through the backward (`create_graph`, batched gradients) differentiates the loss's `gradient`
+instead, which is slow and right.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import plain
+from .foresight import Foresight, foresee
+from .loss import Loss
+
+
+def apply(loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Tensor:
+    """The loss of tensors and options that fit, by the kernels."""
+    foresight = foresee(loss.name, t[0], o.reduction) if loss.one_visit and not inplace_backward else None
+    result: Tensor = _Operation.apply(loss, o, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
+    return result
+
+
+class _Operation(torch.autograd.Function):
+    """(loss, options, inplace_backward, foresight, the loss's tensors)"""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, loss: Loss[Any, Any, Any], o: Any, inplace: bool, foresight: Foresight | None, *tensors: Any
+    ) -> Tensor:
+        ctx.loss, ctx.options, ctx.inplace, ctx.foresight = loss, o, inplace, foresight
+        t = loss.tensors(*tensors)
+        if foresight is not None and foresight.expected is not None:
+            dinput, results = loss.forward_backward(foresight.expected, t, o)
+            foresight.keep(dinput)
+        else:
+            results = loss.forward(t, o)
+        ctx.save_for_backward(*loss.to_save(t, results))
+        return results[0]
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> Any:  # type: ignore[override]
+        loss, o, foresight = ctx.loss, ctx.options, ctx.foresight
+        s, needed = loss.saved(*ctx.saved_tensors), ctx.needs_input_grad[4 : 4 + loss.differentiable]
+        if ctx.inplace and torch.is_grad_enabled():
+            raise RuntimeError("inplace_backward: the logits cannot be overwritten with their gradient while create_graph=True needs them")
+        if torch.is_grad_enabled() or not plain(dloss):
+            if foresight is not None:
+                foresight.forget()
+            gradients = loss.gradient(dloss, s, o, needed)
+        else:
+            foreseen = None if foresight is None else foresight.take(dloss)
+            if foreseen is None:
+                gradients = loss.backward(dloss, s, o, needed, _overwritten(s.input) if ctx.inplace else None)
+            elif any(needed[1:]):
+                gradients = foreseen, *loss.backward(dloss, s, o, (False, *needed[1:]), None)[1:]
+            else:
+                gradients = foreseen, *(None,) * (loss.differentiable - 1)
+        return None, None, None, None, *gradients, *(None,) * (len(ctx.needs_input_grad) - 4 - loss.differentiable)
+
+
+def _overwritten(logits: Tensor) -> Tensor:
+    """The logits' own memory as the place of their gradient. Their version moves on, so that autograd refuses whoever needs them still."""
+    torch.autograd.graph.increment_version(logits)
+    return logits.detach()

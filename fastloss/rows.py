@@ -1,0 +1,165 @@
+"""What the losses over rows of classes have in common: their tensors as the kernels want them, and the arithmetic on one number a row.
+
+The kernels know logits [N, C] or [B, C, P]. Row numbers are [N] vectors (N = B * P) in the compute dtype: float64 for float64 logits, else
+float32.
+"""
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .backends import kernels_for
+from .loss import Spec, compute_dtype, reduced
+
+
+def as_rows(logits: Tensor, dim: int = 1) -> Tensor:
+    """[N, C] or [B, C, P] with the classes of dimension `dim`; (C,) counts as one row. A view, unless strides leave no choice."""
+    if logits.dim() == 1:
+        return logits.unsqueeze(0)
+    if logits.dim() == 2:
+        return logits if dim in (1, -1) else logits.unsqueeze(0)
+    if dim in (-1, logits.dim() - 1):
+        return logits.flatten(0, -2)
+    return logits.flatten(0, dim - 1).flatten(2) if dim > 0 else logits.flatten(1).unsqueeze(0)
+
+
+def positions(logits: Tensor) -> tuple[int, ...]:
+    """The shape of (N, C, d1, ...) without its classes."""
+    return (*logits.shape[:1], *logits.shape[2:]) if logits.dim() > 1 else ()
+
+
+def rows_in(logits: Tensor) -> int:
+    return math.prod(positions(logits))
+
+
+def classes_of(logits: Tensor) -> int:
+    return logits.shape[1] if logits.dim() > 1 else logits.shape[0]
+
+
+def vector(logits: Tensor, size: int) -> Spec:
+    """[size] in the compute dtype."""
+    return Spec((size,), compute_dtype(logits))
+
+
+def divisor_spec(logits: Tensor, reduction: str) -> Spec:
+    """What 'mean' divides by; without elements for 'none' and 'sum'."""
+    return Spec(() if reduction == "mean" else (0,), compute_dtype(logits))
+
+
+def loss_spec(logits: Tensor, reduction: str, dtype: torch.dtype) -> Spec:
+    return Spec(positions(logits) if reduction == "none" else (), dtype)
+
+
+# ---------------------------------------------------------------- arguments of the kernels
+
+
+def as_indices(target: Tensor) -> Tensor:
+    """Class indices [N], int64, side by side in memory."""
+    if target.dim() == 1 and target.dtype == torch.int64 and target.is_contiguous():
+        return target
+    return target.reshape(-1).long().contiguous()
+
+
+def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
+    """[C] in the compute dtype; no weight is a one with stride 0."""
+    if weight is None:
+        return one(compute_dtype(logits), logits.device).expand(classes_of(logits))
+    return weight.detach().to(compute_dtype(logits))
+
+
+def dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
+    """The same for kernels that read it along with the logits: side by side in memory, also where all are one."""
+    return class_weight(weight, logits).contiguous()
+
+
+def one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A one [1] that nothing ever writes to."""
+    # made inside a graph capture it would hold nothing until the graph is replayed
+    capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    return torch.ones(1, dtype=dtype, device=device) if capturing else _one(dtype, device)
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=dtype, device=device)
+
+
+def row_losses(loss: Tensor, logits: Tensor) -> Tensor:
+    """Where the kernels write the losses of the rows, [N]: the result itself if it is just that."""
+    shape, dtype = positions(logits), compute_dtype(logits)
+    return loss.view(-1) if loss.shape == shape and loss.dtype is dtype else memory.empty((math.prod(shape),), dtype, logits.device)
+
+
+def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
+    """The gradient of every row's loss, [N] with stride 1 or 0, from that of the reduced loss."""
+    dloss, rows = dloss.to(compute_dtype(logits)), rows_in(logits)
+    if divisor.numel():
+        dloss = dloss / divisor
+    if dloss.dim() == 0:
+        return dloss.expand(rows)
+    dloss = dloss.reshape(-1)
+    return dloss if dloss.stride(0) in (0, 1) else dloss.contiguous()
+
+
+def row_gradient_of(number: float, divisor: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same from a number that the upstream gradient, in `dtype`, is expected to be."""
+    return row_gradient(torch.full((), number, dtype=dtype, device=logits.device), divisor, logits)
+
+
+# ---------------------------------------------------------------- reductions
+
+
+def sum_row_weights(row_weight: Tensor, divisor: Tensor) -> None:
+    """Write what 'mean' divides by, the sum of the rows' weights, where it has a place."""
+    if divisor.numel():
+        kernels_for(row_weight).sum_rows(row_weight, divisor)
+
+
+def reduce_rows(rows: Tensor, divisor: Tensor, reduction: str, loss: Tensor) -> None:
+    """Write the loss, from the losses of the rows."""
+    if reduction == "none":
+        if rows.data_ptr() != loss.data_ptr():
+            loss.view(-1).copy_(rows)
+        return
+    total = loss if reduction == "sum" and loss.dtype == rows.dtype else rows.new_empty(())
+    kernels_for(rows).sum_rows(rows, total)
+    if divisor.numel():
+        torch.div(total, divisor, out=loss)
+    elif total is not loss:
+        loss.copy_(total)
+
+
+# ---------------------------------------------------------------- results of the logits' size
+
+
+def settle(result: Tensor, written: Tensor) -> Tensor:
+    """The result, after a kernel has written it as `written`: a view of it, or a copy in its order where strides left no choice."""
+    if written.data_ptr() != result.data_ptr():
+        result.copy_(written.view(result.shape))
+    return result
+
+
+# ---------------------------------------------------------------- for definitions in plain torch
+
+
+def one_row_each(logits: Tensor) -> Tensor:
+    """(C,), (N, C) or (N, C, d1, ...) as [rows, C]."""
+    rows = as_rows(logits)
+    return rows if rows.dim() == 2 else rows.transpose(1, 2).flatten(0, 1)
+
+
+def reduced_rows(loss: Tensor, row_weight: Tensor | None, reduction: str, logits: Tensor) -> Tensor:
+    """`reduced`, in the shape of the logits without their classes if nothing is."""
+    return reduced(loss, row_weight, reduction).reshape(positions(logits) if reduction == "none" else ())
+
+
+def picked(log_prob: Tensor, target: Tensor, weight: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """-w_y log_prob_y and w_y of rows [N, C], both zero for ignored rows."""
+    ignored = target == ignore_index
+    y = target.masked_fill(ignored, 0)
+    row_weight = weight[y].masked_fill(ignored, 0.0) if weight.numel() else log_prob.new_zeros(target.shape)
+    found = log_prob.gather(1, y[:, None]).squeeze(1) if log_prob.shape[1] else row_weight
+    return (-row_weight * found).masked_fill(ignored, 0.0), row_weight

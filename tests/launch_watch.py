@@ -1,0 +1,50 @@
+"""Stands between the contract and every launch of every test: what a launcher must write is poisoned first and nowhere poison afterwards,
+what it may only read has the same bits afterwards, and no result lies in another argument's memory except in place."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
+# quiet NaNs with a payload that no kernel makes
+_POISON = {torch.float32: 0x7FC0BEEF, torch.float64: 0x7FF80000DEADBEEF, torch.float16: 0x7EDE, torch.bfloat16: 0x7FDE}
+
+
+def watch(name: str, launcher: Any, arguments: Sequence[Any], kinds: Sequence[tuple[int, str, Any]]) -> None:
+    """Launch, and complain of what the contract forbids."""
+    tensors = [(argument, arguments[i], kind) for i, argument, kind in kinds]
+    written = [(argument, t) for argument, t, kind in tensors if kind.written]
+    read = [(argument, t) for argument, t, kind in tensors if not kind.written]
+    logits = tensors[0][1]
+    in_place = [argument for argument, t in written if _same_place(t, logits) and t is not logits]
+    for argument, t in written:
+        for other, o in tensors_but(argument, tensors):
+            if t.numel() and o.numel() and _same_storage(t, o):
+                allowed = argument in in_place and other == tensors[0][0]
+                assert allowed, f"{name}: {argument} lies in the memory of {other}"
+        if argument not in in_place:
+            _bits(t).fill_(_POISON[t.dtype])
+    before = [(argument, t, _bits(t).clone()) for argument, t in read if not any(_same_storage(t, w) for _, w in written)]
+    launcher(*arguments)
+    for argument, t, bits in before:
+        assert torch.equal(_bits(t), bits), f"{name}: {argument} was written to"
+    for argument, t in written:
+        assert not bool((_bits(t) == _POISON[t.dtype]).any()), f"{name}: {argument} was not written whole"
+
+
+def tensors_but(argument: str, tensors: Sequence[tuple[str, Tensor, Any]]) -> list[tuple[str, Tensor]]:
+    return [(other, t) for other, t, _ in tensors if other != argument]
+
+
+def _bits(t: Tensor) -> Tensor:
+    return t.detach().view(_BITS[t.dtype]) if t.dtype in _BITS else t.detach()
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _same_place(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype

@@ -1,0 +1,162 @@
+"""The contract of the launchers is code: whatever does not fit is refused by name before an address is taken."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+import pytest
+import torch
+from launch_watch import watch
+from torch import Tensor
+
+from fastloss import contract, kinds
+from fastloss.backends import kernels
+
+LAUNCHERS = [name for name in vars(contract.Kernels) if not name.startswith("_")]
+N, C = 6, 5
+MADE: dict[str, Callable[[], Tensor]] = {
+    "_Logits": lambda: torch.randn(N, C),
+    "_LikeLogits": lambda: torch.rand(N, C),
+    "_Gradient": lambda: torch.empty(N, C),
+    "_OnlyGradient": lambda: torch.empty(N, C),
+    "_Indices": lambda: torch.randint(C, (N,)),
+    "_AnyIndices": lambda: torch.randint(C, (N,)),
+    "_ClassWeight": lambda: torch.rand(C),
+    "_WeightAlone": lambda: torch.rand(C),
+    "_RowNumbers": lambda: torch.rand(N) + 0.5,
+    "_RowResults": lambda: torch.empty(N),
+    "_RowGradient": lambda: torch.rand(N),
+    "_Numbers": lambda: torch.rand(N),
+    "_Total": lambda: torch.empty(()),
+    "_Elements": lambda: torch.rand(1, N, C),
+    "_ElementNumbers": lambda: torch.rand(1, N, C),
+    "_ElementResults": lambda: torch.empty(1, N, C),
+}
+
+
+def freed(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(0)
+    return t
+
+
+def cut(t: Tensor) -> Tensor:
+    t.untyped_storage().resize_(max(0, t.untyped_storage().nbytes() - t.element_size()))
+    return t
+
+
+DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
+    "freed": freed,
+    "cut": cut,
+    "of bytes": lambda t: t.to(torch.int8),
+    "of another device": lambda t: t.to("meta"),
+    "short": lambda t: t[..., :-1].contiguous() if t.dim() else t.new_empty(0),
+    "apart": lambda t: torch.stack([t, t], -1)[..., 0],
+    "one for all": lambda t: t[..., :1].expand(t.shape) if t.dim() else t,
+}
+# what a kind allows beyond its plain form
+_STRIDED = {"_Logits", "_LikeLogits", "_ClassWeight", "_WeightAlone", "_Elements", "_ElementNumbers", "_ElementResults", "_Total"}
+ALLOWED = {
+    "apart": {*_STRIDED, "_Gradient", "_OnlyGradient"},
+    "one for all": {*_STRIDED, "_RowGradient"},
+    "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient"},  # nothing tells how long they should be
+}
+
+
+def kind_of(hint: Any) -> Any:
+    return hint.__metadata__[0] if hasattr(hint, "__metadata__") else None
+
+
+def arguments_of(launcher: str) -> dict[str, Any]:
+    hints = get_type_hints(getattr(contract.Kernels, launcher), include_extras=True)
+    hints.pop("return")
+    if launcher.startswith(("bce", "binary")):
+        made = {**MADE, "_LikeLogits": MADE["_Elements"], "_Gradient": MADE["_ElementResults"]}
+    else:
+        made = MADE
+    numbers = {"ignore_index": -100, "keep": 0.9, "spread": 0.02}
+    return {name: made[type(kind_of(hint)).__name__]() if kind_of(hint) else numbers[name] for name, hint in hints.items()}
+
+
+def kinds_of(launcher: str) -> dict[str, Any]:
+    hints = get_type_hints(getattr(contract.Kernels, launcher), include_extras=True)
+    return {name: kind_of(hint) for name, hint in hints.items() if kind_of(hint)}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_fits_is_launched(launcher: str) -> None:
+    getattr(kernels("numba"), launcher)(*arguments_of(launcher).values())
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_does_not_fit_is_refused_by_name(launcher: str, damage: str) -> None:
+    """While launches are watched, results too; what the user can reach, always: the next test."""
+    for name, kind in kinds_of(launcher).items():
+        if type(kind).__name__ in ALLOWED.get(damage, ()):
+            continue
+        arguments = arguments_of(launcher)
+        arguments[name] = DAMAGE[damage](arguments[name])
+        giver = next(n for n, k in kinds_of(launcher).items() if type(k).facts is not kinds.Kind.facts)
+        named = ".*" if name == giver and damage in ("of bytes", "short", "of another device") else name
+        with pytest.raises(RuntimeError, match=rf"fastloss {launcher}: {named} must be .*; got torch\."):
+            getattr(kernels("numba"), launcher)(*arguments.values())
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_what_comes_from_outside_is_looked_at_in_production(launcher: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contract, "watch", None)
+    for name, kind in kinds_of(launcher).items():
+        if kind.ours:
+            continue
+        arguments = arguments_of(launcher)
+        arguments[name] = freed(arguments[name])
+        with pytest.raises(RuntimeError, match=f"{name} must be .* was freed or cut"):
+            getattr(kernels("numba"), launcher)(*arguments.values())
+
+
+def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
+    trusted = {name for launcher in LAUNCHERS for name, kind in kinds_of(launcher).items() if kind.ours}
+    assert trusted == {
+        "loss",
+        "row_weight",
+        "mass",
+        "top",
+        "total",
+        "dloss",
+        "dlogits",
+        "dtarget",
+        "dlog_prob",
+        "dprob",
+        "prob",
+        "log_prob",
+        "values",
+    }
+    for launcher in LAUNCHERS:
+        if launcher.endswith("backward") and "forward" not in launcher:
+            assert not any(kind.ours for name, kind in kinds_of(launcher).items() if name in ("row_weight", "mass", "top"))
+
+
+BROKEN: dict[str, tuple[Callable[..., None], str]] = {
+    "leaves a hole": (lambda values, total: None, "total was not written whole"),
+    "writes what it may read": (lambda values, total: (total.fill_(1), values.add_(1)), "values was written to"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_watch_sees_a_broken_launcher(broken: str) -> None:
+    launcher, complaint = BROKEN[broken]
+    parts = [(i, name, kind) for i, (name, kind) in enumerate(kinds_of("sum_rows").items())]
+    with pytest.raises(AssertionError, match=complaint):
+        watch("sum_rows", launcher, (torch.rand(N), torch.empty(())), parts)
+
+
+def test_the_watch_sees_results_in_the_memory_of_arguments() -> None:
+    values = torch.rand(N)
+    with pytest.raises(AssertionError, match="total lies in the memory of values"):
+        kernels("numba").sum_rows(values, values[0])
+
+
+def test_every_tensor_of_every_launcher_has_a_kind() -> None:
+    for launcher in LAUNCHERS:
+        parameters = inspect.signature(getattr(contract.Kernels, launcher)).parameters
+        assert set(kinds_of(launcher)) == set(parameters) - {"self", "ignore_index", "keep", "spread"}

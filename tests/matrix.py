@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Runs the tests on the oldest and the newest versions of what fastloss builds on; fills the table of docs/versions.md.
 
-python tests/matrix.py [--checkout DIR] [--column NAME ...] [--files NAME ...] [--prepare | --table]
+python tests/matrix.py [--checkout DIR] [--column NAME ...] [--files NAME ...] [--missing] [--prepare | --table]
 
 Needs python3 >= 3.10 and pip's index. Each column of the matrix is a virtual environment in --folder (5 GB each, kept for the next time),
 with fastloss installed from a wheel of a copy of the checkout. Every test file is a process of its own: what aborts one stops no other.
+What was measured of the same commit is kept there too, file by file: after an interruption go on with --missing.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from threading import Lock
 from time import perf_counter
 from typing import Any
 
@@ -190,7 +192,7 @@ def table(found: dict[str, Any]) -> str:
     for name, column in found.items():
         lines += ["", f"**{name}**, {len(column['files'])} test files", ""]
         failures: dict[tuple[str, str], list[str]] = {}
-        for part, file in column["files"].items():
+        for part, file in sorted(column["files"].items()):
             for test, why in file["failures"].items():
                 failures.setdefault((part, _cell(why)), []).append(test.split("::")[-1])
         lines += [f"- {len(tests)} failed in {part}: {why} (`{tests[0]}`)" for (part, why), tests in failures.items()]
@@ -215,8 +217,15 @@ def machine() -> str:
     return f"{name[1].strip() if name else os.uname().machine}, {os.cpu_count()} cores"
 
 
-def measure(todo: list[Column], source: Path, commit: str, chosen: argparse.Namespace, earlier: dict[str, Any]) -> dict[str, Any]:
-    """Column by column. Results of the same commit are kept where a file is not run again."""
+def earlier(home: Path, commit: str) -> dict[str, Any]:
+    """Results of the same commit, file by file."""
+    path = home / "result.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found["files"] if found.get("commit") == commit and not commit.endswith("+") else {}
+
+
+def measure(todo: list[Column], source: Path, commit: str, chosen: argparse.Namespace) -> dict[str, Any]:
+    """Column by column."""
     tests = [path for path in sorted(source.glob("tests/**/test_*.py")) if not chosen.files or path.stem in chosen.files]
     homes = {column.name: chosen.folder.resolve() / column.name for column in todo}
     environments, found = {}, {}
@@ -224,19 +233,25 @@ def measure(todo: list[Column], source: Path, commit: str, chosen: argparse.Name
         homes[column.name].mkdir(parents=True, exist_ok=True)
         environments[column.name] = python = prepare(column, source, homes[column.name])
         seen = {"commit": commit, "date": str(date.today()), "machine": machine(), **probe(python)}
-        kept = earlier[column.name]["files"] if earlier.get(column.name, {}).get("commit") == commit else {}
-        found[column.name] = {**seen, "doctor": "not asked", "files": dict(kept)}
+        found[column.name] = {**seen, "doctor": "not asked", "files": earlier(homes[column.name], commit)}
         print(f"{column.name:11} {seen}", flush=True)
     if chosen.prepare:
         return {}
 
+    lock = Lock()
+
     def work(task: tuple[str, Path | None]) -> None:
         name, test = task
+        if test is not None and chosen.missing and test.name in found[name]["files"]:
+            return
         if test is None:
             found[name]["doctor"] = doctor(environments[name])
             print(f"{name:11} doctor: {found[name]['doctor']}", flush=True)
             return
-        file = found[name]["files"][test.name] = run_file(environments[name], homes[name], test, chosen.cap)
+        file = run_file(environments[name], homes[name], test, chosen.cap)
+        with lock:
+            found[name]["files"][test.name] = file
+            (homes[name] / "result.json").write_text(json.dumps(found[name]))
         print(f"{name:11} {test.name:32}", *(f"{file[key]} {key}" for key in ("passed", "failed", "skipped", "seconds")), flush=True)
 
     with ThreadPoolExecutor(chosen.jobs) as pool:
@@ -249,6 +264,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--checkout", type=Path, default=ROOT, help="what is tested, and where the table is written (default: this one)")
     parser.add_argument("--column", nargs="+", help="of floor, cuda-floor, pinned, newest (default: all)")
     parser.add_argument("--files", nargs="+", help="test files, as test_bce (default: all)")
+    parser.add_argument("--missing", action="store_true", help="not the test files that have a result of this commit")
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "fastloss-matrix", help="of the environments")
     parser.add_argument("--jobs", type=int, default=2, help="test files at the same time")
     parser.add_argument("--cap", type=float, default=1500, help="seconds for a test file")
@@ -257,16 +273,16 @@ def main(arguments: list[str]) -> int:
     chosen = parser.parse_args(arguments)
     checkout = chosen.checkout.resolve()
     kept, page = checkout / "docs/measured/versions.json", checkout / "docs/versions.md"
-    earlier = json.loads(kept.read_text()) if kept.exists() else {}
+    shown = json.loads(kept.read_text()) if kept.exists() else {}
     if chosen.table:
-        write(page, earlier)
+        write(page, shown)
         return 0
     todo = [column for column in columns(checkout) if not chosen.column or column.name in chosen.column]
     with tempfile.TemporaryDirectory(prefix="fastloss-checkout-") as copy:
         commit = copy_of(checkout, Path(copy))
-        found = measure(todo, Path(copy), commit, chosen, earlier)
+        found = measure(todo, Path(copy), commit, chosen)
     if found:
-        both = {**earlier, **found}
+        both = {**shown, **found}
         ordered = {column.name: both[column.name] for column in columns(checkout) if column.name in both}
         kept.write_text(json.dumps(ordered, indent=1) + "\n")
         write(page, ordered)

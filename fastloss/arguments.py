@@ -31,9 +31,14 @@ def tensors_misfit(logits: Any, *required: Any, optional: tuple[Any, ...] = ()) 
 
 def plain(*tensors: Tensor) -> bool:
     """True if nothing but the numbers in memory matters: no subclass, vmap, forward-mode level, trace, mode or lazy tensor."""
+    for t in tensors:
+        if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
+            return False
+        # a lazy minus sign; no memory at all; a batch of `is_grads_batched`
+        if t.is_neg() or t._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(t):
+            return False
     return (
-        all(_has_its_numbers_in_memory(t) for t in tensors)
-        and not torch._C._are_functorch_transforms_active()
+        not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and torch._C._get_tracing_state() is None
         and torch._C._len_torch_dispatch_stack() == 0
@@ -45,15 +50,6 @@ def _only_a_default_device() -> bool:
     """Whether the active modes are those of torch.set_default_device and `with torch.device(...)`: they move new tensors only, and ours
     name their device."""
     return all(type(mode) is DeviceContext for mode in torch.overrides._get_current_function_mode_stack())
-
-
-def _has_its_numbers_in_memory(tensor: Tensor) -> bool:
-    return (
-        (type(tensor) is Tensor or type(tensor) is torch.nn.Parameter)
-        and not tensor.is_neg()  # a lazy minus sign
-        and not tensor._is_zerotensor()  # no memory at all
-        and not torch._C._functorch.is_legacy_batchedtensor(tensor)  # `is_grads_batched`
-    )
 
 
 def reduction_misfit(size_average: Any, reduce: Any, reduction: Any) -> str | None:

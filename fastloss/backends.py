@@ -62,12 +62,13 @@ def set_backend(name: BackendName) -> None:
 @contextmanager
 def use_backend(name: BackendName) -> Iterator[None]:
     """`set_backend` for the length of a with block."""
+    global _choice
     before = get_backend()
     set_backend(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _choice = before  # nothing is asked: FASTLOSS_BACKEND may name one that cannot run here
 
 
 def backend_of(device: str) -> KernelsName | None:

@@ -10,10 +10,11 @@ memory of `logits`.
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, Protocol, get_type_hints
+from typing import Any, NamedTuple, Protocol, get_type_hints
 
 from torch import Tensor
 
+from .kernels.groups import Smoothing
 from .kinds import (
     AnyIndices,
     ClassWeight,
@@ -21,6 +22,9 @@ from .kinds import (
     ElementResults,
     Elements,
     Gradient,
+    Group,
+    IndexRowResults,
+    IndexRows,
     Indices,
     Kind,
     LikeLogits,
@@ -30,6 +34,10 @@ from .kinds import (
     RowGradient,
     RowNumbers,
     RowResults,
+    SmoothedRowResults,
+    SmoothedRows,
+    SoftRowResults,
+    SoftRows,
     Total,
     WeightAlone,
     is_in_its_storage,
@@ -40,28 +48,12 @@ class Kernels(Protocol):
     """What a kernel package offers. Launchers fill the results they are given and return None."""
 
     def cross_entropy_forward(
-        self,
-        logits: Logits,
-        target: Indices,
-        weight: ClassWeight,
-        ignore_index: int,
-        loss: RowResults,
-        row_weight: RowResults,
-        top: RowResults,
-        total: RowResults,
+        self, logits: Logits, target: Indices, weight: ClassWeight, ignore_index: int, loss: RowResults, rows: IndexRowResults
     ) -> None:
         """row_weight = w_y; loss = w_y (log total - (x_y - top))."""
 
     def cross_entropy_backward(
-        self,
-        logits: Logits,
-        target: Indices,
-        ignore_index: int,
-        row_weight: RowNumbers,
-        top: RowNumbers,
-        total: RowNumbers,
-        dloss: RowGradient,
-        dlogits: Gradient,
+        self, logits: Logits, target: Indices, ignore_index: int, rows: IndexRows, dloss: RowGradient, dlogits: Gradient
     ) -> None:
         """dlogits = dloss w_y (p - onehot(y)), p = exp(x - top) / total."""
 
@@ -73,9 +65,7 @@ class Kernels(Protocol):
         ignore_index: int,
         dloss: RowGradient,
         loss: RowResults,
-        row_weight: RowResults,
-        top: RowResults,
-        total: RowResults,
+        rows: IndexRowResults,
         dlogits: Gradient,
     ) -> None:
         """What forward and backward compute, in one visit to the logits where that can be."""
@@ -86,13 +76,9 @@ class Kernels(Protocol):
         target: Indices,
         weight: ClassWeight,
         ignore_index: int,
-        keep: float,
-        spread: float,
+        smoothing: Smoothing,
         loss: RowResults,
-        row_weight: RowResults,
-        mass: RowResults,
-        top: RowResults,
-        total: RowResults,
+        rows: SmoothedRowResults,
     ) -> None:
         """mass = keep w_y + spread sum(w); loss = keep w_y (-log p_y) + spread sum_c w_c (-log p_c); keep = 1 - eps, spread = eps / C."""
 
@@ -102,12 +88,8 @@ class Kernels(Protocol):
         target: Indices,
         weight: ClassWeight,
         ignore_index: int,
-        keep: float,
-        spread: float,
-        row_weight: RowNumbers,
-        mass: RowNumbers,
-        top: RowNumbers,
-        total: RowNumbers,
+        smoothing: Smoothing,
+        rows: SmoothedRows,
         dloss: RowGradient,
         dlogits: Gradient,
     ) -> None:
@@ -119,29 +101,16 @@ class Kernels(Protocol):
         target: Indices,
         weight: ClassWeight,
         ignore_index: int,
-        keep: float,
-        spread: float,
+        smoothing: Smoothing,
         dloss: RowGradient,
         loss: RowResults,
-        row_weight: RowResults,
-        mass: RowResults,
-        top: RowResults,
-        total: RowResults,
+        rows: SmoothedRowResults,
         dlogits: Gradient,
     ) -> None:
         """What forward and backward compute, in one visit to the logits where that can be."""
 
     def soft_cross_entropy_forward(
-        self,
-        logits: Logits,
-        target: LikeLogits,
-        weight: ClassWeight,
-        keep: float,
-        spread: float,
-        loss: RowResults,
-        mass: RowResults,
-        top: RowResults,
-        total: RowResults,
+        self, logits: Logits, target: LikeLogits, weight: ClassWeight, smoothing: Smoothing, loss: RowResults, rows: SoftRowResults
     ) -> None:
         """target q is shaped and typed like logits, own strides. k_c = w_c (keep q_c + spread); mass = sum k; loss = sum k_c (-log p_c)."""
 
@@ -150,11 +119,8 @@ class Kernels(Protocol):
         logits: Logits,
         target: LikeLogits,
         weight: ClassWeight,
-        keep: float,
-        spread: float,
-        mass: RowNumbers,
-        top: RowNumbers,
-        total: RowNumbers,
+        smoothing: Smoothing,
+        rows: SoftRows,
         dloss: RowGradient,
         dlogits: Gradient,
     ) -> None:
@@ -165,19 +131,16 @@ class Kernels(Protocol):
         logits: Logits,
         target: LikeLogits,
         weight: ClassWeight,
-        keep: float,
-        spread: float,
+        smoothing: Smoothing,
         dloss: RowGradient,
         loss: RowResults,
-        mass: RowResults,
-        top: RowResults,
-        total: RowResults,
+        rows: SoftRowResults,
         dlogits: Gradient,
     ) -> None:
         """What forward and backward compute, in one visit to the logits where that can be."""
 
     def soft_cross_entropy_target_backward(
-        self, logits: Logits, weight: ClassWeight, keep: float, top: RowNumbers, total: RowNumbers, dloss: RowGradient, dtarget: Gradient
+        self, logits: Logits, weight: ClassWeight, keep: float, rows: SoftRows, dloss: RowGradient, dtarget: Gradient
     ) -> None:
         """dtarget = dloss keep w_c (-log p_c)."""
 
@@ -258,9 +221,22 @@ class Kernels(Protocol):
         CPU, makes the sum NaN on CUDA."""
 
 
+class Place(NamedTuple):
+    """Where a launcher takes a tensor: which argument, or which field of a group, and of what kind it must be."""
+
+    argument: int
+    field: int | None
+    name: str
+    kind: Kind
+
+    def of(self, arguments: Sequence[Any]) -> Tensor:
+        found = arguments[self.argument]
+        return found if self.field is None else found[self.field]  # type: ignore[no-any-return]
+
+
 Launcher = Callable[..., None]
-watch: Callable[[str, Launcher, Sequence[Any], Sequence[tuple[int, str, Kind]]], None] | None = None
-"""What tests put between the contract and the launchers: called with a launcher's name, itself, its arguments and their kinds."""
+watch: Callable[[str, Launcher, Sequence[Any], Sequence[Place]], None] | None = None
+"""What tests put between the contract and the launchers: called with a launcher's name, itself, its arguments and where its tensors are."""
 
 
 def checked(package: Any, device: str) -> Any:
@@ -269,25 +245,38 @@ def checked(package: Any, device: str) -> Any:
     return SimpleNamespace(**{name: _checked(name, getattr(package, name), device) for name in names})
 
 
+def places(name: str) -> list[Place]:
+    """Where this launcher takes tensors."""
+    found = []
+    for i, (argument, hint) in enumerate(get_type_hints(getattr(Kernels, name), include_extras=True).items()):
+        kind = hint.__metadata__[0] if hasattr(hint, "__metadata__") else None
+        if isinstance(kind, Group):
+            found += [Place(i, field, f"{argument}.{part}", kind.kind) for field, part in kind.fields]
+        elif kind is not None:
+            found.append(Place(i, None, argument, kind))
+    return found
+
+
 def _checked(name: str, launcher: Launcher, device: str) -> Launcher:
-    hints = get_type_hints(getattr(Kernels, name), include_extras=True)
-    kinds = [(i, argument, hint.__metadata__[0]) for i, (argument, hint) in enumerate(hints.items()) if hasattr(hint, "__metadata__")]
-    first, giver = next((i, kind) for i, _, kind in kinds if type(kind).facts is not Kind.facts)
-    foreign = [(i, argument, kind) for i, argument, kind in kinds if not kind.ours]
-    facts_of, giver_name = giver.facts, next(argument for i, argument, _ in kinds if i == first)
+    everywhere = places(name)
+    first, _, giver_name, giver = next(place for place in everywhere if type(place.kind).facts is not Kind.facts)
+    foreign = [place for place in everywhere if not place.kind.ours]
+    facts_of = giver.facts
+    on_cpu = device == "cpu"
 
     def launch(*arguments: Any) -> None:
+        if watch is None and not foreign:
+            return launcher(*arguments)
         facts = facts_of(arguments[first])
         if facts is None or facts.device.type != device:
             raise RuntimeError(_complaint(name, giver_name, giver, arguments[first], arguments[first], device))
-        for i, argument, kind in foreign if watch is None else kinds:
-            t = arguments[i]
-            if t.device != facts.device or not kind.fits(t, facts):
+        for i, field, argument, kind in foreign if watch is None else everywhere:
+            t = arguments[i] if field is None else arguments[i][field]
+            if not (t.is_cpu if on_cpu else t.device == facts.device) or not kind.fits(t, facts):
                 raise RuntimeError(_complaint(name, argument, kind, t, arguments[first], device))
         if watch is None:
-            launcher(*arguments)
-        else:
-            watch(name, launcher, arguments, kinds)
+            return launcher(*arguments)
+        return watch(name, launcher, arguments, everywhere)
 
     return launch
 

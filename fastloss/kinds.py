@@ -1,11 +1,12 @@
 """The kinds of tensors that launchers take, each a rule in words and as a test. `contract` says which argument is of which kind."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from .loss import COMPUTE
+from .kernels.groups import Rows
+from .loss import COMPUTE, fields
 
 
 class Facts:
@@ -92,9 +93,15 @@ class _RowResults(_RowNumbers):
     written = ours = True
 
 
+class Group:
+    """A rule for some fields of a group, all of one kind; the launcher does not look at the others."""
+
+    def __init__(self, kind: Kind, group: type[tuple[Any, ...]], *parts: str) -> None:
+        self.kind, self.fields = kind, [(fields(group).index(part), part) for part in parts]
+
+
 class _RowGradient(Kind):
     rule = "[N] of the compute dtype, stride 0 or 1"
-    ours = True
 
     def fits(self, t: Tensor, f: Facts) -> bool:
         return (
@@ -171,6 +178,12 @@ ClassWeight = Annotated[Tensor, _ClassWeight()]
 WeightAlone = Annotated[Tensor, _WeightAlone()]
 RowNumbers = Annotated[Tensor, _RowNumbers()]
 RowResults = Annotated[Tensor, _RowResults()]
+IndexRows = Annotated[Rows, Group(_RowNumbers(), Rows, "row_weight", "top", "total")]
+IndexRowResults = Annotated[Rows, Group(_RowResults(), Rows, "row_weight", "top", "total")]
+SmoothedRows = Annotated[Rows, Group(_RowNumbers(), Rows, "row_weight", "mass", "top", "total")]
+SmoothedRowResults = Annotated[Rows, Group(_RowResults(), Rows, "row_weight", "mass", "top", "total")]
+SoftRows = Annotated[Rows, Group(_RowNumbers(), Rows, "mass", "top", "total")]
+SoftRowResults = Annotated[Rows, Group(_RowResults(), Rows, "mass", "top", "total")]
 RowGradient = Annotated[Tensor, _RowGradient()]
 Numbers = Annotated[Tensor, _Numbers()]
 Total = Annotated[Tensor, _Total()]
@@ -186,3 +199,12 @@ def is_in_its_storage(t: Tensor) -> bool:
         return True
     last = count if t.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
     return (t.storage_offset() + last) * t.element_size() <= t.untyped_storage().nbytes()
+
+
+def present(t: Tensor, name: str) -> Tensor:
+    """The tensor, if it still has its memory: torch's own operations would not all ask."""
+    if not is_in_its_storage(t):
+        raise RuntimeError(
+            f"{name}: the storage of {t.dtype} {tuple(t.shape)} holds {t.untyped_storage().nbytes()} bytes: it was freed or cut"
+        )
+    return t

@@ -7,14 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss.contract import Place
+
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # quiet NaNs with a payload that no kernel makes
 _POISON = {torch.float32: 0x7FC0BEEF, torch.float64: 0x7FF80000DEADBEEF, torch.float16: 0x7EDE, torch.bfloat16: 0x7FDE}
 
 
-def watch(name: str, launcher: Any, arguments: Sequence[Any], kinds: Sequence[tuple[int, str, Any]]) -> None:
+def watch(name: str, launcher: Any, arguments: Sequence[Any], places: Sequence[Place]) -> None:
     """Launch, and complain of what the contract forbids."""
-    tensors = [(argument, arguments[i], kind) for i, argument, kind in kinds]
+    tensors = [(place.name, place.of(arguments), place.kind) for place in places]
     written = [(argument, t) for argument, t, kind in tensors if kind.written]
     read = [(argument, t) for argument, t, kind in tensors if not kind.written]
     logits = tensors[0][1]

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastloss import contract, kinds
 from fastloss.backends import kernels
+from fastloss.kernels.groups import Rows, Smoothing
 
+ROWS = [f"rows.{name}" for name in Rows._fields]
 LAUNCHERS = [name for name in vars(contract.Kernels) if not name.startswith("_")]
 N, C = 6, 5
 MADE: dict[str, Callable[[], Tensor]] = {
@@ -73,13 +75,27 @@ def arguments_of(launcher: str) -> dict[str, Any]:
         made = {**MADE, "_LikeLogits": MADE["_Elements"], "_Gradient": MADE["_ElementResults"]}
     else:
         made = MADE
-    numbers = {"ignore_index": -100, "keep": 0.9, "spread": 0.02}
-    return {name: made[type(kind_of(hint)).__name__]() if kind_of(hint) else numbers[name] for name, hint in hints.items()}
+    numbers = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "rows": Rows(None, None, None, None)}
+    arguments = {name: numbers[name] if name in numbers else made[type(kind_of(hint)).__name__]() for name, hint in hints.items()}
+    for name, kind in kinds_of(launcher).items():
+        if "." in name:
+            put(arguments, name, made[type(kind).__name__]())
+    return arguments
 
 
 def kinds_of(launcher: str) -> dict[str, Any]:
-    hints = get_type_hints(getattr(contract.Kernels, launcher), include_extras=True)
-    return {name: kind_of(hint) for name, hint in hints.items() if kind_of(hint)}
+    """The kinds of a launcher's tensors by name; those in a group are called `rows.top`."""
+    return {place.name: place.kind for place in contract.places(launcher)}
+
+
+def put(arguments: dict[str, Any], name: str, tensor: Tensor) -> None:
+    argument, _, field = name.partition(".")
+    arguments[argument] = arguments[argument]._replace(**{field: tensor}) if field else tensor
+
+
+def taken(arguments: dict[str, Any], name: str) -> Tensor:
+    argument, _, field = name.partition(".")
+    return getattr(arguments[argument], field) if field else arguments[argument]
 
 
 @pytest.mark.parametrize("launcher", LAUNCHERS)
@@ -95,7 +111,7 @@ def test_what_does_not_fit_is_refused_by_name(launcher: str, damage: str) -> Non
         if type(kind).__name__ in ALLOWED.get(damage, ()):
             continue
         arguments = arguments_of(launcher)
-        arguments[name] = DAMAGE[damage](arguments[name])
+        put(arguments, name, DAMAGE[damage](taken(arguments, name)))
         giver = next(n for n, k in kinds_of(launcher).items() if type(k).facts is not kinds.Kind.facts)
         named = ".*" if name == giver and damage in ("of bytes", "short", "of another device") else name
         with pytest.raises(RuntimeError, match=rf"fastloss {launcher}: {named} must be .*; got torch\."):
@@ -109,7 +125,7 @@ def test_what_comes_from_outside_is_looked_at_in_production(launcher: str, monke
         if kind.ours:
             continue
         arguments = arguments_of(launcher)
-        arguments[name] = freed(arguments[name])
+        put(arguments, name, freed(taken(arguments, name)))
         with pytest.raises(RuntimeError, match=f"{name} must be .* was freed or cut"):
             getattr(kernels("numba"), launcher)(*arguments.values())
 
@@ -119,10 +135,8 @@ def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
     assert trusted == {
         "loss",
         "row_weight",
-        "mass",
-        "top",
+        *ROWS,
         "total",
-        "dloss",
         "dlogits",
         "dtarget",
         "dlog_prob",
@@ -133,7 +147,7 @@ def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
     }
     for launcher in LAUNCHERS:
         if launcher.endswith("backward") and "forward" not in launcher:
-            assert not any(kind.ours for name, kind in kinds_of(launcher).items() if name in ("row_weight", "mass", "top"))
+            assert not any(kind.ours for name, kind in kinds_of(launcher).items() if name in ("row_weight", *ROWS))
 
 
 BROKEN: dict[str, tuple[Callable[..., None], str]] = {
@@ -145,9 +159,8 @@ BROKEN: dict[str, tuple[Callable[..., None], str]] = {
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_watch_sees_a_broken_launcher(broken: str) -> None:
     launcher, complaint = BROKEN[broken]
-    parts = [(i, name, kind) for i, (name, kind) in enumerate(kinds_of("sum_rows").items())]
     with pytest.raises(AssertionError, match=complaint):
-        watch("sum_rows", launcher, (torch.rand(N), torch.empty(())), parts)
+        watch("sum_rows", launcher, (torch.rand(N), torch.empty(())), contract.places("sum_rows"))
 
 
 def test_the_watch_sees_results_in_the_memory_of_arguments() -> None:
@@ -159,4 +172,4 @@ def test_the_watch_sees_results_in_the_memory_of_arguments() -> None:
 def test_every_tensor_of_every_launcher_has_a_kind() -> None:
     for launcher in LAUNCHERS:
         parameters = inspect.signature(getattr(contract.Kernels, launcher)).parameters
-        assert set(kinds_of(launcher)) == set(parameters) - {"self", "ignore_index", "keep", "spread"}
+        assert {name.partition(".")[0] for name in kinds_of(launcher)} == set(parameters) - {"self", "ignore_index", "keep", "smoothing"}

@@ -10,6 +10,7 @@ from helpers import kernel_call
 
 import fastloss
 from fastloss.backends import kernels
+from fastloss.kernels.groups import Rows
 
 
 def close(actual: torch.Tensor, expected: object, atol: float = 5e-5) -> None:
@@ -21,10 +22,11 @@ def bare_cross_entropy(logits: np.ndarray, target: np.ndarray) -> tuple[np.ndarr
     x, y = torch.from_numpy(logits), torch.from_numpy(target)
     n, c = logits.shape
     loss, row_weight, top, total = (torch.from_numpy(np.full(n, np.nan, logits.dtype)) for _ in range(4))
+    rows = Rows(row_weight, None, top, total)
     dlogits, ones = np.full_like(logits, np.nan), torch.ones(1, dtype=x.dtype)
     numba = kernels("numba")
-    numba.cross_entropy_forward(x, y, ones.expand(c), -100, loss, row_weight, top, total)
-    numba.cross_entropy_backward(x, y, -100, row_weight, top, total, ones.expand(n) / n, torch.from_numpy(dlogits))
+    numba.cross_entropy_forward(x, y, ones.expand(c), -100, loss, rows)
+    numba.cross_entropy_backward(x, y, -100, rows, ones.expand(n) / n, torch.from_numpy(dlogits))
     return loss.numpy(), dlogits
 
 

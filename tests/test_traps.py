@@ -15,6 +15,7 @@ from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors, check, class_inputs, k
 
 import fastloss
 from fastloss.backends import kernels
+from fastloss.kernels.groups import Rows, Smoothing
 
 INF, NAN, LOWEST = math.inf, math.nan, torch.finfo(torch.float32).min
 
@@ -421,18 +422,17 @@ def test_trap_22_launchers_write_only_where_they_should() -> None:
         vectors = [guarded(rows, dtype=compute) for _ in range(5)]
         whole, dlogits = guarded(rows, classes, dtype=dtype)
         loss, row_weight, top, total, mass = (inner for _, inner in vectors)
+        numbers, smoothing = Rows(row_weight, mass, top, total), Smoothing(0.9, 0.1 / classes)
         weight = ones.expand(classes)
         for smoothed in (False, True):
             for memory, _ in (*vectors, (whole, dlogits)):
                 memory.fill_(NAN)
             if smoothed:
-                numba.smoothed_cross_entropy_forward(logits, target, weight, -100, 0.9, 0.1 / classes, loss, row_weight, mass, top, total)
-                numba.smoothed_cross_entropy_backward(
-                    logits, target, weight, -100, 0.9, 0.1 / classes, row_weight, mass, top, total, ones.expand(rows), dlogits
-                )
+                numba.smoothed_cross_entropy_forward(logits, target, weight, -100, smoothing, loss, numbers)
+                numba.smoothed_cross_entropy_backward(logits, target, weight, -100, smoothing, numbers, ones.expand(rows), dlogits)
             else:
-                numba.cross_entropy_forward(logits, target, weight, -100, loss, row_weight, top, total)
-                numba.cross_entropy_backward(logits, target, -100, row_weight, top, total, ones.expand(rows), dlogits)
+                numba.cross_entropy_forward(logits, target, weight, -100, loss, numbers)
+                numba.cross_entropy_backward(logits, target, -100, numbers, ones.expand(rows), dlogits)
             for memory, inner in (*vectors[: 5 if smoothed else 4], (whole, dlogits)):
                 assert not inner.isnan().any()
                 assert memory[:32].isnan().all()
@@ -446,7 +446,7 @@ def test_trap_22_launchers_write_only_where_they_should() -> None:
 def test_trap_22_launchers_take_a_class_weight_of_any_stride(shape: tuple[int, int]) -> None:
     """The functions hand over dense weights; the launchers' contract is any stride, 0 included."""
     numba = kernels("numba")
-    (rows, classes), spread = shape, 0.1 / shape[1]
+    (rows, classes), smoothing = shape, Smoothing(0.9, 0.1 / shape[1])
     logits, soft, target = torch.randn(shape), torch.rand(shape), torch.randint(classes, (rows,))
     apart = torch.full((classes * 2,), NAN)
     apart[::2] = torch.rand(classes)
@@ -454,13 +454,14 @@ def test_trap_22_launchers_take_a_class_weight_of_any_stride(shape: tuple[int, i
     for weight in (apart[::2], torch.tensor([1.7]).expand(classes)):
         results = []
         for w in (weight, weight.contiguous()):
-            loss, row_weight, mass, top, total, soft_loss, soft_mass, hard_loss = torch.full((8, rows), NAN).unbind()
-            dlogits, dsoft, dtarget = torch.full((3, rows, classes), NAN).unbind()
-            numba.cross_entropy_forward(logits, target, w, -100, hard_loss, row_weight, top, total)
-            numba.smoothed_cross_entropy_forward(logits, target, w, -100, 0.9, spread, loss, row_weight, mass, top, total)
-            numba.smoothed_cross_entropy_backward(logits, target, w, -100, 0.9, spread, row_weight, mass, top, total, dloss, dlogits)
-            numba.soft_cross_entropy_forward(logits, soft, w, 0.9, spread, soft_loss, soft_mass, top, total)
-            numba.soft_cross_entropy_backward(logits, soft, w, 0.9, spread, soft_mass, top, total, dloss, dsoft)
-            numba.soft_cross_entropy_target_backward(logits, w, 0.9, top, total, dloss, dtarget)
+            loss, row_weight, mass, top, total, soft_loss, soft_mass, hard_loss = (torch.full((rows,), NAN) for _ in range(8))
+            dlogits, dsoft, dtarget = (torch.full((rows, classes), NAN) for _ in range(3))
+            numbers, soft_numbers = Rows(row_weight, mass, top, total), Rows(None, soft_mass, top, total)
+            numba.cross_entropy_forward(logits, target, w, -100, hard_loss, numbers)
+            numba.smoothed_cross_entropy_forward(logits, target, w, -100, smoothing, loss, numbers)
+            numba.smoothed_cross_entropy_backward(logits, target, w, -100, smoothing, numbers, dloss, dlogits)
+            numba.soft_cross_entropy_forward(logits, soft, w, smoothing, soft_loss, soft_numbers)
+            numba.soft_cross_entropy_backward(logits, soft, w, smoothing, soft_numbers, dloss, dsoft)
+            numba.soft_cross_entropy_target_backward(logits, w, smoothing.keep, soft_numbers, dloss, dtarget)
             results.append((hard_loss, row_weight, loss, mass, dlogits, soft_loss, soft_mass, dsoft, dtarget))
         torch.testing.assert_close(*results)

@@ -18,6 +18,7 @@ from .measure import measure
 from .presets import PRESETS, RIVALS, Preset
 from .progress import progress
 from .providers import EAGER, FASTLOSS, PROVIDERS
+from .shapes import SHAPES
 
 _DESCRIPTION = """\
 Check fastloss against float64, then time it against torch on this machine.
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     presets = "; ".join(f"{name}: {preset.about}" for name, preset in PRESETS.items())
     what = found.add_argument_group("what to measure")
     what.add_argument("--preset", choices=PRESETS, default="quick", help=f"{presets} (default: quick)")
+    what.add_argument("--case", nargs="+", choices=SHAPES, metavar="CASE", help=f"instead of a preset's cases: {', '.join(SHAPES)}")
     what.add_argument("--loss", nargs="+", choices=ALIASES, metavar="LOSS", help=f"instead of a preset's cases: {', '.join(ALIASES)}")
     what.add_argument("--shape", nargs="+", type=_shape, metavar="NxC", help="shapes of the logits, classes second (default: 4096x32000)")
     what.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)")
@@ -127,7 +129,9 @@ def _plan(options: argparse.Namespace) -> Preset:
     """The preset, with what the command line overrules."""
     preset = PRESETS[options.preset]
     cases = preset.cases
-    if options.loss or options.shape or options.dtype:
+    if options.case:
+        cases = tuple(SHAPES[name] for name in options.case)
+    elif options.loss or options.shape or options.dtype:
         cases = tuple(
             Case(ALIASES[loss], shape, dtype)
             for loss in options.loss or ["ce"]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from .cases import Case
 from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
+from .shapes import SHAPES
 
 _SEGMENTATION = (8, 21, 512, 512)
 _CE, _SOFT, _SMOOTHED = "cross_entropy", "cross_entropy, probabilities", "cross_entropy, smoothed and weighted"
@@ -101,6 +102,7 @@ PRESETS = {
     "quick": Preset("large batches, some minutes: what `make bench` runs", _QUICK, seconds=3, extras=("overhead",)),
     "vision": Preset("classification and segmentation", _VISION),
     "llm": Preset("vocabularies of 32000 and more", _LLM),
+    "real": Preset("shapes that people train with, by name: fastloss/bench/shapes.py", tuple(SHAPES.values())),
     "sizes": Preset("cross_entropy float32 from 16 to 64000 classes: where which provider wins", _SIZES),
     "cpu-table": Preset("every row of the CPU targets, filled in: target, measured, met or not", _TABLE, EVERYBODY, seconds=10),
     "all": Preset(

@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import rows
 from ..arguments import class_indices_misfit, smoothing_misfit
 from ..backends import kernels_for
+from ..kernels.groups import Rows, Smoothing
 from ..loss import Loss, Spec
 from ..memory import empty_like
 
@@ -76,12 +77,10 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         loss = rows.row_losses(r.loss, t.input)
         if o.label_smoothing > 0:
             weight = rows.dense_class_weight(t.weight, t.input)
-            kernels.smoothed_cross_entropy_forward(
-                logits, target, weight, o.ignore_index, *_smoothing(t, o), loss, r.row_weight, r.mass, r.top, r.total
-            )
+            kernels.smoothed_cross_entropy_forward(logits, target, weight, o.ignore_index, _smoothing(t, o), loss, _numbers(r))
         else:
             weight = rows.class_weight(t.weight, t.input)
-            kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, r.row_weight, r.top, r.total)
+            kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, _numbers(r))
         rows.sum_row_weights(r.row_weight, r.divisor)
         _reduce(loss, r, o)
         return tuple(r)
@@ -95,21 +94,10 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
         if o.label_smoothing > 0:
             kernels.smoothed_cross_entropy_forward_backward(
-                logits,
-                target,
-                weight.contiguous(),
-                o.ignore_index,
-                *_smoothing(t, o),
-                g,
-                loss,
-                r.row_weight,
-                r.mass,
-                r.top,
-                r.total,
-                dlogits,
+                logits, target, weight.contiguous(), o.ignore_index, _smoothing(t, o), g, loss, _numbers(r), dlogits
             )
         else:
-            kernels.cross_entropy_forward_backward(logits, target, weight, o.ignore_index, g, loss, r.row_weight, r.top, r.total, dlogits)
+            kernels.cross_entropy_forward_backward(logits, target, weight, o.ignore_index, g, loss, _numbers(r), dlogits)
         _reduce(loss, r, o)
         return rows.settle(dinput, dlogits), tuple(r)
 
@@ -119,17 +107,18 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         g = rows.row_gradient(dloss, s.divisor, s.input)
         if o.label_smoothing > 0:
             weight = rows.dense_class_weight(s.weight, s.input)
-            kernels.smoothed_cross_entropy_backward(
-                logits, target, weight, o.ignore_index, *_smoothing(s, o), s.row_weight, s.mass, s.top, s.total, g, dlogits
-            )
+            kernels.smoothed_cross_entropy_backward(logits, target, weight, o.ignore_index, _smoothing(s, o), _numbers(s), g, dlogits)
         else:
-            kernels.cross_entropy_backward(logits, target, o.ignore_index, s.row_weight, s.top, s.total, g, dlogits)
+            kernels.cross_entropy_backward(logits, target, o.ignore_index, _numbers(s), g, dlogits)
         return (rows.settle(dinput, dlogits),)
 
 
-def _smoothing(t: Tensors | Saved, o: Options) -> tuple[float, float]:
-    """How much of a target stays where it is, and how much goes to every class."""
-    return 1 - o.label_smoothing, o.label_smoothing / rows.classes_of(t.input)
+def _numbers(r: Results | Saved) -> Rows:
+    return Rows(r.row_weight, r.mass, r.top, r.total)
+
+
+def _smoothing(t: Tensors | Saved, o: Options) -> Smoothing:
+    return Smoothing(1 - o.label_smoothing, o.label_smoothing / rows.classes_of(t.input))
 
 
 def _reduce(loss: Tensor, r: Any, o: Options) -> None:

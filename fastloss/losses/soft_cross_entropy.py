@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import rows
 from ..arguments import class_weight_misfit, smoothing_misfit
 from ..backends import kernels_for
+from ..kernels.groups import Rows, Smoothing
 from ..loss import Loss, Spec
 from ..memory import empty_like
 
@@ -74,7 +75,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             rows.dense_class_weight(t.weight, t.input),
         )
         loss = rows.row_losses(r.loss, t.input)
-        kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, *_smoothing(t, o), loss, r.mass, r.top, r.total)
+        kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, _smoothing(t, o), loss, _numbers(r))
         r.divisor.fill_(loss.numel())
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return tuple(r)
@@ -90,9 +91,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         dlogits = rows.as_rows(dinput)
         r.divisor.fill_(loss.numel())
         g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
-        kernels_for(t.input).soft_cross_entropy_forward_backward(
-            logits, target, weight, *_smoothing(t, o), g, loss, r.mass, r.top, r.total, dlogits
-        )
+        kernels_for(t.input).soft_cross_entropy_forward_backward(logits, target, weight, _smoothing(t, o), g, loss, _numbers(r), dlogits)
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return rows.settle(dinput, dlogits), tuple(r)
 
@@ -104,24 +103,27 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             kernels_for(s.input),
         )
         g = rows.row_gradient(dloss, s.divisor, s.input)
-        keep, spread = _smoothing(s, o)
+        smoothing, numbers = _smoothing(s, o), _numbers(s)
         dinput = dtarget = None
         if needed[1]:  # before the logits may be overwritten
             dtarget = empty_like(s.target)
             written = rows.as_rows(dtarget)
-            kernels.soft_cross_entropy_target_backward(logits, weight, keep, s.top, s.total, g, written)
+            kernels.soft_cross_entropy_target_backward(logits, weight, smoothing.keep, numbers, g, written)
             rows.settle(dtarget, written)
         if needed[0]:
             dinput = empty_like(s.input) if result is None else result
             written = rows.as_rows(dinput)
-            kernels.soft_cross_entropy_backward(logits, target, weight, keep, spread, s.mass, s.top, s.total, g, written)
+            kernels.soft_cross_entropy_backward(logits, target, weight, smoothing, numbers, g, written)
             rows.settle(dinput, written)
         return dinput, dtarget
 
 
-def _smoothing(t: Tensors | Saved, o: Options) -> tuple[float, float]:
-    """How much of a target stays where it is, and how much goes to every class."""
-    return 1 - o.label_smoothing, o.label_smoothing / rows.classes_of(t.input)
+def _numbers(r: Results | Saved) -> Rows:
+    return Rows(None, r.mass, r.top, r.total)
+
+
+def _smoothing(t: Tensors | Saved, o: Options) -> Smoothing:
+    return Smoothing(1 - o.label_smoothing, o.label_smoothing / rows.classes_of(t.input))
 
 
 soft_cross_entropy = SoftCrossEntropy("soft_cross_entropy")

@@ -10,6 +10,7 @@ from typing import Any
 from numba import njit
 from torch import Tensor
 
+from ..groups import Rows
 from .blocks import (
     block_of,
     block_size,
@@ -49,9 +50,8 @@ _FORWARD = "TICCCCCCCCnnn" + WALK
 _BACKWARD = "TICCCCTnnnnnnn" + WALK
 
 
-def cross_entropy_forward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor
-) -> None:
+def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, rows: Rows) -> None:
+    row_weight, _, top, total = rows
     way = walk(logits, FEW_TO_GATHER)
     terms, blocks = scratch(1), blocks_apart(way, logits)
     block_tops = block_totals = top  # not looked at unless blocks are handed out
@@ -70,9 +70,8 @@ def cross_entropy_forward(
         refuse_out_of_bounds(target, way.classes, ignore_index)
 
 
-def cross_entropy_backward(
-    logits: Tensor, target: Tensor, ignore_index: int, row_weight: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor
-) -> None:
+def cross_entropy_backward(logits: Tensor, target: Tensor, ignore_index: int, rows: Rows, dloss: Tensor, dlogits: Tensor) -> None:
+    row_weight, _, top, total = rows
     without_gaps = logits.dim() == 2 and logits.is_contiguous() and dlogits.is_contiguous()
     way = walk(logits, SHORT_ROW if without_gaps else FEW_CLASSES)
     blocks = blocks_apart(way, logits)

@@ -9,6 +9,7 @@ from typing import Any
 from numba import njit
 from torch import Tensor
 
+from ..groups import Rows
 from .blocks import (
     all_kept,
     block_of,
@@ -52,14 +53,14 @@ _FORWARD_BACKWARD = "TICCCCCCTCnnnnnnnn" + WALK
 
 
 def cross_entropy_forward_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor,
-    loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
+) -> None:
     way, to = walk(logits, FEW_TO_GATHER), strides_of(dlogits)
     if blocks_apart(way, logits) > 1:
-        cross_entropy_forward(logits, target, weight, ignore_index, loss, row_weight, top, total)
-        cross_entropy_backward(logits, target, ignore_index, row_weight, top, total, dloss, dlogits)
+        cross_entropy_forward(logits, target, weight, ignore_index, loss, rows)
+        cross_entropy_backward(logits, target, ignore_index, rows, dloss, dlogits)
         return
+    row_weight, _, top, total = rows
     kept = blocks_kept(way, logits)
     in_turn = way.tile == way.class_stride == to.class_ == 1 and kept == blocks_in(way, logits)
     terms = scratch(2 * kept if in_turn else kept)

@@ -11,6 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from ..groups import Rows, Smoothing
 from .blocks import all_kept, block_of, blocks_kept, scratch
 from .cross_entropy import row_numbers, see_targets, write_zeros
 from .launch import next_task, next_worker, raise_flag, region, unpack
@@ -27,9 +28,9 @@ _FORWARD_BACKWARD = "TITCCCCCCCTCxxnnnnnnnn" + WALK
 
 
 def smoothed_cross_entropy_forward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
-    loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing, loss: Tensor, rows: Rows
+) -> None:
+    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
     way, terms = walk(logits), scratch(1)
     out_of_bounds = _forward(
         logits.dtype, way.tasks,
@@ -41,9 +42,9 @@ def smoothed_cross_entropy_forward(
 
 
 def smoothed_cross_entropy_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
-    row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing, rows: Rows, dloss: Tensor, dlogits: Tensor
+) -> None:
+    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
     way = walk(logits)
     _backward(
         logits.dtype, way.tasks,
@@ -54,9 +55,10 @@ def smoothed_cross_entropy_backward(
 
 
 def smoothed_cross_entropy_forward_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float, dloss: Tensor,
-    loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing,
+    dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor,
 ) -> None:  # fmt: skip
+    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
     way = walk(logits)
     kept = blocks_kept(way, logits)
     terms = scratch(kept)

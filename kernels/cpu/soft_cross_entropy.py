@@ -9,6 +9,7 @@ from typing import Any
 from numba import njit
 from torch import Tensor
 
+from ..groups import Rows, Smoothing
 from .blocks import all_kept, block_of, blocks_kept, scratch
 from .launch import next_task, next_worker, region, unpack
 from .math import INLINE, log
@@ -23,9 +24,8 @@ _FORWARD_BACKWARD = "TTCCCCCCTCxxnnnnnnnnnn" + WALK
 _TARGET_BACKWARD = "TCCCCTxnnnnn" + WALK
 
 
-def soft_cross_entropy_forward(
-    logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float, loss: Tensor, mass: Tensor, top: Tensor, total: Tensor
-) -> None:
+def soft_cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, loss: Tensor, rows: Rows) -> None:
+    (keep, spread), (_, mass, top, total) = smoothing, rows
     way, terms = walk(logits), scratch(1)
     _forward(
         logits.dtype, way.tasks,
@@ -35,9 +35,9 @@ def soft_cross_entropy_forward(
 
 
 def soft_cross_entropy_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float,
-    mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, rows: Rows, dloss: Tensor, dlogits: Tensor
+) -> None:
+    (keep, spread), (_, mass, top, total) = smoothing, rows
     way = walk(logits)
     _backward(
         logits.dtype, way.tasks,
@@ -48,9 +48,9 @@ def soft_cross_entropy_backward(
 
 
 def soft_cross_entropy_forward_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float, dloss: Tensor,
-    loss: Tensor, mass: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
+) -> None:
+    (keep, spread), (_, mass, top, total) = smoothing, rows
     way = walk(logits)
     kept = blocks_kept(way, logits)
     terms = scratch(kept)
@@ -62,9 +62,8 @@ def soft_cross_entropy_forward_backward(
     )  # fmt: skip
 
 
-def soft_cross_entropy_target_backward(
-    logits: Tensor, weight: Tensor, keep: float, top: Tensor, total: Tensor, dloss: Tensor, dtarget: Tensor
-) -> None:
+def soft_cross_entropy_target_backward(logits: Tensor, weight: Tensor, keep: float, rows: Rows, dloss: Tensor, dtarget: Tensor) -> None:
+    _, _, top, total = rows
     way = walk(logits)
     _target_backward(
         logits.dtype, way.tasks,

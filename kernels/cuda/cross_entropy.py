@@ -10,29 +10,29 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..groups import Rows
 from .launch import device_of, launch
 from .math import _exp, _wide
 from .plan import backward_rows, class_stride, forward_rows, has_long_rows, power_of_two_from, reading_tiles, tiles, view
 from .rows import _body_of, _edges_of, _lanes_at, _merge, _no_statistics, _row_of, _row_statistics, _see, _tile_of, _weight_of
 
 
-def cross_entropy_forward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor
-) -> None:
+def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, rows: Rows) -> None:
+    row_weight, _, top, total = rows
     v = view(logits.shape, logits.stride())
-    rows = (target, ignore_index, weight, class_stride(weight.stride(0)), loss, row_weight, top, total)
+    numbers = (target, ignore_index, weight, class_stride(weight.stride(0)), loss, row_weight, top, total)
     if not has_long_rows(v):
         t = reading_tiles(v, device_of(logits))
         launch(
             _cross_entropy_forward_tiles, t.programs, t.num_warps, logits,
-            logits, v.strides[0], *rows, v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
+            logits, v.strides[0], *numbers, v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
         )  # fmt: skip
         return
     r = forward_rows(v, logits.element_size(), device_of(logits))
     if r.splits == 1:
         launch(
             _cross_entropy_forward_rows, r.programs, r.num_warps, logits,
-            logits, v.strides[0], *rows, v.classes, v.positions, VEC=r.VEC, BLOCK_C=r.BLOCK_C,
+            logits, v.strides[0], *numbers, v.classes, v.positions, VEC=r.VEC, BLOCK_C=r.BLOCK_C,
         )  # fmt: skip
         return
     parts = torch.empty(2, r.programs, dtype=top.dtype, device=top.device)
@@ -43,26 +43,25 @@ def cross_entropy_forward(
     )  # fmt: skip
     launch(
         _cross_entropy_forward_parts, r.rows, 1, logits,
-        logits, v.strides[0], parts[0], parts[1], *rows, v.classes, v.positions, r.splits, SPLITS=power_of_two_from(r.splits),
+        logits, v.strides[0], parts[0], parts[1], *numbers, v.classes, v.positions, r.splits, SPLITS=power_of_two_from(r.splits),
     )  # fmt: skip
 
 
-def cross_entropy_backward(
-    logits: Tensor, target: Tensor, ignore_index: int, row_weight: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor
-) -> None:
+def cross_entropy_backward(logits: Tensor, target: Tensor, ignore_index: int, rows: Rows, dloss: Tensor, dlogits: Tensor) -> None:
+    row_weight, _, top, total = rows
     v = view(logits.shape, logits.stride(), dlogits.stride())
-    rows = (target, ignore_index, row_weight, top, total, dloss, dloss.stride(0))
+    numbers = (target, ignore_index, row_weight, top, total, dloss, dloss.stride(0))
     if has_long_rows(v):
         r = backward_rows(v, logits.element_size(), device_of(logits))
         launch(
             _cross_entropy_backward_rows, r.programs, r.num_warps, logits,
-            logits, v.strides[0], *rows, dlogits, v.strides[1], v.classes, v.positions, r.splits, r.chunk, VEC=r.VEC, BLOCK_C=r.BLOCK_C,
+            logits, v.strides[0], *numbers, dlogits, v.strides[1], v.classes, v.positions, r.splits, r.chunk, VEC=r.VEC, BLOCK_C=r.BLOCK_C,
         )  # fmt: skip
     else:
         t = tiles(v, device_of(logits))
         launch(
             _cross_entropy_backward_tiles, t.elementwise_programs, t.num_warps, logits,
-            logits, v.strides[0], *rows, dlogits, v.strides[1], v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
+            logits, v.strides[0], *numbers, dlogits, v.strides[1], v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..groups import Rows
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .launch import device_of, launch
 from .math import _exp, _lowest, _wide
@@ -22,16 +23,16 @@ _TRITON_HAS_CLUSTERS = tuple(int(part) for part in triton.__version__.split(".")
 
 
 def cross_entropy_forward_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor,
-    loss: Tensor, row_weight: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
+) -> None:
     """What `cross_entropy_forward` and then `cross_entropy_backward` with this `dloss` compute."""
+    row_weight, _, top, total = rows
     v = view(logits.shape, logits.stride(), dlogits.stride())
     clusters = _TRITON_HAS_CLUSTERS and os.environ.get("FASTLOSS_CLUSTER", "0") == "1"
     plan = one_visit(v, logits.element_size(), device_of(logits), clusters)
     if plan is None:
-        cross_entropy_forward(logits, target, weight, ignore_index, loss, row_weight, top, total)
-        cross_entropy_backward(logits, target, ignore_index, row_weight, top, total, dloss, dlogits)
+        cross_entropy_forward(logits, target, weight, ignore_index, loss, rows)
+        cross_entropy_backward(logits, target, ignore_index, rows, dloss, dlogits)
         return
     launch(
         _cross_entropy_forward_backward, plan.rows, plan.num_warps, logits,

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..groups import Rows, Smoothing
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, reading_tiles, tiles, view
@@ -17,9 +18,9 @@ from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile
 
 
 def smoothed_cross_entropy_forward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
-    loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing, loss: Tensor, rows: Rows
+) -> None:
+    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
     v = view(logits.shape, logits.stride())
     t = reading_tiles(v, device_of(logits), TILE // 2)
     launch(
@@ -30,9 +31,9 @@ def smoothed_cross_entropy_forward(
 
 
 def smoothed_cross_entropy_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float,
-    row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing, rows: Rows, dloss: Tensor, dlogits: Tensor
+) -> None:
+    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
     v = view(logits.shape, logits.stride(), dlogits.stride())
     t = tiles(v, device_of(logits))
     launch(
@@ -43,12 +44,12 @@ def smoothed_cross_entropy_backward(
 
 
 def smoothed_cross_entropy_forward_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, keep: float, spread: float, dloss: Tensor,
-    loss: Tensor, row_weight: Tensor, mass: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing,
+    dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor,
 ) -> None:  # fmt: skip
     """In two visits: only plain cross-entropy has a kernel for one."""
-    smoothed_cross_entropy_forward(logits, target, weight, ignore_index, keep, spread, loss, row_weight, mass, top, total)
-    smoothed_cross_entropy_backward(logits, target, weight, ignore_index, keep, spread, row_weight, mass, top, total, dloss, dlogits)
+    smoothed_cross_entropy_forward(logits, target, weight, ignore_index, smoothing, loss, rows)
+    smoothed_cross_entropy_backward(logits, target, weight, ignore_index, smoothing, rows, dloss, dlogits)
 
 
 @triton.jit

@@ -8,15 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..groups import Rows, Smoothing
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, looping_tiles, tiles, view
 from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of
 
 
-def soft_cross_entropy_forward(
-    logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float, loss: Tensor, mass: Tensor, top: Tensor, total: Tensor
-) -> None:
+def soft_cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, loss: Tensor, rows: Rows) -> None:
+    (keep, spread), (_, mass, top, total) = smoothing, rows
     v = view(logits.shape, logits.stride(), target.stride())
     t = looping_tiles(v, device_of(logits), TILE // 2)
     launch(
@@ -27,9 +27,9 @@ def soft_cross_entropy_forward(
 
 
 def soft_cross_entropy_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float,
-    mass: Tensor, top: Tensor, total: Tensor, dloss: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
+    logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, rows: Rows, dloss: Tensor, dlogits: Tensor
+) -> None:
+    (keep, spread), (_, mass, top, total) = smoothing, rows
     v = view(logits.shape, logits.stride(), target.stride(), dlogits.stride())
     t = tiles(v, device_of(logits))
     launch(
@@ -40,17 +40,15 @@ def soft_cross_entropy_backward(
 
 
 def soft_cross_entropy_forward_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, keep: float, spread: float, dloss: Tensor,
-    loss: Tensor, mass: Tensor, top: Tensor, total: Tensor, dlogits: Tensor,
-) -> None:  # fmt: skip
-    """In two visits: only plain cross-entropy has a kernel for one."""
-    soft_cross_entropy_forward(logits, target, weight, keep, spread, loss, mass, top, total)
-    soft_cross_entropy_backward(logits, target, weight, keep, spread, mass, top, total, dloss, dlogits)
-
-
-def soft_cross_entropy_target_backward(
-    logits: Tensor, weight: Tensor, keep: float, top: Tensor, total: Tensor, dloss: Tensor, dtarget: Tensor
+    logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> None:
+    """In two visits: only plain cross-entropy has a kernel for one."""
+    soft_cross_entropy_forward(logits, target, weight, smoothing, loss, rows)
+    soft_cross_entropy_backward(logits, target, weight, smoothing, rows, dloss, dlogits)
+
+
+def soft_cross_entropy_target_backward(logits: Tensor, weight: Tensor, keep: float, rows: Rows, dloss: Tensor, dtarget: Tensor) -> None:
+    _, _, top, total = rows
     v = view(logits.shape, logits.stride(), dtarget.stride())
     t = tiles(v, device_of(logits))
     launch(

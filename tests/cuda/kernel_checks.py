@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastloss.kernels.groups import Rows, Smoothing
+
 MARGIN = 64  # poisoned elements on both sides of an output
 # |error| <= RELATIVE |truth| + ABSOLUTE * the largest number that entered it
 RELATIVE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -118,7 +120,7 @@ def cross_entropy(
     """Both directions; with `smoothing` the smoothed launchers. Targets outside [0, C) must make NaN rows."""
     classes, compute, before = logits.shape[1], real(logits.dtype), logits.clone()
     w = torch.ones((), dtype=compute, device=logits.device).expand(classes) if weight is None else weight
-    keep, spread = (1.0, 0.0) if smoothing is None else (1.0 - smoothing, smoothing / classes)
+    keep, spread = eps = Smoothing(1.0, 0.0) if smoothing is None else Smoothing(1.0 - smoothing, smoothing / classes)
     is_row = target != ignore_index
     out_of_range = is_row & ((target < 0) | (target >= classes))
     y = torch.where(is_row & ~out_of_range, target, 0)
@@ -128,20 +130,21 @@ def cross_entropy(
     truth = Truth(logits, factors)
     dloss = random_rows(logits)
     loss, row_weight, mass, top, total = (poisoned_rows(logits) for _ in range(5))
+    rows = Rows(row_weight, mass, top, total)
     dlogits = logits if inplace else laid_out(poisoned(logits), "contiguous")
     if one_visit:
-        k.cross_entropy_forward_backward(logits, target, w, ignore_index, dloss, loss, row_weight, top, total, dlogits)
+        k.cross_entropy_forward_backward(logits, target, w, ignore_index, dloss, loss, rows, dlogits)
     elif smoothing is None:
-        k.cross_entropy_forward(logits, target, w, ignore_index, loss, row_weight, top, total)
-        k.cross_entropy_backward(logits, target, ignore_index, row_weight, top, total, dloss, dlogits)
+        k.cross_entropy_forward(logits, target, w, ignore_index, loss, rows)
+        k.cross_entropy_backward(logits, target, ignore_index, rows, dloss, dlogits)
     else:
-        k.smoothed_cross_entropy_forward(logits, target, w, ignore_index, keep, spread, loss, row_weight, mass, top, total)
-        k.smoothed_cross_entropy_backward(logits, target, w, ignore_index, keep, spread, row_weight, mass, top, total, dloss, dlogits)
+        k.smoothed_cross_entropy_forward(logits, target, w, ignore_index, eps, loss, rows)
+        k.smoothed_cross_entropy_backward(logits, target, w, ignore_index, eps, rows, dloss, dlogits)
         assert_close(mass, torch.where(is_row, torch.where(out_of_range, float("nan"), truth.mass), 0.0), what="mass")
         if not inplace:
-            again = [poisoned_rows(logits) for _ in range(5)] + [laid_out(poisoned(logits), "contiguous")]
-            k.smoothed_cross_entropy_forward_backward(logits, target, w, ignore_index, keep, spread, dloss, *again)
-            assert_same((loss, row_weight, mass, top, total, dlogits), again)
+            again = poisoned_rows(logits), Rows(*(poisoned_rows(logits) for _ in rows)), laid_out(poisoned(logits), "contiguous")
+            k.smoothed_cross_entropy_forward_backward(logits, target, w, ignore_index, eps, dloss, *again)
+            assert_same((loss, *rows, dlogits), (again[0], *again[1], again[2]))
     if not inplace:
         assert torch.allclose(logits, before, rtol=0, atol=0, equal_nan=True), "logits changed"
     bad = out_of_range | truth.log_total.isnan()
@@ -163,23 +166,24 @@ def soft_cross_entropy(
     """Both directions, and the gradient of the target."""
     classes, compute = logits.shape[1], real(logits.dtype)
     w = torch.ones((), dtype=compute, device=logits.device).expand(classes) if weight is None else weight
-    keep, spread = 1.0 - smoothing, smoothing / classes
+    keep, spread = eps = Smoothing(1.0 - smoothing, smoothing / classes)
     truth = Truth(logits, w.double() * (keep * by_row(target) + spread))
     dloss = random_rows(logits)
     loss, mass, top, total = (poisoned_rows(logits) for _ in range(4))
+    rows = Rows(None, mass, top, total)
     dlogits, dtarget = poisoned(logits), poisoned(logits)
-    k.soft_cross_entropy_forward(logits, target, w, keep, spread, loss, mass, top, total)
-    k.soft_cross_entropy_backward(logits, target, w, keep, spread, mass, top, total, dloss, dlogits)
-    again = [poisoned_rows(logits) for _ in range(4)] + [poisoned(logits)]
-    k.soft_cross_entropy_forward_backward(logits, target, w, keep, spread, dloss, *again)
-    assert_same((loss, mass, top, total, dlogits), again)
+    k.soft_cross_entropy_forward(logits, target, w, eps, loss, rows)
+    k.soft_cross_entropy_backward(logits, target, w, eps, rows, dloss, dlogits)
+    again = poisoned_rows(logits), Rows(None, *(poisoned_rows(logits) for _ in range(3))), poisoned(logits)
+    k.soft_cross_entropy_forward_backward(logits, target, w, eps, dloss, *again)
+    assert_same((loss, *rows[1:], dlogits), (again[0], *again[1][1:], again[2]))
     assert_close(loss, truth.loss, what="loss")
     assert_close(mass, truth.mass, what="mass")
     assert_close(total.log(), truth.log_total, what="total")
     scale = dloss.abs().max().item() * max(1.0, truth.mass.abs().max().item())
     assert_close(by_row(dlogits).to(logits.dtype), truth.gradient(dloss), scale=scale, what="dlogits")
     if target_too:
-        k.soft_cross_entropy_target_backward(logits, w, keep, top, total, dloss, dtarget)
+        k.soft_cross_entropy_target_backward(logits, w, keep, rows, dloss, dtarget)
         want = dloss.double()[:, None] * keep * w.double() * -truth.log_p
         assert_close(by_row(dtarget).to(logits.dtype), want, scale=scale, what="dtarget")
     assert_inside(dlogits, dtarget)

@@ -13,6 +13,7 @@ from triton_compiler import Launch, compiling
 
 import fastloss.kernels.cuda as k
 from fastloss.kernels.cuda.plan import Device
+from fastloss.kernels.groups import Rows, Smoothing
 
 
 def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -26,9 +27,10 @@ def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
 def launch_index_targets(classes: int, dtype: torch.dtype, rows: int = 1000) -> None:
     """Enough rows that none is split."""
     logits = untouched(rows, classes, dtype=dtype)
-    target, numbers = torch.empty(rows, dtype=torch.int64), [torch.empty(rows) for _ in range(4)]
-    k.cross_entropy_forward(logits, target, torch.ones(1).expand(classes), -100, *numbers)
-    k.cross_entropy_backward(logits, target, -100, *numbers[1:], numbers[0], untouched(rows, classes, dtype=dtype))
+    target, loss = torch.empty(rows, dtype=torch.int64), torch.empty(rows)
+    numbers = Rows(torch.empty(rows), None, torch.empty(rows), torch.empty(rows))
+    k.cross_entropy_forward(logits, target, torch.ones(1).expand(classes), -100, loss, numbers)
+    k.cross_entropy_backward(logits, target, -100, numbers, loss, untouched(rows, classes, dtype=dtype))
 
 
 def launch_everything(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -36,13 +38,14 @@ def launch_everything(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     x, y = untouched(*shape, dtype=dtype), untouched(*shape, dtype=dtype)
     rows = shape[0] * (shape[2] if len(shape) == 3 else 1)
     target, n, w = torch.empty(rows, dtype=torch.int64), torch.empty(rows, dtype=real), torch.ones(1, dtype=real).expand(shape[1])
-    k.cross_entropy_forward(x, target, w, -100, n, n, n, n)
-    k.cross_entropy_backward(x, target, -100, n, n, n, n, x)
-    k.smoothed_cross_entropy_forward(x, target, w, -100, 0.9, 0.1, n, n, n, n, n)
-    k.smoothed_cross_entropy_backward(x, target, w, -100, 0.9, 0.1, n, n, n, n, n, y)
-    k.soft_cross_entropy_forward(x, y, w, 0.9, 0.1, n, n, n, n)
-    k.soft_cross_entropy_backward(x, y, w, 0.9, 0.1, n, n, n, n, x)
-    k.soft_cross_entropy_target_backward(x, w, 0.9, n, n, n, y)
+    numbers, smoothing = Rows(n, n, n, n), Smoothing(0.9, 0.1)
+    k.cross_entropy_forward(x, target, w, -100, n, numbers)
+    k.cross_entropy_backward(x, target, -100, numbers, n, x)
+    k.smoothed_cross_entropy_forward(x, target, w, -100, smoothing, n, numbers)
+    k.smoothed_cross_entropy_backward(x, target, w, -100, smoothing, numbers, n, y)
+    k.soft_cross_entropy_forward(x, y, w, smoothing, n, numbers)
+    k.soft_cross_entropy_backward(x, y, w, smoothing, numbers, n, x)
+    k.soft_cross_entropy_target_backward(x, w, smoothing.keep, numbers, n, y)
     k.softmax_forward(x, y)
     k.softmax_backward(x, y, x)
     k.log_softmax_forward(x, y)
@@ -143,10 +146,11 @@ def test_one_visit_by_a_cluster(target: str, ctas: int, monkeypatch: pytest.Monk
     monkeypatch.setenv("FASTLOSS_CLUSTER", "1")
     monkeypatch.setattr("fastloss.kernels.cuda.launch.ASSUMED", Device(processors=132, warp=32, clusters=ctas > 0))
     rows, classes = 1000, 128256
-    logits, numbers = untouched(rows, classes, dtype=torch.bfloat16), [torch.empty(rows) for _ in range(5)]
+    logits, dloss, loss = untouched(rows, classes, dtype=torch.bfloat16), torch.empty(rows), torch.empty(rows)
+    numbers = Rows(torch.empty(rows), None, torch.empty(rows), torch.empty(rows))
     with compiling(target) as launches:
         k.cross_entropy_forward_backward(
-            logits, torch.empty(rows, dtype=torch.int64), torch.ones(1).expand(classes), -100, *numbers, logits
+            logits, torch.empty(rows, dtype=torch.int64), torch.ones(1).expand(classes), -100, dloss, loss, numbers, logits
         )
     if ctas == 0:
         assert [launch.name for launch in launches] == ["_cross_entropy_forward_rows", "_cross_entropy_backward_rows"]

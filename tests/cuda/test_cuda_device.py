@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 import torch
 
+from fastloss.kernels.groups import Rows
+
 pytest.importorskip("triton", reason="Triton is not installed")
 
 import kernel_checks as check
@@ -58,9 +60,9 @@ def test_same_bits_on_every_run(k: Any) -> None:
     logits, target = torch.randn(64, 50257, device="cuda"), torch.randint(50257, (64,), device="cuda")
     weight, runs = torch.ones(1, device="cuda").expand(50257), []
     for _ in range(3):
-        outs = [check.poisoned_rows(logits) for _ in range(4)]
-        k.cross_entropy_forward(logits, target, weight, -100, *outs)
-        runs.append(torch.stack(outs))
+        loss, row_weight, top, total = (check.poisoned_rows(logits) for _ in range(4))
+        k.cross_entropy_forward(logits, target, weight, -100, loss, Rows(row_weight, None, top, total))
+        runs.append(torch.stack([loss, row_weight, top, total]))
     assert torch.equal(runs[0], runs[1])
     assert torch.equal(runs[0], runs[2])
 
@@ -72,25 +74,27 @@ def test_more_than_2_to_the_31_logits(k: Any) -> None:
     logits = torch.randn(1, classes, device="cuda", dtype=torch.bfloat16).expand(rows, classes).contiguous()
     target = torch.full((rows,), classes - 1, device="cuda")
     loss, row_weight, top, total = (check.poisoned_rows(logits) for _ in range(4))
-    k.cross_entropy_forward(logits, target, torch.ones(1, device="cuda").expand(classes), -100, loss, row_weight, top, total)
+    numbers = Rows(row_weight, None, top, total)
+    k.cross_entropy_forward(logits, target, torch.ones(1, device="cuda").expand(classes), -100, loss, numbers)
     assert (loss == loss[0]).all()
     assert loss[0].isfinite()
-    k.cross_entropy_backward(logits, target, -100, row_weight, top, total, torch.ones(1, device="cuda").expand(rows), logits)
+    k.cross_entropy_backward(logits, target, -100, numbers, torch.ones(1, device="cuda").expand(rows), logits)
     assert torch.equal(logits[0], logits[-1])
     assert logits[-1, -1] < 0
 
 
 def test_in_a_cuda_graph(k: Any) -> None:
     logits, target = torch.randn(64, 5001, device="cuda"), torch.randint(5001, (64,), device="cuda")
-    weight, outs = torch.ones(1, device="cuda").expand(5001), [check.poisoned_rows(logits) for _ in range(4)]
-    k.cross_entropy_forward(logits, target, weight, -100, *outs)
-    eager = outs[0].clone()
+    loss, row_weight, top, total = (check.poisoned_rows(logits) for _ in range(4))
+    weight, numbers = torch.ones(1, device="cuda").expand(5001), Rows(row_weight, None, top, total)
+    k.cross_entropy_forward(logits, target, weight, -100, loss, numbers)
+    eager = loss.clone()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        k.cross_entropy_forward(logits, target, weight, -100, *outs)
-    outs[0].fill_(float("nan"))
+        k.cross_entropy_forward(logits, target, weight, -100, loss, numbers)
+    loss.fill_(float("nan"))
     graph.replay()
-    assert torch.equal(outs[0], eager)
+    assert torch.equal(loss, eager)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")

@@ -14,6 +14,7 @@ import kernel_checks as check
 from triton_interpreter import interpreted
 
 from fastloss.kernels.cuda.plan import Device
+from fastloss.kernels.groups import Rows
 
 PACKAGE = "fastloss.kernels.cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -68,8 +69,8 @@ def test_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     shape, layout = SHAPES[name]
     logits, target, weight = make(shape, dtype, layout)
     if logits.numel() == 0:
-        rows = torch.empty(0)
-        return k.cross_entropy_forward(logits, target, weight, -100, rows, rows, rows, rows)
+        nothing = torch.empty(0)
+        return k.cross_entropy_forward(logits, target, weight, -100, nothing, Rows(nothing, None, nothing, nothing))
     check.cross_entropy(k, logits, target, weight)
     check.cross_entropy(k, logits, target, inplace=True)
     return None
@@ -157,10 +158,11 @@ def test_ignore_index(k: Any, ignore_index: int) -> None:
 def test_scalar_upstream_gradient(k: Any) -> None:
     """dloss with stride 0."""
     logits, target = torch.randn(3, 2000), torch.tensor([5, 6, 7])
-    outs = [check.poisoned_rows(logits) for _ in range(4)]
-    k.cross_entropy_forward(logits, target, torch.ones(1).expand(2000), -100, *outs)
+    loss, row_weight, top, total = (check.poisoned_rows(logits) for _ in range(4))
+    rows = Rows(row_weight, None, top, total)
+    k.cross_entropy_forward(logits, target, torch.ones(1).expand(2000), -100, loss, rows)
     dlogits = check.poisoned(logits)
-    k.cross_entropy_backward(logits, target, -100, *outs[1:], torch.tensor([-1.7]).expand(3), dlogits)
+    k.cross_entropy_backward(logits, target, -100, rows, torch.tensor([-1.7]).expand(3), dlogits)
     want = -1.7 * (torch.softmax(logits.double(), 1) - torch.nn.functional.one_hot(target, 2000))
     check.assert_close(dlogits, want)
 

@@ -77,13 +77,15 @@ def elements_transposed(k: Any) -> None:
 
 
 def copy_of_kernels(folder: Path, name: str, file: str, old: str, new: str) -> Any:
-    shutil.copytree(SOURCES, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    source = (folder / name / file).read_text()
+    copy = folder / name / "cuda"
+    shutil.copytree(SOURCES, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(SOURCES.parent / "groups.py", copy.parent)
+    source = (copy / file).read_text()
     assert old in source, f"{file} no longer contains {old!r}: update this mutant"
-    (folder / name / file).write_text(source.replace(old, new))
+    (copy / file).write_text(source.replace(old, new))
     sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(name)
+        return importlib.import_module(f"{name}.cuda")
     finally:
         sys.path.remove(str(folder))
 

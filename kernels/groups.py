@@ -1,0 +1,21 @@
+"""Arguments that belong together and are passed whole: to launchers, and on into kernels."""
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class Rows(NamedTuple):
+    """The numbers of the rows, [N] each, that a forward leaves and a backward reads; None where a loss has no such number."""
+
+    row_weight: Any  # w_y
+    mass: Any  # the sum of all factors of the row's -log p_c
+    top: Tensor  # the largest logit
+    total: Tensor  # the sum of exp(x - top)
+
+
+class Smoothing(NamedTuple):
+    """Label smoothing: how much of a target stays where it is, and how much goes to every class."""
+
+    keep: float
+    spread: float

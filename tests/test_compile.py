@@ -167,8 +167,9 @@ def test_export(call: str) -> None:
 
     inputs = make_input(6)
     exported = torch.export.export(Loss(), (inputs, *tensors))
-    # softmax ends many a model that is served where fastloss is not installed
-    assert any("fastloss" in str(node.target) for node in exported.graph.nodes) == ("softmax" not in function)
+    # softmax ends many a model that is served where fastloss is not installed; torch before 2.7 does not say that it exports
+    ours = "softmax" not in function or not hasattr(torch.compiler, "is_exporting")
+    assert any("fastloss" in str(node.target) for node in exported.graph.nodes) == ours
     torch.testing.assert_close(exported.module()(inputs, *tensors), getattr(F, function)(inputs, **options))
 
 

@@ -167,8 +167,10 @@ def _cache() -> list[Finding]:
         return []
     from numba.core.caching import FunctionCache
 
+    from .kernels.cpu import launch
+
     try:
-        folder = FunctionCache(fastloss.backends.kernels("numba").softmax_forward).cache_path
+        folder = FunctionCache(launch.region).cache_path  # that of every function in its folder
     except RuntimeError:
         text = "no folder can be written, so every process compiles its kernels again (seconds each): set NUMBA_CACHE_DIR"
         return [Finding("compiled kernels", "note", text)]

@@ -243,7 +243,8 @@ def test_results_are_used_as_torchs(use: str, family: str, monkeypatch: pytest.M
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for reduction in ("mean",) if "softmax" in family else ("none", "mean", "sum"):
             theirs = outcome(F, family, dtype, reduction, USES[use])
-            for pool_min_bytes in (1 << 22, 1):
+            # memory of the pool cannot grow: a difference of ours (docs/differences.md)
+            for pool_min_bytes in (1 << 22,) if "resize_" in use else (1 << 22, 1):
                 monkeypatch.setattr(fastloss.config, "pool_min_bytes", pool_min_bytes)
                 mine = outcome(fastloss, family, dtype, reduction, USES[use])
                 if not same(mine, theirs):

@@ -46,7 +46,7 @@ def test_only_the_target_is_the_target(begin: int, class_stride: int) -> None:
         )
         expected = logits.double()[::class_stride].exp() * 0.3
         expected[y - begin : y - begin + 1] -= 1.7 if 0 <= y - begin < 128 else 0.0
-        torch.testing.assert_close(dlogits[::class_stride].double(), expected, atol=1e-6, rtol=1e-6, msg=lambda text: f"{y=}: {text}")
+        torch.testing.assert_close(dlogits[::class_stride].double(), expected, atol=1e-6, rtol=1e-6, msg=lambda text, y=y: f"{y=}: {text}")
 
 
 def test_rows_are_in_lanes_only_where_a_lane_holds_a_class_number() -> None:

@@ -15,6 +15,7 @@ from numba.core.registry import cpu_target
 from .llvm import BFloat, bfloat16, constant, float16
 
 _I16, _I32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_Conversion = Callable[[ir.IRBuilder, ir.Value], ir.Value]
 _CALLS = re.compile(r"__\w*(trunc|extend|f2h|h2f)\w*")  # __truncsfbf2, __gnu_h2f_ieee and the like
 
 
@@ -41,13 +42,16 @@ def narrow(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Va
 def instructions() -> frozenset[str]:
     """What Numba's target, which need not be this CPU, has instructions for."""
     floats, halves = ir.VectorType(_FLOAT, 16), ir.VectorType(_I16, 16)
-    conversions = {"widen float16": (_extend, halves), "narrow float16": (_truncate_to_float16, floats)}
+    conversions: dict[str, tuple[_Conversion, ir.VectorType]] = {
+        "widen float16": (_extend, halves),
+        "narrow float16": (_truncate_to_float16, floats),
+    }
     if binding.llvm_version_info[0] >= 20:  # LLVM 15, which older Numba has, lacks it on every target
         conversions["narrow bfloat16"] = _truncate_to_bfloat16, floats
     return frozenset(name for name, (convert, source) in conversions.items() if not _CALLS.search(_assembly(convert, source)))
 
 
-def _assembly(convert: Callable[[ir.IRBuilder, ir.Value], ir.Value], source: ir.VectorType) -> str:
+def _assembly(convert: _Conversion, source: ir.VectorType) -> str:
     """What LLVM makes of a conversion for Numba's target."""
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
     module = ir.Module()

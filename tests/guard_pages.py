@@ -69,10 +69,8 @@ def make(seed: int) -> tuple[Case, Layout]:
         return layout.place(shape, dtype, values)
 
     if "softmax" in kind:
-        options = {
-            "dim": layout.random.randrange(-len(shape), len(shape)),
-            "dtype": choice([None, None, None, torch.float32, torch.float64]),
-        }
+        wider = choice([None, None, torch.float64, torch.float64 if dtype == torch.float64 else torch.float32])
+        options = {"dim": layout.random.randrange(-len(shape), len(shape)), "dtype": wider}
         return Case(kind, {"input": real(shape, lambda n: torch.randn(n) * spread)}, options, scale=4.0, settings=settings), layout
     reduction = {"reduction": choice(REDUCTIONS)}
     if "binary" in kind:
@@ -88,7 +86,12 @@ def make(seed: int) -> tuple[Case, Layout]:
         return Case(kind, tensors, reduction, settings=settings), layout
     function, _, soft = kind.partition(" of ")
     classes, rows = shape[min(1, len(shape) - 1)], shape[:1] + shape[2:] if len(shape) > 1 else ()
-    case = Case(function, {"input": real(shape, lambda n: torch.randn(n) * spread)}, reduction, settings=settings)
+
+    def inputs(count: int) -> Tensor:
+        numbers = torch.randn(count) * spread
+        return -numbers.abs() if function == "nll_loss" else numbers  # log-probabilities, whose sums do not cancel
+
+    case = Case(function, {"input": real(shape, inputs)}, reduction, settings=settings)
     if soft:
         case.tensors["target"] = real(shape, lambda n: torch.rand(n) * 2 / classes)
         case.wanted = ("input", "target") if chance(0.6) else ("input",)
@@ -143,8 +146,10 @@ def settings_of(case: Case) -> Iterator[None]:
         mock.patch.object(rows, "STREAM_BYTES", 0 if case.settings["stream"] else 1 << 25),
     ):
         torch.set_num_threads(case.settings["threads"])
-        yield
-        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(1)
 
 
 class _Given(torch.autograd.Function):

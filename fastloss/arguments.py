@@ -73,8 +73,8 @@ def class_weight_misfit(logits: Tensor, weight: Tensor | None) -> str | None:
 
 
 def class_indices_misfit(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any) -> str | None:
-    if target.dtype not in (torch.int64, torch.uint8):
-        return f"target is {target.dtype}, not int64 or uint8"
+    if target.dtype != torch.int64 and not (target.dtype == torch.uint8 and logits.dim() <= 2):
+        return f"target is {target.dtype}, not int64 (or uint8, for logits without positions)"
     shape = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size(())
     if logits.dim() == 0 or (target.shape != shape and not (logits.dim() == 1 and target.shape == (1,))):
         return f"target of shape {tuple(target.shape)} does not belong to logits of shape {tuple(logits.shape)}"
@@ -118,6 +118,8 @@ def refuse_inplace(logits: Tensor, *others: Tensor | None) -> None:
         problem = f"logits with strides {tuple(logits.stride())} share memory among themselves"
     elif logits.numel() and any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
         problem = "target or weight shares the memory of the logits"
+    elif logits.dim() > 3 and logits.numel() and logits.flatten(2).data_ptr() != logits.data_ptr():
+        problem = f"logits with strides {tuple(logits.stride())} are no [N, C, positions] without a copy"
     if problem is not None:
         raise RuntimeError(f"inplace_backward: {problem}")
 

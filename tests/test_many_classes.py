@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from fastloss.backends import kernels
-from fastloss.kernels.groups import Rows, Smoothing
 from fastloss.kernels.cpu.cross_entropy import gradient_of_row
 from fastloss.kernels.cpu.launch import next_task, region, unpack
 from fastloss.kernels.cpu.memory import load_classes, offset
 from fastloss.kernels.cpu.rows import walk
 from fastloss.kernels.cpu.simd import lanes_of, splat
+from fastloss.kernels.groups import Rows, Smoothing
 
 KINDS = "TITCnnxx"
 

@@ -14,9 +14,11 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def tensors_misfit(logits: Any, *required: Any, optional: tuple[Any, ...] = ()) -> str | None:
     """What every loss asks first, of all its tensors. Nothing is asked of a tensor before it is known to be plain:
-    subclasses must see torch's function, and only that."""
+    subclasses and modes must see torch's function, and only that."""
     present = (logits, *required, *(t for t in optional if t is not None))
     compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_torch_function_mode_enabled() and not _only_a_default_device():
+        return "a torch function mode is active"
     for tensor in present:
         if not isinstance(tensor, Tensor):
             return f"{type(tensor).__name__} is not a Tensor"

@@ -106,7 +106,8 @@ def make(seed: int) -> tuple[Case, Layout]:
                 found[torch.rand(count) < 0.3] = ignored
             return torch.full((count,), wrong) if case.refused else found
 
-        byte = classes <= 255 and ignored in (None, 0, classes - 1) and not case.refused and chance(0.2)
+        # torch takes bytes of logits without positions only
+        byte = len(rows) < 2 and classes <= 255 and ignored in (None, 0, classes - 1) and not case.refused and chance(0.4)
         case.tensors["target"] = layout.place(rows, torch.uint8 if byte else torch.int64, indices)
         case.options |= {} if ignored is None else {"ignore_index": ignored}
     if chance(0.5):

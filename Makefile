@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 OUT := bench/out
 MEASURED := docs/measured
 
-.PHONY: help bench test test-cuda-kernels test-all-else test-all lint docs measure clean
+.PHONY: help bench test test-cuda-kernels test-all-else test-all matrix lint docs measure clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -32,6 +32,9 @@ test-all-else: $(VENV)/.dev
 
 test-all: $(VENV)/.dev ## all tests
 	$(BIN)/pytest
+
+matrix: ## the tests on the oldest and newest torch, Triton, Numba, NumPy and Python (hours, 20 GB), for docs/versions.md
+	$(PYTHON) tests/matrix.py
 
 lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
 	$(BIN)/ruff check .

@@ -3,10 +3,11 @@
 import importlib
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -62,12 +63,13 @@ def set_backend(name: BackendName) -> None:
 @contextmanager
 def use_backend(name: BackendName) -> Iterator[None]:
     """`set_backend` for the length of a with block."""
+    global _choice
     before = get_backend()
     set_backend(name)
     try:
         yield
     finally:
-        set_backend(before)
+        _choice = before  # nothing is asked: FASTLOSS_BACKEND may name one that cannot run here
 
 
 def backend_of(device: str) -> KernelsName | None:
@@ -88,9 +90,15 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _problem(name: BackendName) -> str | None:
     if importlib.util.find_spec(name) is None:
         return f"{name} is not installed"
-    version = str(importlib.import_module(name).__version__)
+    try:
+        module = _import(name)
+    except ImportError as error:
+        return f"{name} cannot be imported: {error}"
+    version = str(module.__version__)
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST[name]:
         return f"{name} {version} is too old, {'.'.join(map(str, _OLDEST[name]))} is needed"
+    if name == "numba" and module.config.DISABLE_JIT:
+        return "NUMBA_DISABLE_JIT is set"
     if name == "triton" and not torch.cuda.is_available():
         return "torch sees no CUDA device"
     return None
@@ -99,7 +107,20 @@ def _problem(name: BackendName) -> str | None:
 @cache
 def kernels(name: BackendName) -> Kernels:
     """The launchers of a kernel package, each behind its contract; imported at the first use."""
-    return cast(Kernels, checked(importlib.import_module(_MODULE_OF[name], __package__), _DEVICE_OF[name]))
+    return cast(Kernels, checked(_import(f"{__package__}{_MODULE_OF[name]}"), _DEVICE_OF[name]))
+
+
+def _import(name: str) -> Any:
+    """The module. If that is interrupted (Ctrl-C), whatever came with it goes again: Python itself forgets only modules that did not get
+    ready, and then a package imported again does not know the modules in it that did."""
+    before = set(sys.modules)
+    try:
+        return importlib.import_module(name)
+    except BaseException:
+        for module in set(sys.modules) - before:
+            if module.partition(".")[0] not in before or module.startswith(f"{__package__}.kernels"):
+                sys.modules.pop(module, None)
+        raise
 
 
 def kernels_for(tensor: Tensor) -> Kernels:

@@ -1,15 +1,15 @@
 """`python -m fastloss doctor`: what is installed, who will compute and why, and whether it computes rightly here."""
 
 import json
+import math
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fastloss
 
-from .backends import BackendName
+from .backends import BackendName, KernelsName
 from .bench import machine
 
 Status = Literal["ok", "note", "FAIL"]
@@ -51,23 +51,31 @@ def main(arguments: Sequence[str]) -> int:
 
 def examine() -> list[Finding]:
     """All findings. A check that cannot be made is a finding, not an exception."""
-    checks = (_versions, _devices, _backends, _threads, _cache, _pool, _self_checks, _speed)
+    # the pool last: by then it has been used
+    checks = (_versions, _devices, _environment, _backends, _threads, _openmp, _cache, _self_checks, _speed, _pool)
     found: list[Finding] = []
     for check in checks:
         try:
             found += check()
         except Exception as problem:
-            found.append(Finding(check.__name__.strip("_"), "FAIL", f"{type(problem).__name__}: {problem}"))
+            found.append(Finding(check.__name__.strip("_"), "FAIL", _short(problem)))
     return found
 
 
 def _versions() -> list[Finding]:
     installed = {name: machine.version(name) for name in ("fastloss", "torch", "numba", "llvmlite", "triton", "numpy")}
     text = ", ".join(f"{name} {version or '(none)'}" for name, version in installed.items())
-    return [
+    found = [
         Finding("versions", "ok", f"{text}, Python {sys.version.split()[0]}"),
         Finding("installed in", "ok", str(Path(__file__).parent)),
     ]
+    torch_version = tuple(int(part) for part in torch.__version__.split(".")[:2])
+    if torch_version < (2, 6):
+        found.append(Finding("torch", "FAIL", f"{torch.__version__} is too old, 2.6 is needed"))
+    elif torch_version < (2, 8):
+        text = "no gradient is computed ahead of the backward (docs/memory.md), and the Triton it brings is too old for our CUDA kernels"
+        found.append(Finding("torch", "note", f"{torch.__version__} is older than 2.8: {text}"))
+    return found
 
 
 def _devices() -> list[Finding]:
@@ -78,19 +86,58 @@ def _devices() -> list[Finding]:
     return found
 
 
+def _environment() -> list[Finding]:
+    """Variables that change what is computed, or how fast, and are easily forgotten."""
+    found = []
+    if os.environ.get("OMP_NUM_THREADS"):
+        found.append(Finding("OMP_NUM_THREADS", "note", os.environ["OMP_NUM_THREADS"]))
+    if _jit_is_disabled():
+        found.append(Finding("NUMBA_DISABLE_JIT", "FAIL", "is set: Numba compiles nothing, and no kernel of ours runs on CPU. Unset it"))
+    return found
+
+
+def _jit_is_disabled() -> bool:
+    return os.environ.get("NUMBA_DISABLE_JIT", "0") not in ("", "0")
+
+
+def _problem(name: BackendName) -> str | None:
+    """Why these kernels cannot run. Unlike `backends.unavailable` it never raises: the package may be there and broken."""
+    try:
+        problem = fastloss.backends.unavailable(name)
+    except Exception as broken:
+        return _short(broken)
+    return "NUMBA_DISABLE_JIT is set" if problem is None and name == "numba" and _jit_is_disabled() else problem
+
+
 def _backends() -> list[Finding]:
-    """For each device there is, where an ordinary call goes; for each kernel package, why it cannot run."""
-    found = [Finding("chosen backend", "ok", f"{fastloss.get_backend()!r} (set_backend, use_backend or FASTLOSS_BACKEND)")]
-    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
-        logits, target = torch.zeros(1024, 64, device=device), torch.zeros(1024, dtype=torch.int64, device=device)
-        route = fastloss.explain(fastloss.cross_entropy, logits, target)
-        mine = route.backend != "torch" or fastloss.get_backend() == "torch"
-        found.append(Finding(f"on {device}", "ok" if mine else "FAIL", f"{route.backend} ({route.reason})"))
-    for name in ("numba", "triton"):
-        problem = fastloss.backends.unavailable(name)  # type: ignore[arg-type]
+    """Whether the choice can be served; for each kernel package, why it cannot run; for each device, where an ordinary call goes."""
+    choice = fastloss.get_backend()
+    problem = _problem(choice) if choice in ("numba", "triton") else None
+    text = f"{choice!r} (set_backend, use_backend or FASTLOSS_BACKEND)" + (f", which cannot run here: {problem}" if problem else "")
+    found = [Finding("chosen backend", "FAIL" if problem else "ok" if choice == "auto" else "note", text)]
+    for name in get_args(KernelsName):
+        problem = _problem(name)
         if problem is not None:
             found.append(Finding(name, "note", f"not usable: {problem}"))
+    for device in ("cpu", *(["cuda"] if torch.cuda.is_available() else [])):
+        try:
+            found.append(_on(device, choice))
+        except Exception as broken:
+            found.append(Finding(f"on {device}", "FAIL", _short(broken)))
     return found
+
+
+def _on(device: str, choice: BackendName) -> Finding:
+    """Where a call goes that is large enough for the kernels."""
+    limit = fastloss.config.min_numel
+    logits = torch.empty(limit // 32 + 1024, 64, device=device)
+    route = fastloss.explain(fastloss.cross_entropy, logits, torch.zeros(len(logits), dtype=torch.int64, device=device))
+    if route.backend != "torch":
+        small = f"; torch below config.min_numel = {limit} logits" if choice == "auto" else ""
+        return Finding(f"on {device}", "ok", f"{route.backend} ({route.reason}){small}")
+    if choice in ("auto", "torch"):
+        return Finding(f"on {device}", "ok" if choice == "torch" else "FAIL", f"torch ({route.reason})")
+    return Finding(f"on {device}", "note", f"BackendError (backend {choice!r} was chosen, but {route.reason})")
 
 
 def _threads() -> list[Finding]:
@@ -100,31 +147,34 @@ def _threads() -> list[Finding]:
     found = [Finding("threads", "ok", f"torch {torch.get_num_threads()} of {os.cpu_count()} cores{more}")]
     if status == "note":
         found.append(Finding("OpenMP", "note", f"{len(runtimes)} runtimes in one process: they spin against each other"))
-    if os.environ.get("OMP_NUM_THREADS"):
-        found.append(Finding("OMP_NUM_THREADS", "note", os.environ["OMP_NUM_THREADS"]))
     return found
+
+
+def _openmp() -> list[Finding]:
+    """Whether kernels can use more than one thread."""
+    if _problem("numba") is not None:
+        return []
+    from .kernels.cpu import launch
+
+    if launch._openmp() is not None:
+        return []
+    return [Finding("OpenMP", "note", "torch's process has no GOMP_parallel (libgomp, libomp): our kernels run on one thread")]
 
 
 def _cache() -> list[Finding]:
     """Where Numba keeps compiled kernels: without a writable place every process compiles again."""
-    if fastloss.backends.unavailable("numba") is not None:
+    if _problem("numba") is not None:
         return []
-    folder = Path(os.environ.get("NUMBA_CACHE_DIR") or Path(fastloss.backends.kernels("numba").__file__ or "").parent / "__pycache__")  # type: ignore[attr-defined]
+    from numba.core.caching import FunctionCache
+
+    from .kernels.cpu import launch
+
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder):
-            pass
-    except OSError as problem:
-        return [Finding("compiled kernels", "note", f"{folder} cannot be written ({problem.strerror}): set NUMBA_CACHE_DIR")]
+        folder = FunctionCache(launch.region).cache_path  # that of every function in its folder
+    except RuntimeError:
+        text = "no folder can be written, so every process compiles its kernels again (seconds each): set NUMBA_CACHE_DIR"
+        return [Finding("compiled kernels", "note", text)]
     return [Finding("compiled kernels", "ok", f"kept in {folder}")]
-
-
-def _pool() -> list[Finding]:
-    policy = machine.huge_pages()
-    status: Status = "ok" if policy in ("always", "madvise") else "note"
-    limit = fastloss.config.pool_max_bytes
-    pool = f"keeps up to {limit >> 20} MiB, holds {fastloss.memory.pool_bytes() >> 20} MiB now" if limit > 0 else "turned off"
-    return [Finding("huge pages", status, policy), Finding("gradient pool", "ok", pool)]
 
 
 def _self_checks() -> list[Finding]:
@@ -132,13 +182,17 @@ def _self_checks() -> list[Finding]:
     found = []
     backends: list[tuple[BackendName, str]] = [("numba", "cpu"), ("triton", "cuda")]
     for backend, device in backends:
-        if fastloss.backends.unavailable(backend) is not None:
+        if _problem(backend) is not None:
             continue
         start = perf_counter()
         with fastloss.use_backend(backend):
             wrong = [name for name, error, limit in _errors(device) if not error <= limit]
         took = f"{perf_counter() - start:.1f} s with compiling"
-        text = f"wrong: {', '.join(wrong)}" if wrong else f"losses and gradients agree with float64 ({took})"
+        text = (
+            f"wrong: {', '.join(wrong)}. Delete the compiled kernels and try again"
+            if wrong
+            else f"losses and gradients agree with float64 ({took})"
+        )
         found.append(Finding(f"{backend} self-check", "FAIL" if wrong else "ok", text))
     return found
 
@@ -166,9 +220,14 @@ def _errors(device: str) -> list[tuple[str, float, float]]:
         for name, call in calls.items():
             if dtype == torch.bfloat16 and not name.startswith(("cross_entropy", "binary_cross_entropy_with")):
                 continue
-            ours, truth = _with_gradient(fastloss, call, x), _with_gradient(F, call, x.double())
+            title, truth = f"{name} {str(dtype).removeprefix('torch.')}", _with_gradient(F, call, x.double())
+            try:
+                ours = _with_gradient(fastloss, call, x)
+            except Exception as problem:
+                found.append((f"{title} ({_short(problem)})", math.inf, limit))
+                continue
             error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, truth, strict=True))
-            found.append((f"{name} {str(dtype).removeprefix('torch.')}", error, limit))
+            found.append((title, error, limit))
     return found
 
 
@@ -180,8 +239,10 @@ def _with_gradient(library: Any, call: Callable[[Any, Tensor], Tensor], x: Tenso
 
 
 def _speed() -> list[Finding]:
-    """One line; the benchmark is another command."""
-    logits, target = torch.randn(4096, 4000, requires_grad=True), torch.randint(4000, (4096,))
+    """One line, half a second; the benchmark is another command."""
+    logits, target = torch.randn(2048, 4000, requires_grad=True), torch.randint(4000, (2048,))
+    if _problem("numba") is not None or fastloss.explain(fastloss.cross_entropy, logits, target).backend == "torch":
+        return []
 
     def step(function: Callable[..., Tensor]) -> float:
         logits.grad = None
@@ -191,8 +252,27 @@ def _speed() -> list[Finding]:
 
     pairs = [(step(fastloss.cross_entropy), step(F.cross_entropy)) for _ in range(7)][2:]
     ours, theirs = (sorted(times)[2] for times in zip(*pairs, strict=True))
-    text = f"cross_entropy 4096x4000 float32, forward and backward: {ours * 1e3:.1f} ms, torch eager {theirs * 1e3:.1f} ms"
+    text = f"cross_entropy 2048x4000 float32, forward and backward: {ours * 1e3:.1f} ms, torch eager {theirs * 1e3:.1f} ms"
     return [Finding("speed sample", "ok", f"{text} ({theirs / ours:.1f} times as long)")]
+
+
+def _pool() -> list[Finding]:
+    """Huge pages as the kernel's policy has them, and as it answered the speed sample."""
+    policy, refused, limit = machine.huge_pages(), fastloss.memory.huge_pages_refused(), fastloss.config.pool_max_bytes
+    if refused is not None:
+        huge = Finding("huge pages", "note", f"refused by the kernel ({refused}): the first use of a gradient's memory is slower")
+    elif policy in ("always", "madvise"):
+        huge = Finding("huge pages", "ok", policy)
+    else:
+        where = "/sys/kernel/mm/transparent_hugepage/enabled"
+        huge = Finding("huge pages", "note", f"{policy} in {where} ('madvise' is enough): the first use of a gradient's memory is slower")
+    pool = f"keeps up to {limit >> 20} MiB, holds {fastloss.memory.pool_bytes() >> 20} MiB now" if limit > 0 else "turned off"
+    return [huge, Finding("gradient pool", "ok", pool)]
+
+
+def _short(problem: Exception) -> str:
+    """What kind of exception, and the first line of what it says."""
+    return f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
 
 
 def _read(path: str) -> str:

@@ -4,6 +4,7 @@ around the kernels. Views only, unless strides leave no choice."""
 import torch
 from torch import Tensor
 
+from .kinds import present
 from .loss import Spec, compute_dtype
 from .rows import one
 
@@ -56,13 +57,13 @@ def computed(weight: Tensor, first: Tensor) -> Tensor:
     """A weight [A, B, P] in the compute dtype, cast without what is broadcast, which would otherwise be written out."""
     if weight.dtype == compute_dtype(first):
         return weight
-    once = weight.detach()[tuple(slice(1) if stride == 0 else slice(None) for stride in weight.stride())]
+    once = present(weight.detach(), "weight")[tuple(slice(1) if stride == 0 else slice(None) for stride in weight.stride())]
     return once.to(compute_dtype(first)).expand(first.shape)
 
 
 def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
     """The gradient of every element's loss, in the compute dtype, broadcastable to the shape of `first`."""
-    dloss = dloss.to(compute_dtype(first))
+    dloss = present(dloss, "the upstream gradient").to(compute_dtype(first))
     return dloss / first.numel() if reduction == "mean" else dloss
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from . import memory
 from .backends import kernels_for
+from .kinds import present
 from .loss import Spec, compute_dtype, reduced
 
 
@@ -60,14 +61,15 @@ def as_indices(target: Tensor) -> Tensor:
     """Class indices [N], int64, side by side in memory."""
     if target.dim() == 1 and target.dtype == torch.int64 and target.is_contiguous():
         return target
-    return target.reshape(-1).long().contiguous()
+    return present(target, "target").reshape(-1).long().contiguous()
 
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     """[C] in the compute dtype; no weight is a one with stride 0."""
     if weight is None:
         return one(compute_dtype(logits), logits.device).expand(classes_of(logits))
-    return weight.detach().to(compute_dtype(logits))
+    compute = compute_dtype(logits)
+    return weight.detach() if weight.dtype is compute else present(weight, "weight").detach().to(compute)
 
 
 def dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
@@ -87,15 +89,17 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(1, dtype=dtype, device=device)
 
 
-def row_losses(loss: Tensor, logits: Tensor) -> Tensor:
-    """Where the kernels write the losses of the rows, [N]: the result itself if it is just that."""
-    shape, dtype = positions(logits), compute_dtype(logits)
-    return loss.view(-1) if loss.shape == shape and loss.dtype is dtype else memory.empty((math.prod(shape),), dtype, logits.device)
+def row_losses(loss: Tensor, logits: Tensor, reduction: str) -> Tensor:
+    """Where the kernels write the losses of the rows, [N]: the result itself if that is what it will be."""
+    dtype = compute_dtype(logits)
+    return loss.view(-1) if reduction == "none" and loss.dtype is dtype else memory.empty((rows_in(logits),), dtype, logits.device)
 
 
 def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
     """The gradient of every row's loss, [N] with stride 1 or 0, from that of the reduced loss."""
-    dloss, rows = dloss.to(compute_dtype(logits)), rows_in(logits)
+    compute, rows = compute_dtype(logits), rows_in(logits)
+    if dloss.dtype is not compute:
+        dloss = present(dloss, "the upstream gradient").to(compute)
     if divisor.numel():
         dloss = dloss / divisor
     if dloss.dim() == 0:

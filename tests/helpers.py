@@ -15,23 +15,28 @@ REDUCTIONS = ("none", "mean", "sum")
 Tensors = dict[str, Tensor | None]
 
 
+def gaps(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """What no call may look at: NaN, or class numbers that are no classes (the last one of a byte)."""
+    return torch.full(shape, float("nan") if dtype.is_floating_point else -1 if dtype.is_signed else 255, dtype=dtype)
+
+
 def padded(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Rows with a gap of NaN between them."""
-    leaf = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), float("nan"), dtype=tensor.dtype)
+    """Rows with a gap between them."""
+    leaf = gaps((*tensor.shape[:-1], tensor.shape[-1] + 3), tensor.dtype)
     leaf[..., : tensor.shape[-1]] = tensor
     return leaf, lambda leaf: leaf[..., : tensor.shape[-1]]
 
 
 def every_other(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """A gap of NaN after every number."""
-    leaf = torch.full((*tensor.shape[:-1], tensor.shape[-1] * 2), float("nan"), dtype=tensor.dtype)
+    """A gap after every number."""
+    leaf = gaps((*tensor.shape[:-1], tensor.shape[-1] * 2), tensor.dtype)
     leaf[..., ::2] = tensor
     return leaf, lambda leaf: leaf[..., ::2]
 
 
 def misaligned(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     """One element behind an aligned address."""
-    leaf = torch.full((tensor.numel() + 2,), float("nan"), dtype=tensor.dtype)
+    leaf = gaps((tensor.numel() + 2,), tensor.dtype)
     leaf[1:-1] = tensor.reshape(-1)
     return leaf, lambda leaf: leaf[1:-1].view(tensor.shape)
 
@@ -61,6 +66,12 @@ def reversed_dims(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     return tensor.permute(dims).contiguous(), lambda leaf: leaf.permute(dims)
 
 
+def column(tensor: Tensor) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The middle of three tensors that lie interleaved: `labels[:, 1]`."""
+    gap = gaps(tensor.shape, tensor.dtype)
+    return torch.stack((gap, tensor, gap), -1), lambda leaf: leaf[..., 1]
+
+
 LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]] = {
     "contiguous": lambda tensor: (tensor.clone(), lambda leaf: leaf),
     "padded": padded,
@@ -70,16 +81,28 @@ LAYOUTS: dict[str, Callable[[Tensor], tuple[Tensor, Callable[[Tensor], Tensor]]]
     "channels_last": channels_last,
     "expanded": expanded,
     "reversed_dims": reversed_dims,
+    "column": column,
 }
+
+
+class NotServed(AssertionError):
+    """A call that went to torch, with the reason."""
 
 
 def kernel_call(function: str, *args: Any, **options: Any) -> Tensor:
     """fastloss's function, and the proof that its kernels served the call."""
     call = getattr(fastloss, function)
     route = fastloss.explain(call, *args, **options)
-    assert route.path == "kernel", route.reason
+    if route.path != "kernel":
+        raise NotServed(route.reason)
     result: Tensor = call(*args, **options)
     return result
+
+
+def copy_of(tensor: Tensor) -> Tensor:
+    """The same numbers in the same strides, at the same offset, between the same gaps: what clone() keeps of these depends on them."""
+    storage = tensor.detach().untyped_storage().clone()
+    return torch.empty(0, dtype=tensor.dtype, device=tensor.device).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def value_and_gradients(
@@ -90,7 +113,7 @@ def value_and_gradients(
     dloss: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     """What `call` makes of views of the leaves, and the gradients of the wanted leaves; dloss None is a forward without a graph."""
-    leaves = {k: None if t is None else t.detach().clone().requires_grad_(k in wanted and dloss is not None) for k, t in leaves.items()}
+    leaves = {k: None if t is None else copy_of(t).requires_grad_(k in wanted and dloss is not None) for k, t in leaves.items()}
     value = call(**{k: None if t is None else views.get(k, lambda leaf: leaf)(t) for k, t in leaves.items()})
     if dloss is None or not wanted:
         return value.detach(), []
@@ -140,7 +163,10 @@ def check(
     seed: int = 0,
     **options: Any,
 ) -> None:
-    """Compare value and gradients with torch's and with the truth, under a random upstream gradient; and the value without autograd."""
+    """Compare value and gradients with torch's and with the truth, under a random upstream gradient; and the value without autograd.
+
+    `layouts` says how arguments lie in memory, and under "dloss" how the upstream gradient does.
+    """
     layouts = layouts or {}
     leaves, views = dict(tensors), {}
     for name, layout in layouts.items():
@@ -158,7 +184,10 @@ def check(
         return result
 
     value, _ = value_and_gradients(theirs, leaves, views, wanted, None)
-    dloss = (torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)) * 1.7).to(value.dtype)
+    dloss = (torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), device="cpu") * 1.7).to(value)
+    if "dloss" in layouts:
+        leaf, view = LAYOUTS[layouts["dloss"]](dloss)
+        dloss = view(leaf)
     expected, expected_gradients = value_and_gradients(theirs, leaves, views, wanted, dloss)
     wide = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in leaves.items()}
     wide_options = {"dtype": torch.float64} if options.get("dtype") else {}
@@ -192,3 +221,31 @@ def class_inputs(
         if ignored is not None and flat.numel() > 1:
             flat[::4] = ignored
     return {"input": logits, "target": target, "weight": (torch.rand(classes) + 0.1).to(dtype) if weighted else None}
+
+
+ARGUMENTS = {
+    "cross_entropy": ("input", "target", "weight", "dloss"),
+    "cross_entropy, smoothed": ("input", "target", "weight", "dloss"),
+    "cross_entropy, probabilities": ("input", "target", "weight", "dloss"),
+    "nll_loss": ("input", "target", "weight", "dloss"),
+    "softmax": ("input", "dloss"),
+    "log_softmax": ("input", "dloss"),
+    "binary_cross_entropy_with_logits": ("input", "target", "weight", "pos_weight", "dloss"),
+    "binary_cross_entropy": ("input", "target", "weight", "dloss"),
+}
+"""The tensors of every call; "dloss" is the upstream gradient."""
+
+
+def check_layouts(call: str, layouts: dict[str, str], shape: tuple[int, ...], dtype: torch.dtype, **options: Any) -> None:
+    """`check` for a call of `ARGUMENTS` with random tensors, some of which are laid out as `layouts` says."""
+    function, soft = call.split(",")[0], "probabilities" in call
+    if "softmax" in call:
+        tensors: Tensors = {"input": (torch.randn(shape) * 3).to(dtype)}
+        options["dim"] = min(1, len(shape) - 1)
+    elif "binary" in call:
+        tensors = {name: (torch.rand(shape) * 0.9 + 0.05).to(dtype) for name in ARGUMENTS[call][:-1]}
+    else:
+        tensors = class_inputs(shape, dtype, ignored=None if soft else -100, weighted=True, soft=soft)
+    if "smoothed" in call:
+        options["label_smoothing"] = 0.1
+    check(function, tensors, wanted=("input", "target") if soft else ("input",), layouts=layouts, ulps=8, scale=4.0, **options)

@@ -167,14 +167,17 @@ def test_export(call: str) -> None:
 
     inputs = make_input(6)
     exported = torch.export.export(Loss(), (inputs, *tensors))
-    # softmax ends many a model that is served where fastloss is not installed
-    assert any("fastloss" in str(node.target) for node in exported.graph.nodes) == ("softmax" not in function)
+    # softmax ends many a model that is served where fastloss is not installed; torch before 2.7 does not say that it exports
+    ours = "softmax" not in function or not hasattr(torch.compiler, "is_exporting")
+    assert any("fastloss" in str(node.target) for node in exported.graph.nodes) == ours
     torch.testing.assert_close(exported.module()(inputs, *tensors), getattr(F, function)(inputs, **options))
 
 
 @pytest.mark.parametrize("mode", ["real", "fake", "symbolic"])
 @on_every_call
 def test_make_fx_records_no_constants(call: str, mode: str) -> None:
+    if (call, mode) == ("bce", "symbolic") and torch.__version__ < (2, 13):
+        pytest.skip("an older torch cannot trace its own binary_cross_entropy")
     function, make_input, make_options = CALLS[call]
     tensors, join = split(make_options(6))
     graph = make_fx(function_of_tensors(call), tracing_mode=mode)(make_input(6), *tensors)

@@ -137,7 +137,6 @@ def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
         "row_weight",
         *ROWS,
         "total",
-        "dloss",
         "dlogits",
         "dtarget",
         "dlog_prob",

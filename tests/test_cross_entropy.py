@@ -125,6 +125,7 @@ def test_any_ignore_index(ignore_index: int, smoothing: float) -> None:
         check("cross_entropy", tensors, ignore_index=ignore_index, label_smoothing=smoothing)
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 11), reason="an older torch refuses this; test_errors compares with the target alone")
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_one_row_with_a_target_of_one_element(reduction: str) -> None:
     check("cross_entropy", {"input": torch.randn(70), "target": torch.tensor([3])}, wanted=(), reduction=reduction)

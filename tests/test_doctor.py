@@ -1,8 +1,12 @@
 """The doctor finds what is wrong, and says so in words and in its exit status."""
 
 import json
+import os
+import re
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -75,3 +79,185 @@ def test_python_m_fastloss():
 def test_errors_cover_every_function_of_the_package():
     functions = {name.split(" ")[0] for name, *_ in doctor._errors("cpu")}
     assert functions == {name for name in fastloss.__all__ if hasattr(torch.nn.functional, name)}
+
+
+def test_a_kernel_policy_without_huge_pages_is_a_note(monkeypatch):
+    monkeypatch.setattr(fastloss.memory, "_refused", None)
+    for policy, status in (("always", "ok"), ("madvise", "ok"), ("never", "note"), ("unknown", "note")):
+        monkeypatch.setattr(doctor.machine, "huge_pages", lambda policy=policy: policy)
+        huge = doctor._pool()[0]
+        assert (huge.topic, huge.status, huge.text.split()[0]) == ("huge pages", status, policy)
+
+
+@pytest.mark.parametrize(
+    ("version", "status"), [("2.5.1", "FAIL"), ("2.6.0+cu124", "note"), ("2.7.1", "note"), ("2.8.0", None), ("3.0.0a0", None)]
+)
+def test_the_age_of_torch(version, status, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", version)
+    assert [finding.status for finding in doctor._versions()[2:]] == ([status] if status else [])
+
+
+# What follows knows no fixture: a process of its own for each state of a machine, on default settings. A state is simulated by a few lines
+# that run before fastloss is imported, or by environment variables. The kernels come from the cache that all tests share.
+
+WITHOUT_NUMBA = "import sys; sys.modules['numba'] = None"
+BROKEN_NUMBA = """
+import pathlib, sys
+pathlib.Path("numba").mkdir()
+pathlib.Path("numba/__init__.py").write_text("raise ImportError('Numba needs NumPy 2.4 or less')")
+sys.path.insert(0, ".")
+"""
+READ_ONLY = """
+import errno, os, tempfile
+def refuse(*arguments, **options):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+tempfile.TemporaryFile = refuse
+from fastloss import doctor
+doctor._self_checks = doctor._speed = list  # they would compile everything anew
+"""
+WITHOUT_HUGE_PAGES = """
+import errno, mmap, os
+class Refusing(mmap.mmap):
+    def madvise(self, *arguments):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+mmap.mmap = Refusing
+"""
+WITHOUT_OPENMP = """
+import ctypes
+class Library(ctypes.CDLL):
+    def __getattr__(self, name):
+        if name == "GOMP_parallel":
+            raise AttributeError(name)
+        return super().__getattr__(name)
+ctypes.CDLL = Library
+"""
+OLD_TORCH = """
+import pathlib, sys, torch
+torch.__version__ = "2.6.0+cu124"
+vars(torch._C._autograd).pop("_top_saved_tensors_default_hooks", None)
+pathlib.Path("triton").mkdir()
+pathlib.Path("triton/__init__.py").write_text("__version__ = '3.2.0'")
+sys.path.insert(0, ".")
+"""
+LARGE_THRESHOLD = "import fastloss; fastloss.config.min_numel = 1 << 26"
+NO_TRITON_HERE = r"(torch sees no CUDA device|triton is not installed)"
+
+# state -> lines before fastloss, environment, exit status, and findings: status, topic, the words a person needs
+STATES = {
+    "sound": (
+        "",
+        {},
+        0,
+        [
+            ("ok", "on cpu", r"numba .*torch below config.min_numel = \d+"),
+            ("ok", "numba self-check", "agree with float64"),
+            ("ok", "speed sample", r"times as long"),
+            ("ok", "compiled kernels", "kept in /.*(kernels/cpu/__pycache__|cpu_[0-9a-f]+)$"),
+            ("note", "triton", f"not usable: {NO_TRITON_HERE}"),
+        ],
+    ),
+    "no numba": (
+        WITHOUT_NUMBA,
+        {},
+        1,
+        [("FAIL", "on cpu", r"torch \(numba is not installed\)"), ("note", "numba", "numba is not installed")],
+    ),
+    "no writable cache": (READ_ONLY, {}, 0, [("note", "compiled kernels", "no folder can be written.*NUMBA_CACHE_DIR")]),
+    "no huge pages": (
+        WITHOUT_HUGE_PAGES,
+        {},
+        0,
+        [("note", "huge pages", "refused by the kernel .*Invalid argument"), ("ok", "speed sample", "ms")],
+    ),
+    "no OpenMP": (WITHOUT_OPENMP, {}, 0, [("note", "OpenMP", "GOMP_parallel.*one thread"), ("ok", "numba self-check", "agree")]),
+    "old torch": (
+        OLD_TORCH,
+        {},
+        0,
+        [
+            ("note", "torch", r"2\.6\.0\S* is older than 2\.8: no gradient .*ahead.*Triton .*too old"),
+            ("note", "triton", "triton 3.2.0 is too old, 3.4 is needed"),
+            ("ok", "numba self-check", "agree"),
+        ],
+    ),
+    "torch forced": (
+        "",
+        {"FASTLOSS_BACKEND": "torch"},
+        0,
+        [
+            ("note", "chosen backend", "'torch'.*FASTLOSS_BACKEND"),
+            ("ok", "on cpu", "torch .*was chosen"),
+            ("ok", "numba self-check", "agree"),
+        ],
+    ),
+    "triton forced without a device": (
+        "",
+        {"FASTLOSS_BACKEND": "triton"},
+        1,
+        [
+            ("FAIL", "chosen backend", f"'triton'.*cannot run here: {NO_TRITON_HERE}"),
+            ("note", "on cpu", "BackendError .*'triton' was chosen"),
+            ("ok", "numba self-check", "agree"),
+        ],
+    ),
+    "no compiling": ("", {"NUMBA_DISABLE_JIT": "1"}, 1, [("FAIL", "NUMBA_DISABLE_JIT", "Unset it")]),
+}
+RARE_STATES = {
+    "broken numba": (BROKEN_NUMBA, {}, 1, [("FAIL", "on cpu", "Numba needs NumPy"), ("note", "numba", "Numba needs NumPy")]),
+    "numba forced": ("", {"FASTLOSS_BACKEND": "numba"}, 0, [("note", "chosen backend", "'numba'"), ("ok", "on cpu", "numba")]),
+    "numba forced and missing": (WITHOUT_NUMBA, {"FASTLOSS_BACKEND": "numba"}, 1, [("FAIL", "chosen backend", "numba is not installed")]),
+    "large threshold": (LARGE_THRESHOLD, {}, 0, [("ok", "on cpu", "numba .*config.min_numel = 67108864")]),
+    "torch forced without numba": (
+        WITHOUT_NUMBA,
+        {"FASTLOSS_BACKEND": "torch"},
+        0,
+        [("ok", "on cpu", "torch"), ("note", "numba", "not installed")],
+    ),
+}
+
+
+@pytest.mark.parametrize("state", [*STATES, *(pytest.param(name, marks=pytest.mark.long) for name in RARE_STATES)])
+def test_every_state_of_a_machine(state, tmp_path):
+    before, environment, code, wanted = (STATES | RARE_STATES)[state]
+    returned, findings = diagnose(before, environment, tmp_path)
+    for status, topic, words in wanted:
+        assert any((s, t) == (status, topic) and re.search(words, text) for s, t, text in findings), (status, topic, words, findings)
+    assert (returned, any(status == "FAIL" for status, *_ in findings)) == (code, code == 1), findings
+
+
+def test_a_damaged_cache(tmp_path):
+    """Files cut short: by now compiled anew, or said to be wrong; never a crash."""
+    from numba.core.caching import FunctionCache, _CacheLocator
+
+    from fastloss.kernels.cpu import launch
+
+    doctor._errors("cpu")  # whoever comes first fills the cache
+    subfolder = _CacheLocator.get_suitable_cache_subpath(launch.__file__)
+    cache = shutil.copytree(FunctionCache(launch.region).cache_path, tmp_path / "cache" / subfolder, copy_function=shutil.copy2)
+    damaged = [path for path in Path(cache).glob("softmax.*") if path.suffix in (".nbc", ".nbi")]
+    assert damaged, f"no kernel of softmax in {cache}"
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    returned, findings = diagnose("", {"NUMBA_CACHE_DIR": str(tmp_path / "cache")}, tmp_path)
+    check = next((status, text) for status, topic, text in findings if topic == "numba self-check")
+    assert (returned, check[0]) == (0, "ok") or (returned == 1 and re.search(r"wrong: softmax float32 \(.*Error.*Delete", check[1])), (
+        findings
+    )
+
+
+def diagnose(before, environment, folder):
+    """The exit status of the doctor in a new process, and its findings as a person reads them."""
+    script = f"{before}\nimport sys\nfrom fastloss.__main__ import main\nsys.exit(main(['doctor']))"
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FASTLOSS_", "NUMBA_DISABLE", "OMP_"))}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**clean, "CUDA_VISIBLE_DEVICES": "", **environment},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    lines = done.stdout.splitlines()
+    assert "Traceback" not in done.stderr, done.stderr
+    assert lines[-1:] == ["something is wrong: see FAIL above" if done.returncode else "fastloss is sound on this machine"], done
+    return done.returncode, [re.fullmatch(r"(\S+)\s+(.+?)  +(.*)", line).groups() for line in lines[:-2]]

@@ -275,10 +275,18 @@ def outcome(function: Callable[..., torch.Tensor], made: tuple[tuple[Any, ...], 
     return Outcome(end, None if result is None else result.detach(), [leaf.grad for leaf in leaves], messages)
 
 
+def refused_by_an_older_torch(case: Call) -> bool:
+    """What torch 2.8 still refuses and 2.11 answers. Ours is the newest torch's answer, as every torch gives it for the target alone."""
+    return torch.__version__ < (2, 11) and case.function == "cross_entropy" and case.name.startswith("one row, target (1,)")
+
+
 @pytest.mark.parametrize("case", [pytest.param(c, id=f"{c.function}: {c.name}") for c in CALLS])
 def test_same_outcome_as_torch(case: Call) -> None:
     theirs = outcome(getattr(F, case.function), case.make())
     mine = outcome(getattr(fastloss, case.function), case.make())
+    if refused_by_an_older_torch(case) and theirs.error:
+        (logits, target), options = case.make()
+        theirs = outcome(F.cross_entropy, ((logits, target[0]), options))
     assert mine.error == theirs.error
     assert mine.warned == theirs.warned
     for actual, expected in zip([mine.result, *mine.gradients], [theirs.result, *theirs.gradients], strict=True):

@@ -1,4 +1,4 @@
-"""PyTorch's own test samples for these functions and modules: same result, same gradient, same error."""
+"""PyTorch's own test samples for these functions and modules, and their twins that are not contiguous: same result, gradient and error."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, assert_no_worse, check
+from helpers import DTYPES, assert_no_worse, check, copy_of
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
+from torch.testing._internal.common_utils import noncontiguous_like
 
 import fastloss
 
@@ -24,11 +25,18 @@ OPS = [op for op in op_db if op.name in FUNCTIONS]
 MODULES = {"CrossEntropyLoss", "NLLLoss", "BCELoss", "BCEWithLogitsLoss", "Softmax", "LogSoftmax"}
 
 
+def apart(value: Any) -> Any:
+    """A tensor with something else between its numbers; anything else as it is."""
+    return noncontiguous_like(value) if isinstance(value, torch.Tensor) else value
+
+
+@pytest.mark.parametrize("twin", [False, True], ids=["contiguous", "apart"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("op", OPS, ids=lambda op: f"{op.name}-{op.variant_test_name}")
-def test_samples(op: Any, dtype: str) -> None:
+def test_samples(op: Any, dtype: str, twin: bool) -> None:
     function, served = FUNCTIONS[op.name], 0
     for sample in op.sample_inputs("cpu", DTYPES[dtype], requires_grad=True):
+        sample = sample.noncontiguous() if twin else sample
         names = ("input", "dim", "dtype") if "softmax" in function else ("input", "target", "weight")
         options = {**dict(zip(names[1:], sample.args, strict=False)), **sample.kwargs}
         tensors = {"input": sample.input.detach()}
@@ -42,12 +50,12 @@ def test_samples(op: Any, dtype: str) -> None:
             options.pop("dtype", None)
         try:
             route = fastloss.explain(
-                getattr(fastloss, function), **{k: t.clone().requires_grad_(k in wanted) for k, t in tensors.items()}, **options
+                getattr(fastloss, function), **{k: copy_of(t).requires_grad_(k in wanted) for k, t in tensors.items()}, **options
             )
         except TypeError:
             raise AssertionError(f"{sample} never reached fastloss") from None
         if route.path != "kernel":
-            compare_with_torch(function, {k: t.clone().requires_grad_(k in wanted) for k, t in tensors.items()}, options)
+            compare_with_torch(function, {k: copy_of(t).requires_grad_(k in wanted) for k, t in tensors.items()}, options)
             continue
         served += 1
         cancels = 1.0 if function in ("softmax", "cross_entropy") else 0.0
@@ -76,16 +84,19 @@ def test_error_samples(op: Any) -> None:
     assert count
 
 
+@pytest.mark.parametrize("twin", [False, True], ids=["contiguous", "apart"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("info", [m for m in module_db if m.module_cls.__name__ in MODULES], ids=lambda m: m.module_cls.__name__)
-def test_module_samples(info: Any, dtype: str) -> None:
+def test_module_samples(info: Any, dtype: str, twin: bool) -> None:
     name, served = info.module_cls.__name__, 0
     for sample in info.module_inputs_func(info, device="cpu", dtype=DTYPES[dtype], requires_grad=True, training=True):
         construct, call = sample.constructor_input, sample.forward_input
-        mine, theirs = (kind(*construct.args, **construct.kwargs).to(DTYPES[dtype]) for kind in (getattr(fastloss, name), info.module_cls))
+        placed = apart if twin else lambda value: value
+        given, named = [placed(a) for a in construct.args], {k: placed(a) for k, a in construct.kwargs.items()}
+        mine, theirs = (kind(*given, **named).to(DTYPES[dtype]) for kind in (getattr(fastloss, name), info.module_cls))
         results = []
         for module in (mine, theirs):
-            args = [a.detach().clone().requires_grad_(i == 0) if isinstance(a, torch.Tensor) else a for i, a in enumerate(call.args)]
+            args = [copy_of(placed(a)).requires_grad_(i == 0) if isinstance(a, torch.Tensor) else a for i, a in enumerate(call.args)]
             if not args[0].is_floating_point():
                 continue
             served += fastloss.explain(mine, *args).path == "kernel"

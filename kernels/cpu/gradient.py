@@ -9,13 +9,14 @@ from .math import INLINE, exp, exp_for
 from .memory import load, load_classes, offset, store, stream, to_alignment
 from .rows import SHORT_ROW, advance, first_vector, load_numbers, one_row, store_at, whole_tile
 from .simd import lane_numbers, lanes_of, pick, select, splat
+from .targets import less_at
 
 
 class RowNumbers(NamedTuple):
     """What a gradient wants of a row: one number for each lane, or the row's in every lane."""
 
     top: Any
-    y: Any  # -1 for a row that does not count
+    y: Any  # the target where the lanes are rows; -1 for one that does not count
     y_row: int  # the target where the lanes are one row
     g: Any  # dloss w_y
     scale: Any  # g / total
@@ -77,8 +78,7 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
 @njit(**INLINE)
 def near_target(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
     """The gradient of n classes of one row from c on, one of which may be the target."""
-    d = term(x, block, c, n) * factor
-    return select(lane_numbers(d) + c == r.y, d - r.g, d)
+    return less_at(term(x, block, c, n) * factor, r.y_row - c, r.g)
 
 
 @njit(**INLINE)

@@ -10,19 +10,23 @@ Tasks are handed out one by one, and no result depends on who ran which, so ever
 
 import ctypes
 import hashlib
+import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from llvmlite import ir
-from numba import cfunc
 from numba.core import types
+from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
+from . import half
 from .arguments import HEADER, STORAGE, Arguments, packer, word
+from .cache import KernelCache
 
 # Words at the start of a launch's argument block
 _TASKS, _NEXT, _FLAG, _WORKERS = range(HEADER)
@@ -31,9 +35,9 @@ _I64 = ir.IntType(64)
 
 @cache
 def _sources() -> str:
-    """A fingerprint of this package and of the groups. Part of every region's signature, so Numba's cache on disk never outlives a change
-    in any file."""
-    digest = hashlib.sha256()
+    """A fingerprint of this package, of the groups, and of the instructions that were found. Part of every region's signature, so Numba's
+    cache on disk never outlives a change in any file, or in what LLVM can do."""
+    digest = hashlib.sha256(" ".join(sorted(half.instructions())).encode())
     here = Path(__file__).parent
     for path in (here.parent / "groups.py", *sorted(here.glob("*.py"))):
         digest.update(path.read_bytes())
@@ -84,6 +88,23 @@ def _openmp() -> Callable[..., None] | None:
     return gomp
 
 
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits for the end of this block: what Numba has begun to register when an exception comes is lost for good."""
+    handler = signal.getsignal(signal.SIGINT)
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
 class Region:
     """A compiled loop over tasks, one version for each dtype, compiled at first use and cached on disk where that is possible."""
 
@@ -99,12 +120,13 @@ class Region:
 
     def compile(self, dtype: torch.dtype) -> tuple[Any, Callable[[int], None]]:
         """Numba's compiled function for this dtype, and the same as a function of an address."""
-        with self._lock:
+        with self._lock, _uninterrupted():
             if dtype not in self._compiled:
-                try:
-                    compiled = cfunc(self.signature(dtype), cache=True, error_model="numpy")(self.body)
-                except RuntimeError:  # Numba found no place for its cache that can be written
-                    compiled = cfunc(self.signature(dtype), error_model="numpy")(self.body)
+                signature = self.signature(dtype)
+                compiled = CFunc(self.body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+                with suppress(Exception):  # without a place that can be written, every process compiles
+                    compiled._cache = KernelCache(self.body)
+                compiled.compile()
                 self._compiled[dtype] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
             return self._compiled[dtype]
 

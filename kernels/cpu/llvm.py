@@ -59,7 +59,7 @@ _LLVM = {
 SIZE = {float16: 2, bfloat16: 2, float32: 4, float64: 8}
 INT_OF = {float32: types.int32, float64: types.int64}
 FLOAT_OF = {types.int32: float32, types.int64: float64}
-STORED = {float16: ir.HalfType(), bfloat16: ir.IntType(16), float32: ir.FloatType(), float64: ir.DoubleType()}
+STORED = {float16: ir.IntType(16), bfloat16: ir.IntType(16), float32: ir.FloatType(), float64: ir.DoubleType()}
 
 
 def vector_of(storage: types.Type) -> Vector:
@@ -84,7 +84,7 @@ def call(builder: ir.IRBuilder, name: str, result: ir.Type, args: list[ir.Value]
 
 
 def suffix(vector: ir.VectorType) -> str:
-    return f"v{vector.count}{ {'float': 'f32', 'double': 'f64', 'half': 'f16'}.get(str(vector.element)) or str(vector.element) }"
+    return f"v{vector.count}{ {'float': 'f32', 'double': 'f64'}.get(str(vector.element)) or str(vector.element) }"
 
 
 def constant(bits: int, lanes: int, number: Any) -> ir.Constant:

@@ -1,6 +1,6 @@
 """Vectors in and out of memory: consecutive, strided or the same element, in float16, bfloat16, float32 or float64.
 
-float16 and bfloat16 are widened here and narrowed here (once, to nearest even); nothing else in the package knows them.
+A load widens float16 and bfloat16, a store narrows them, once (see `half`).
 """
 
 from typing import Any
@@ -9,17 +9,15 @@ from llvmlite import ir
 from numba.core import types
 from numba.extending import intrinsic
 
+from .half import narrow, widen
 from .llvm import (
     COMPUTE,
     INT_OF,
     SIZE,
     STORED,
-    BFloat,
     Vector,
-    bfloat16,
     call,
     constant,
-    float16,
     fold,
     llvm_type,
     mask_below,
@@ -38,25 +36,6 @@ def _memory_vector(storage: types.Type, lanes: int) -> ir.VectorType:
     return ir.VectorType(STORED[storage], lanes)
 
 
-def _widen(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Value:
-    lanes = value.type.count
-    if storage == bfloat16:  # the upper half of a float32
-        high = builder.shl(builder.zext(value, ir.VectorType(ir.IntType(32), lanes)), constant(32, lanes, lambda lane: 16))
-        return builder.bitcast(high, ir.VectorType(ir.FloatType(), lanes))
-    return builder.fpext(value, ir.VectorType(ir.FloatType(), lanes)) if storage == float16 else value
-
-
-def _narrow(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Value:
-    lanes = value.type.count
-    if storage == float16:
-        return builder.fptrunc(value, ir.VectorType(ir.HalfType(), lanes))
-    if storage != bfloat16:
-        return value
-    # to nearest, ties to even, NaN stays NaN: one instruction with AVX512-BF16 or SVE, LLVM's integer arithmetic elsewhere
-    half = builder.fptrunc(value, ir.VectorType(BFloat(), lanes))
-    return builder.bitcast(half, ir.VectorType(ir.IntType(16), lanes))
-
-
 def _choose(builder: ir.IRBuilder, result: ir.Type, condition: ir.Value, yes: Any, no: Any) -> ir.Value:
     """condition ? yes() : no(), each side evaluated only where it is taken."""
     with builder.if_else(condition) as (then, otherwise):
@@ -72,7 +51,7 @@ def _choose(builder: ir.IRBuilder, result: ir.Type, condition: ir.Value, yes: An
 
 def _places(builder: ir.IRBuilder, place: ir.Value, stride: ir.Value, memory: ir.VectorType) -> ir.Value:
     """The address of every lane's element, `stride` elements apart."""
-    size = {"half": 2, "i16": 2, "float": 4, "double": 8}[str(memory.element)]
+    size = {"i16": 2, "float": 4, "double": 8}[str(memory.element)]
     steps = builder.mul(spread(builder, stride, memory.count), constant(64, memory.count, lambda lane: lane * size))
     base = spread(builder, builder.ptrtoint(place, ir.IntType(64)), memory.count)
     return builder.inttoptr(builder.add(base, steps), ir.VectorType(memory.element.as_pointer(), memory.count))
@@ -111,7 +90,7 @@ def load(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, othe
             return _choose(builder, memory, builder.icmp_signed("==", stride, ir.Constant(i64, 0)), same, apart)
 
         raw = _choose(builder, memory, builder.icmp_signed("==", stride, ir.Constant(i64, 1)), consecutive, strided)
-        value = _widen(builder, raw, storage)
+        value = widen(builder, raw, storage)
         others = spread(builder, other, lanes)
         return _choose(builder, value.type, whole, lambda: value, lambda: builder.select(mask_below(builder, count, lanes), value, others))
 
@@ -126,7 +105,7 @@ def store(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, val
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         pointer, index, stride, count, value = args
-        raw = _narrow(builder, value, storage)
+        raw = narrow(builder, value, storage)
         place = builder.bitcast(builder.gep(pointer, [index]), raw.type.as_pointer())
         with builder.if_else(builder.icmp_signed("==", stride, ir.Constant(i64, 1))) as (consecutive, apart):
             with consecutive, builder.if_else(builder.icmp_signed(">=", count, ir.Constant(i64, lanes))) as (whole, part):
@@ -152,7 +131,7 @@ def stream(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: An
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         pointer, index, value, past_caches = args
-        raw = _narrow(builder, value, storage)
+        raw = narrow(builder, value, storage)
         place = builder.bitcast(builder.gep(pointer, [index]), raw.type.as_pointer())
         with builder.if_else(builder.icmp_signed("!=", past_caches, ir.Constant(ir.IntType(64), 0))) as (past, through):
             with past:
@@ -172,7 +151,7 @@ def load_one(typingctx: Any, pointer: Any, index: Any) -> Any:
     memory = _memory_vector(storage, 1)
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return fold(builder, _widen(builder, builder.load(_at(builder, *args, memory), align=1), storage), None)
+        return fold(builder, widen(builder, builder.load(_at(builder, *args, memory), align=1), storage), None)
 
     return COMPUTE[storage](pointer, types.int64), codegen
 
@@ -194,7 +173,7 @@ def load_each(typingctx: Any, pointer: Any, lane_stride: Any, numbers: Any, stri
         base = spread(builder, builder.ptrtoint(pointer, ir.IntType(64)), lanes)
         places = builder.inttoptr(builder.add(base, offset), ir.VectorType(memory.element.as_pointer(), lanes))
         arguments = [places, ir.Constant(ir.IntType(32), 1), mask, ir.Constant(memory, None)]
-        return _widen(builder, call(builder, f"llvm.masked.gather.{suffix(memory)}.v{lanes}p0", memory, arguments), storage)
+        return widen(builder, call(builder, f"llvm.masked.gather.{suffix(memory)}.v{lanes}p0", memory, arguments), storage)
 
     return vector(pointer, types.int64, numbers, types.int64, mask), codegen
 

@@ -8,8 +8,8 @@ from .arguments import Computed, Int64, Stored, arguments
 from .launch import next_task, raise_flag, region
 from .memory import load_classes, load_one, stream
 from .rows import Walk, advance, bypass_caches, first_vector, lanes_at, last_tile, load_numbers, store_at, tile_of, walk, whole_vectors
-from .simd import lane_numbers, lanes_of, select, splat
-from .targets import refuse_out_of_bounds
+from .simd import lanes_of, select, splat
+from .targets import less_at, refuse_out_of_bounds
 
 
 class Forward(NamedTuple):
@@ -87,7 +87,7 @@ def _backward(block: Any) -> None:
             y = load_classes(a.target, t.row, across, t.count if across else lanes, a.ignore_index, nothing)
             g = load_numbers(a.dloss, a.dloss_stride, t.row, dx, 0.0) * load_numbers(a.row_weight, 1, t.row, dx, 0.0)
             # gradient
-            y_row = a.target[t.row]
+            y_row = -1 if a.target[t.row] == a.ignore_index else a.target[t.row]
             c, n = 0, first_vector(dx, 0, classes, a.past_caches)
             while c < classes:
                 stop = whole_vectors(c, n, classes, lanes) if consecutive else c
@@ -98,7 +98,7 @@ def _backward(block: Any) -> None:
                 if stop > c:
                     c, n = stop, min(lanes, classes - stop)
                 else:
-                    value = select(lane_numbers(nothing) * (1 - across) + c == y, nothing - g, nothing)
+                    value = select(y == c, nothing - g, nothing) if dx.tile > 1 else less_at(nothing, y_row - c, g)
                     store_at(dx, c, n, value)
                     c, n = advance(dx, c, n, classes)
         task = next_task(block)

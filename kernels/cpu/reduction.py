@@ -86,7 +86,7 @@ def _sum_of_weights(block: Any) -> None:
         subtotal = widen(splat(0.0, a.weight))
         last = min(a.size, (task + 1) * _BLOCK)
         for i in range(task * _BLOCK, last, lanes_of(a.weight)):
-            y = load_classes(a.target, i, 1, last - i, a.ignore_index, splat(0.0, a.weight))
+            y = load_classes(a.target, i, 1, last - i, a.ignore_index, subtotal)
             subtotal = subtotal + widen(weights_of(a.weight, a.weight_stride, y, a.classes))
         if a.direct:
             a.total[0] = lane_sum(subtotal)

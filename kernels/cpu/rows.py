@@ -17,6 +17,7 @@ from .simd import lanes_of
 
 FEW_CLASSES = 48  # up to here lanes are rows
 SHORT_ROW = 64  # up to here a gradient is faster over several rows at once, if they lie without gaps
+MOST_IN_LANES = (1 << 31) - 1  # a class number has 32 bits where lanes are rows, and one number is for all that are no class
 TASK_NUMEL = (1 << 14, 1 << 16)  # logits in a task, at least and at most: 3 to 15 microseconds; less is not worth waking a thread
 AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp
 STREAM_BYTES = 1 << 25  # results from here on bypass the caches: they would not stay there anyway
@@ -58,7 +59,8 @@ def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
     else:
         batch, classes, positions = logits.shape
     strides, rows, lanes = strides_of(logits), batch * positions, lanes_for(logits)
-    tile = lanes if rows >= lanes and (classes <= few or strides.class_ != 1) else 1
+    in_lanes = classes <= few or (strides.class_ != 1 and classes <= MOST_IN_LANES)
+    tile = lanes if in_lanes and rows >= lanes else 1
     numel = max(1, tile * classes)
     share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
     grain = max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))

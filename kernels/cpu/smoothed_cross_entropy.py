@@ -22,7 +22,7 @@ from .memory import load, load_classes, store
 from .rows import Lanes, Strides, Walk, bypass_caches, lanes_at, last_tile, load_numbers, strides_of, tile_of, walk
 from .simd import select
 from .targets import refuse_out_of_bounds
-from .weighted import WeightedNumbers, factors_of, weighted_gradient_of_row, weighted_statistics
+from .weighted import WeightedNumbers, factors_of, weighted_gradient_of_row, weighted_loss, weighted_statistics
 
 
 class Forward(NamedTuple):
@@ -139,7 +139,7 @@ def _see_row(a: Any, x: Any, row: Any, terms: Any, kept: Any) -> Any:
     kept_mass = a.smoothing.keep * load(a.rows.row_weight, row, 1, x.count, 0.0)
     log_total = log(totals)
     nll = log_total - (load(a.loss, row, 1, x.count, 0.0) - tops)
-    store(a.loss, row, 1, x.count, select(valid, kept_mass * nll + (masses * log_total + gaps), 0.0))
+    store(a.loss, row, 1, x.count, select(valid, kept_mass * nll + weighted_loss(masses, log_total, gaps), 0.0))
     store(a.rows.mass, row, 1, x.count, select(valid, masses + kept_mass, 0.0))
     return out_of_bounds
 

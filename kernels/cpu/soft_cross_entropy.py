@@ -17,7 +17,7 @@ from .math import INLINE, log
 from .memory import load, store
 from .rows import Strides, Walk, advance, bypass_caches, lanes_at, last_tile, load_at, load_numbers, store_at, strides_of, tile_of, walk
 from .simd import lane_numbers, lanes_of, splat
-from .weighted import WeightedNumbers, factors_of, weighted_gradient_of_row, weighted_statistics
+from .weighted import WeightedNumbers, factors_of, weighted_gradient_of_row, weighted_loss, weighted_statistics
 
 
 class Forward(NamedTuple):
@@ -134,7 +134,7 @@ def _see_row(a: Any, x: Any, t: Any, terms: Any, kept: Any) -> None:
     store(a.rows.top, t.row, 1, t.count, tops)
     store(a.rows.total, t.row, 1, t.count, totals)
     store(a.rows.mass, t.row, 1, t.count, masses)
-    store(a.loss, t.row, 1, t.count, masses * log(totals) + gaps)
+    store(a.loss, t.row, 1, t.count, weighted_loss(masses, log(totals), gaps))
 
 
 @njit(**INLINE)
@@ -143,10 +143,10 @@ def _gradient(a: Any, x: Any, t: Any, terms: Any, kept: Any) -> None:
     # row numbers
     top, g = load_numbers(a.rows.top, 1, t.row, x, 0.0), load_numbers(a.dloss, a.dloss_stride, t.row, x, 0.0)
     scale = g * load_numbers(a.rows.mass, 1, t.row, x, 0.0) / load_numbers(a.rows.total, 1, t.row, x, 1.0)
-    no_class = lane_numbers(splat(0.0, a.logits)) + (1 << 30)
+    y, nothing = lane_numbers(splat(0.0, a.logits)), splat(0.0, a.logits)  # no class is the target
     # gradient
     dx = lanes_at(a.dlogits, a.dstrides, t, a.way)
-    numbers = WeightedNumbers(top, g, scale, no_class, -1, g)
+    numbers = WeightedNumbers(top, g, scale, y, -1, nothing)
     weighted_gradient_of_row(x, dx, _factors(a, x, t), a.way.classes, terms, kept, numbers, a.past_caches)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .math import INLINE
 from .memory import load_each
-from .simd import select, splat
+from .simd import lane_numbers, lanes_of, select, splat
 
 
 @njit(**INLINE)
@@ -15,6 +15,12 @@ def weights_of(weight: Any, weight_stride: Any, y: Any, classes: Any) -> Any:
     """w_y, 0 where y is no class. Without a stride one number serves all, which saves a gather."""
     is_class = (y > -1) & (y < classes)
     return select(is_class, splat(weight[0], weight), 0.0) if weight_stride == 0 else load_each(weight, 0, y, weight_stride, is_class)
+
+
+@njit(**INLINE)
+def less_at(d: Any, lane: Any, g: Any) -> Any:
+    """d, less g in one lane; in none if there is no lane of that number. A number may be larger than a lane could hold."""
+    return select(lane_numbers(d) == (lane if 0 <= lane < lanes_of(d) else -1), d - g, d)
 
 
 def refuse_out_of_bounds(target: Tensor, classes: int, ignore_index: int) -> None:

@@ -6,13 +6,15 @@ The gradient of such a loss is dloss (mass p - k), less something at the target 
 
 from typing import Any, NamedTuple
 
+import numpy as np
 from numba import njit
 
 from .blocks import BLOCK, Block, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
 from .math import INLINE, exp
 from .memory import prefetch, stream
 from .rows import Lanes, advance, first_vector, load_at, one_row, store_at, whole_vectors
-from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
+from .simd import fma, lane_sum, lanes_of, larger, lowest, select, splat
+from .targets import less_at
 
 
 class Factors(NamedTuple):
@@ -29,7 +31,7 @@ class WeightedNumbers(NamedTuple):
     top: Any
     g: Any  # dloss
     scale: Any  # g mass / total
-    y: Any  # -1 for a row that does not count; more than any class where targets are no class indices
+    y: Any  # the target where the lanes are rows; -1 for one that does not count
     y_row: int  # the target where the lanes are one row
     g_y: Any  # what there is less at class y
 
@@ -87,18 +89,20 @@ def _block_masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
 
 
 @njit(**INLINE)
-def _rise(low: Any, high: Any) -> Any:
-    """high - low, but finite, so that a mass of 0 cancels it."""
-    return 0.0 - larger(lowest(low), low - high)
-
-
-@njit(**INLINE)
 def _merge(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mass2: Any, gap2: Any) -> Any:
     """The statistics of two disjoint sets of classes taken together."""
     joint = larger(top, top2)
     total = fma(total, exp(top - joint), total2 * exp(top2 - joint))
-    gap = fma(mass, _rise(top, joint), gap) + fma(mass2, _rise(top2, joint), gap2)
+    # where nothing rises, an infinite mass would make a NaN of it
+    gap = select(top < joint, fma(mass, joint - top, gap), gap) + select(top2 < joint, fma(mass2, joint - top2, gap2), gap2)
     return joint, total, mass + mass2, gap
+
+
+@njit(**INLINE)
+def weighted_loss(mass: Any, log_total: Any, gap: Any) -> Any:
+    """sum k (-log p). Where a k is infinite, so is its product with any -log p above 0; mass or gap may have met 0 x inf instead."""
+    endless = select(log_total > 0.0, mass, gap + log_total)
+    return select((mass == np.inf) | (mass == -np.inf), endless, mass * log_total + gap)
 
 
 @njit(**INLINE)
@@ -157,7 +161,7 @@ def _gradient_of_block(x: Any, dx: Any, k: Any, block: Any, factor: Any, r: Any,
             c, n = stop, min(lanes, last - stop)
         else:
             d = term(x, block, c, n) * factor - r.g * _factor(k, c, n)
-            store_at(dx, c, n, select(lane_numbers(d) + c == r.y, d - r.g_y, d))
+            store_at(dx, c, n, less_at(d, r.y_row - c, r.g_y))
             c, n = advance(x, c, n, last)
 
 

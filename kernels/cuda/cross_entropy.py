@@ -14,7 +14,7 @@ from ..groups import Rows
 from .launch import device_of, launch
 from .math import _exp, _wide
 from .plan import backward_rows, class_stride, forward_rows, has_long_rows, power_of_two_from, reading_tiles, tiles, view
-from .rows import _body_of, _edges_of, _lanes_at, _merge, _no_statistics, _row_of, _row_statistics, _see, _tile_of, _weight_of
+from .rows import _blocks_of, _body_of, _edges_of, _lanes_at, _merge, _no_statistics, _row_of, _row_statistics, _see, _tile_of, _weight_of
 
 
 def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, rows: Rows) -> None:
@@ -199,7 +199,7 @@ def _cross_entropy_backward_tiles(
     C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """logits, dlogits [B, C, P]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = _blocks_of(C, BLOCK_C)
     b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers

@@ -3,11 +3,13 @@
 import triton
 import triton.language as tl
 
+from .rows import _blocks_of
+
 
 @triton.jit
 def _elements_of(number, B, P, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
     """A program's elements: a [], b [BLOCK_B, 1], p [1, BLOCK_P], and which of these exist. Consecutive programs are neighbours."""
-    across, down = tl.cdiv(P, BLOCK_P), tl.cdiv(B, BLOCK_B)
+    across, down = _blocks_of(P, BLOCK_P), _blocks_of(B, BLOCK_B)
     p = number % across * BLOCK_P + tl.arange(0, BLOCK_P)[None, :]
     b = number // across % down * BLOCK_B + tl.arange(0, BLOCK_B)[:, None]
     a = number // across // down

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plan import Device
+from .plan import LIMIT, Device
 
 # Assumed where there is no device to ask: in Triton's interpreter, and when compiling for a device that is not here
 ASSUMED = Device(processors=132, warp=32, clusters=True)
@@ -30,5 +30,7 @@ def launch(kernel: Any, programs: int, num_warps: int, on: Tensor, *args: Any, *
     Triton is about to turn them off by default, and the sums count on them for speed."""
     if programs == 0:
         return
+    if programs >= LIMIT:
+        raise RuntimeError(f"{programs} programs are more than a launch can have")
     with torch.cuda.device(on.device) if on.is_cuda else nullcontext():
         kernel[(programs,)](*args, **constants, num_warps=num_warps, enable_fp_fusion=True)

@@ -8,7 +8,7 @@ from .launch import device_of, launch
 from .math import _wide
 from .plan import ceil_div, class_stride, tiles, view
 from .reduction import sum_rows
-from .rows import _lanes_at, _tile_of, _weight_of
+from .rows import _blocks_of, _lanes_at, _tile_of, _weight_of
 
 
 def nll_loss_forward(log_prob: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, row_weight: Tensor) -> None:
@@ -61,13 +61,14 @@ def _nll_loss_backward(
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dlog_prob [B, C, P]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = _blocks_of(C, BLOCK_C)
     b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers
     y = tl.load(target_ptr + row, mask=inside, other=ignore_index)
     is_row = y != ignore_index
     g = tl.load(dloss_ptr + row * dloss_stride, mask=is_row, other=0.0) * tl.load(row_weight_ptr + row, mask=is_row, other=0.0)
-    # gradient
-    d = tl.where(is_row[:, None] & (c[None, :] == y[:, None]), -g[:, None], 0.0)
+    # gradient: NaN all along a row whose target is outside [0, C)
+    elsewhere = tl.where(is_row & ((y < 0) | (y >= C)), float("nan"), 0.0)
+    d = tl.where(is_row[:, None] & (c[None, :] == y[:, None]), -g[:, None], elsewhere[:, None])
     tl.store(_lanes_at(dlog_prob_ptr, strides, b, p, c), d, mask=inside[:, None] & (c < C)[None, :])

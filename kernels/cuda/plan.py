@@ -17,7 +17,8 @@ FEW_CLASSES = 64
 ROW_IN_REGISTERS = 16384  # classes that one thread block can keep: 32 for each of 512 threads
 ELEMENTS = 2048  # of an elementwise program: 16 for each of 128 threads
 SPLIT_FROM = 4 * BLOCK  # a row shorter than this is not worth a second launch
-LIMIT = 1 << 31  # programs and positions are counted in int32; everything else is int64
+LIMIT = 1 << 31  # programs, positions and classes are counted in int32; everything else is int64
+MOST_CLASSES = LIMIT - 4 * BLOCK  # whatever a loop over the classes steps to, or a plan rounds them up to, is still in int32
 
 
 class Device(NamedTuple):
@@ -55,6 +56,8 @@ def view(shape: Sequence[int], *strides: Sequence[int]) -> View:
     else:
         batch, classes, positions = shape
         seen = [Strides(*s) for s in strides]
+    if classes > MOST_CLASSES:
+        raise RuntimeError(f"the CUDA kernels can count {MOST_CLASSES} classes, not {classes}: use torch.nn.functional for these")
     if classes == 1:
         seen = [s._replace(class_=1) for s in seen]
     if positions == 1:

@@ -17,9 +17,15 @@ def _row_of(row, P, strides):
 
 
 @triton.jit
+def _blocks_of(n, BLOCK: tl.constexpr):
+    """How many blocks hold n > 0: tl.cdiv, whose sum would overflow where n is near 2**31."""
+    return (n - 1) // BLOCK + 1
+
+
+@triton.jit
 def _tile_of(number, P, BLOCK_N: tl.constexpr):
     """A tile's batch entry [], positions [BLOCK_N], rows [BLOCK_N], and which of these exist."""
-    tiles = tl.cdiv(P, BLOCK_N)
+    tiles = _blocks_of(P, BLOCK_N)
     b = (number // tiles).to(tl.int64)
     p = number % tiles * BLOCK_N + tl.arange(0, BLOCK_N)
     return b, p.to(tl.int64), b * P + p, p < P
@@ -37,7 +43,7 @@ def _class_weights(weight_ptr, weight_stride, c, C):
     if weight_stride is None:
         w = tl.where(c < C, tl.load(weight_ptr), 0.0)
     else:
-        w = tl.load(weight_ptr + c * weight_stride, mask=c < C, other=0.0)
+        w = tl.load(weight_ptr + c.to(tl.int64) * weight_stride, mask=c < C, other=0.0)
     return w[None, :]
 
 
@@ -80,6 +86,19 @@ def _merge(tops, totals, axis: tl.constexpr):
     """The statistics of all lanes along an axis taken together."""
     top = tl.max(tops, axis)
     return top, tl.sum(totals * _exp(tops - tl.expand_dims(top, axis)), axis)
+
+
+@triton.jit
+def _gap_of(gaps, masses, tops, totals, top):
+    """sum k (top - x) of all lanes. One that saw no logit above -inf has no top of its own, and nothing rises from there."""
+    return tl.sum(gaps + tl.where(totals > 0.0, masses * (top[:, None] - tops), 0.0), 1)
+
+
+@triton.jit
+def _loss_of(mass, log_total, gap):
+    """sum k (-log p). Where a k is infinite, so is its product with any -log p above 0; mass or gap may have met 0 x inf instead."""
+    endless = tl.where(log_total > 0.0, mass, gap + log_total)
+    return tl.where(tl.abs(mass) == float("inf"), endless, mass * log_total + gap)
 
 
 @triton.jit

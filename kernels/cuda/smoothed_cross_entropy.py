@@ -14,7 +14,7 @@ from ..groups import Rows, Smoothing
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, reading_tiles, tiles, view
-from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of, _weight_of
+from .rows import _blocks_of, _class_weights, _gap_of, _lanes_at, _loss_of, _merge, _no_statistics, _see, _tile_of, _weight_of
 
 
 def smoothed_cross_entropy_forward(
@@ -73,10 +73,11 @@ def _smoothed_cross_entropy_forward(
         w = _class_weights(weight_ptr, weight_stride, c, C)
         before = tops
         tops, totals = _see(tops, totals, x)
-        gaps += weights * (tops - before) + tl.where(lanes, w * (tops - x), 0.0)
+        # in the first step nothing rises: from the lowest number that could be infinite, and 0 x inf
+        gaps += tl.where(first > 0, weights * (tops - before), 0.0) + tl.where(lanes, w * (tops - x), 0.0)
         weights += w
     top, total = _merge(tops, totals, 1)
-    gap = tl.sum(gaps + weights * (top[:, None] - tops), 1) * spread.to(real)
+    gap = _gap_of(gaps, weights, tops, totals, top) * spread.to(real)
     # target logit and class weight: outside [0, C) a target is no index, and its weight is NaN
     is_class = is_row & (y >= 0) & (y < C)
     x_y = _wide(tl.load(logits_ptr + b * strides.batch + p * strides.position + y * strides.class_, mask=is_class, other=0.0))
@@ -86,7 +87,7 @@ def _smoothed_cross_entropy_forward(
     log_total = tl.log(total)
     mass = kept + smooth_mass
     nll = log_total - (x_y - top)
-    tl.store(loss_ptr + row, tl.where(is_row, kept * nll + (smooth_mass * log_total + gap), 0.0), mask=inside)
+    tl.store(loss_ptr + row, tl.where(is_row, kept * nll + _loss_of(smooth_mass, log_total, gap), 0.0), mask=inside)
     tl.store(row_weight_ptr + row, tl.where(is_row, w_y, 0.0), mask=inside)
     tl.store(mass_ptr + row, tl.where(is_row, mass, 0.0), mask=inside)
     tl.store(top_ptr + row, tl.where(is_row, top, 0.0), mask=inside)
@@ -101,7 +102,7 @@ def _smoothed_cross_entropy_backward(
 ):  # fmt: skip
     """logits, dlogits [B, C, P]; weight [C]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
     real: tl.constexpr = top_ptr.dtype.element_ty
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = _blocks_of(C, BLOCK_C)
     b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers

@@ -12,7 +12,7 @@ from ..groups import Rows, Smoothing
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, class_stride, looping_tiles, tiles, view
-from .rows import _class_weights, _lanes_at, _merge, _no_statistics, _see, _tile_of
+from .rows import _blocks_of, _class_weights, _gap_of, _lanes_at, _loss_of, _merge, _no_statistics, _see, _tile_of
 
 
 def soft_cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, loss: Tensor, rows: Rows) -> None:
@@ -79,13 +79,14 @@ def _soft_cross_entropy_forward(
         k = w * (keep.to(real) * q + spread.to(real))
         before = tops
         tops, totals = _see(tops, totals, x)
-        gaps += masses * (tops - before) + tl.where(lanes, k * (tops - x), 0.0)
+        # in the first step nothing rises: from the lowest number that could be infinite, and 0 x inf
+        gaps += tl.where(first > 0, masses * (tops - before), 0.0) + tl.where(lanes, k * (tops - x), 0.0)
         masses += k
     top, total = _merge(tops, totals, 1)
-    gap = tl.sum(gaps + masses * (top[:, None] - tops), 1)
+    gap = _gap_of(gaps, masses, tops, totals, top)
     # loss
     mass = tl.sum(masses, 1)
-    tl.store(loss_ptr + row, mass * tl.log(total) + gap, mask=inside)
+    tl.store(loss_ptr + row, _loss_of(mass, tl.log(total), gap), mask=inside)
     tl.store(mass_ptr + row, mass, mask=inside)
     tl.store(top_ptr + row, top, mask=inside)
     tl.store(total_ptr + row, total, mask=inside)
@@ -98,7 +99,7 @@ def _soft_cross_entropy_backward(
 ):  # fmt: skip
     """logits, target, dlogits [B, C, P]; weight [C]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
     real: tl.constexpr = top_ptr.dtype.element_ty
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = _blocks_of(C, BLOCK_C)
     b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers
@@ -122,7 +123,7 @@ def _soft_cross_entropy_target_backward(
 ):  # fmt: skip
     """logits, dtarget [B, C, P]; weight [C]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
     real: tl.constexpr = top_ptr.dtype.element_ty
-    blocks = tl.cdiv(C, BLOCK_C)
+    blocks = _blocks_of(C, BLOCK_C)
     b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers

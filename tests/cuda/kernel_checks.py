@@ -210,6 +210,7 @@ def softmax(k: Any, logits: Tensor) -> None:
 
 
 def nll_loss(k: Any, log_prob: Tensor, target: Tensor, weight: Tensor) -> None:
+    """Both directions, and the sum of the weights. Targets outside [0, C) must make NaN rows."""
     classes = log_prob.shape[1]
     is_row = target != NOT_A_ROW
     out_of_range = is_row & ((target < 0) | (target >= classes))
@@ -226,8 +227,8 @@ def nll_loss(k: Any, log_prob: Tensor, target: Tensor, weight: Tensor) -> None:
     k.sum_weights(target, weight, NOT_A_ROW, totals[1])
     assert_same(totals[:1], totals[1:])
     k.nll_loss_backward(target, NOT_A_ROW, row_weight, dloss, dlog_prob)
-    onehot = torch.nn.functional.one_hot(y, classes).double() * (is_row & ~out_of_range)[:, None]
-    want = torch.where(onehot == 1, -dloss.double()[:, None] * w.nan_to_num()[:, None], 0.0)
+    onehot = torch.nn.functional.one_hot(y, classes).bool()
+    want = torch.where(is_row[:, None] & (onehot | out_of_range[:, None]), -dloss.double()[:, None] * w[:, None], 0.0)
     assert_close(by_row(dlog_prob).to(log_prob.dtype), want, what="dlog_prob")
     assert_inside(dlog_prob)
 

@@ -7,7 +7,7 @@ import torch
 
 from fastloss.kernels.groups import Rows
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 is not installed")
 
 import kernel_checks as check
 

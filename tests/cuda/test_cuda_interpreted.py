@@ -1,6 +1,7 @@
 """Every Triton kernel in Triton's interpreter on the CPU, for every dtype and on awkward shapes."""
 
 import importlib
+import mmap
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,13 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("triton", reason="Triton is not installed: its interpreter cannot run the CUDA kernels")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 is not installed: its interpreter cannot run the CUDA kernels")
 
 import kernel_checks as check
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
 from triton_interpreter import interpreted
 
+from fastloss.contract import checked
+from fastloss.kernels.cuda import elements, rows
 from fastloss.kernels.cuda.plan import Device
-from fastloss.kernels.groups import Rows
+from fastloss.kernels.groups import Rows, Smoothing
 
 PACKAGE = "fastloss.kernels.cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -26,7 +32,7 @@ def k() -> Iterator[Any]:
     package = importlib.import_module(PACKAGE)
     torch.manual_seed(0)
     with interpreted(PACKAGE):
-        yield package
+        yield checked(package, "cpu")  # the interpreter's tensors are on the CPU
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, Tensor, Tensor]:
@@ -69,7 +75,7 @@ def test_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     shape, layout = SHAPES[name]
     logits, target, weight = make(shape, dtype, layout)
     if logits.numel() == 0:
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, dtype=check.real(dtype))
         return k.cross_entropy_forward(logits, target, weight, -100, nothing, Rows(nothing, None, nothing, nothing))
     check.cross_entropy(k, logits, target, weight)
     check.cross_entropy(k, logits, target, inplace=True)
@@ -201,6 +207,107 @@ def test_classes_masked_by_the_lowest_number(k: Any, shape: tuple[int, ...], dty
     check.cross_entropy(k, logits, target, weight, smoothing=0.1)
 
 
+def far(x: Tensor) -> float:
+    """So large that the lowest number less this is infinite, so small that no sum over the classes is."""
+    return torch.finfo(x.dtype).max / (4 * x.shape[1])
+
+
+HUGE = {
+    "2^103 or 2^970": lambda x: x.fill_(2.0**970 if x.dtype == torch.float64 else 2.0**103),
+    "the largest of all": lambda x: x.fill_(torch.finfo(x.dtype).max),
+    "towers": lambda x: x.index_fill_(1, torch.tensor([1, x.shape[1] - 1]), far(x)),
+    "both signs": lambda x: x.sign_().mul_(far(x)),
+    "far below, then ordinary": lambda x: x[:, : x.shape[1] // 2].fill_(-far(x)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 50), (2, 1500), (2, 30, 3)], ids=str)
+@pytest.mark.parametrize("name", HUGE)
+def test_huge_logits(k: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """The gap starts where nothing has been seen: the rise from there is infinite and must not meet a mass of 0."""
+    logits, q = torch.randn(shape).to(dtype), torch.softmax(torch.randn(shape), 1).to(dtype)
+    HUGE[name](logits)
+    target = torch.randint(shape[1], (logits.numel() // shape[1],))
+    weight = torch.rand(shape[1], dtype=check.real(dtype)) + 0.5
+    weight[1], q[:, 1] = 0.0, 0.0
+    check.cross_entropy(k, logits, target)
+    check.cross_entropy(k, logits, target, weight, smoothing=0.1)
+    check.soft_cross_entropy(k, logits, q, weight, smoothing=0.1, target_too=False)
+    check.soft_cross_entropy(k, logits, q, target_too=False)
+
+
+def smoothed_and_soft(k: Any, logits: Tensor, target: Tensor, q: Tensor, weight: Tensor, smoothing: float) -> list[tuple[Tensor, Tensor]]:
+    """(loss, dlogits) of both losses by the launchers."""
+    share, found = Smoothing(1 - smoothing, smoothing / logits.shape[1]), []
+    dloss = torch.ones(1, dtype=weight.dtype).expand(logits.shape[0])
+    loss, *numbers = (check.poisoned_rows(logits) for _ in range(5))
+    rows, dlogits = Rows(*numbers), check.poisoned(logits)
+    k.smoothed_cross_entropy_forward(logits, target, weight, -100, share, loss, rows)
+    k.smoothed_cross_entropy_backward(logits, target, weight, -100, share, rows, dloss, dlogits)
+    found.append((loss, dlogits))
+    loss, dlogits = check.poisoned_rows(logits), check.poisoned(logits)
+    k.soft_cross_entropy_forward(logits, q, weight, share, loss, rows._replace(row_weight=None))
+    k.soft_cross_entropy_backward(logits, q, weight, share, rows._replace(row_weight=None), dloss, dlogits)
+    return [*found, (loss, dlogits)]
+
+
+def beyond_numbers(classes: int) -> dict[str, tuple[Tensor, Tensor]]:
+    """Logits [1, C] and class weights, one of them or a difference of logits infinite."""
+    x, w, top = torch.randn(1, classes), torch.rand(classes) + 0.5, torch.finfo(torch.float32).max
+    late = classes - 2
+
+    def put(t: Tensor, **at: float) -> Tensor:
+        t = t.clone()
+        for name, value in at.items():
+            t[..., int(name[1:])] = value
+        return t
+
+    return {
+        "weight inf": (x, put(w, c1=INF)),
+        "weight inf, late": (x, put(w, **{f"c{late}": INF})),
+        "weight -inf": (x, put(w, c1=-INF)),
+        "weights inf and -inf": (x, put(w, c1=-INF, **{f"c{late}": INF})),
+        "all weights inf": (x, w + INF),
+        "weight nan": (x, put(w, c1=float("nan"))),
+        "weight inf of the sure class": (put(x, c0=500.0), put(w, c0=INF)),
+        "weight inf, the top": (put(x, c1=9.0), put(w, c1=INF)),
+        "logit -inf": (put(x, c1=-INF), w),
+        "logit -inf, weight 0": (put(x, c1=-INF), put(w, c1=0.0)),
+        "logit -inf, weight inf": (put(x, c1=-INF), put(w, c1=INF)),
+        "first logits -inf": (torch.where(torch.arange(classes) < late, -INF, x), w),
+        "logit inf": (put(x, c1=INF), w),
+        "logit inf, weight inf": (put(x, c1=INF), put(w, c1=INF)),
+        "logit nan, weight inf": (put(x, c1=float("nan")), put(w, **{f"c{late}": INF})),
+        "all -inf": (x - INF, w),
+        "all -inf, weight inf": (x - INF, w + INF),
+        "lowest, then largest": (put(x, c0=-top, **{f"c{late}": top}), w),
+        "largest, then lowest": (put(x, c0=top, **{f"c{late}": -top}), w),
+        "lowest with weight 0, then largest": (put(x, c0=-top, **{f"c{late}": top}), put(w, c0=0.0)),
+        "largest, then lowest with weight 0": (put(x, c0=top, **{f"c{late}": -top}), put(w, **{f"c{late}": 0.0})),
+    }
+
+
+@pytest.mark.parametrize("classes", [5, 3000])
+@pytest.mark.parametrize("name", beyond_numbers(5))
+def test_nan_and_infinity_are_torchs(k: Any, name: str, classes: int) -> None:
+    x, weight = beyond_numbers(classes)[name]
+    q = torch.softmax(torch.randn(1, classes), 1)
+    for target in (torch.tensor([0]), torch.tensor([1]), torch.tensor([classes - 1])):
+        found = smoothed_and_soft(k, x, target, q, weight, 0.1)
+        for (loss, dlogits), wanted in zip(found, (target, q), strict=True):
+            logits = x.clone().requires_grad_()
+            torchs = torch.nn.functional.cross_entropy(logits, wanted, weight, reduction="none", label_smoothing=0.1)
+            truth = torch.nn.functional.cross_entropy(
+                x.double(), wanted if wanted is target else q.double(), weight.double(), reduction="none", label_smoothing=0.1
+            )
+            if not torchs.isfinite() and truth.isfinite():  # too large for float32: infinite, 0 x infinity, or right after all
+                assert not loss.isfinite() or torch.isclose(loss.double(), truth, rtol=1e-5)
+            else:
+                torch.testing.assert_close(loss, torchs.detach(), rtol=1e-5, atol=1e-6, equal_nan=True)
+            torch.testing.assert_close(dlogits, torch.autograd.grad(torchs.sum(), logits)[0], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
 def test_softmax(k: Any, name: str, dtype: torch.dtype) -> None:
@@ -212,7 +319,8 @@ def test_softmax(k: Any, name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [(5, 10), (3, 2500), (2, 7, 5)], ids=str)
 def test_nll_loss(k: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits, target, weight = make(shape, dtype)
-    target[0] = shape[1]
+    check.nll_loss(k, logits, target, weight)
+    target[0], target[-1] = shape[1], -1
     check.nll_loss(k, logits, target, weight)
 
 
@@ -244,6 +352,38 @@ def test_binary_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     y = torch.rand(x.shape).to(dtype)
     p[0, 0, :2], y[0, 0, :2] = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
     check.binary_cross_entropy(k, p, y, weight)
+
+
+@triton.jit
+def _where_tiles_lie(number, n, rows_ptr, inside_ptr, elements_ptr, exist_ptr, BLOCK: tl.constexpr):
+    """A tile of n positions and an elementwise program of n elements."""
+    _b, _p, row, inside = rows._tile_of(number, n, BLOCK)
+    _a, _b, p, exist = elements._elements_of(number, 1, n, 1, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    tl.store(rows_ptr + lane, row)
+    tl.store(inside_ptr + lane, inside)
+    tl.store(elements_ptr + lane[None, :], p)
+    tl.store(exist_ptr + lane[None, :], exist)
+
+
+@pytest.mark.parametrize("n", [2**31 - 2048, 2**31 - 2047, 2**31 - 1, 2**31, 2**33 + 5])
+@pytest.mark.parametrize("block", [256, 2048])
+def test_the_last_block_of_positions_around_int32(k: Any, n: int, block: int) -> None:
+    """The interpreter raises where an int32 overflows."""
+    number = (n - 1) // block
+    found, exist = torch.zeros(2, block, dtype=torch.int64), torch.zeros(2, block, dtype=torch.bool)
+    InterpretedFunction(_where_tiles_lie.fn)[(1,)](number, n, found[0], exist[0], found[1], exist[1], BLOCK=block)
+    want = number * block + torch.arange(block)
+    assert torch.equal(exist, (want < n).expand(2, block))
+    assert torch.equal(found[exist], want.expand(2, block)[exist])
+
+
+def test_a_class_weight_with_a_huge_stride(k: Any) -> None:
+    """The last lies more than 2**31 numbers behind the first; only pages that are touched exist."""
+    stride, no_reserve = 3 << 28, 0x4000
+    pages = mmap.mmap(-1, (3 * stride + 1) * 4, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve)
+    weight = torch.frombuffer(pages, dtype=torch.float32)[::stride].copy_(torch.rand(4) + 0.5)
+    check.cross_entropy(k, torch.randn(3, 4), torch.tensor([1, 3, 0]), weight, smoothing=0.1)
 
 
 @pytest.mark.parametrize("size", [0, 1, 5, 3000, 40000])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="Triton is not installed: its interpreter cannot run the CUDA kernels")
+pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 is not installed: its interpreter cannot run the CUDA kernels")
 
 import kernel_checks as check
 from triton_interpreter import interpreted
@@ -38,6 +38,7 @@ ROWS, FEW, HUGE = index_targets((4, 5001)), index_targets((5, 10)), index_target
 SOFT = lambda k: check.soft_cross_entropy(k, torch.randn(4, 50), torch.softmax(torch.randn(4, 50), 1), torch.rand(50) + 0.5, 0.1)  # noqa: E731
 SOFTMAX = lambda k: check.softmax(k, torch.randn(4, 50))  # noqa: E731
 NLL = lambda k: check.nll_loss(k, torch.randn(4, 50), torch.tensor([1, -100, 49, 0]), torch.rand(50))  # noqa: E731
+NO_CLASS = lambda k: check.nll_loss(k, torch.randn(1, 5), torch.tensor([5]), torch.rand(5))  # noqa: E731
 
 MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("rows.py", "total * e + 1.0", "total + 1.0", FEW),
@@ -57,13 +58,14 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("cross_entropy.py", "number % splits * chunk\n    count = tl.where", "0 * chunk\n    count = tl.where", HUGE),
     ("cross_entropy.py", "(x_y - top)", "(x_y)", FEW),
     ("cross_entropy.py", "tl.where(is_row, w_y * nll, 0.0)", "w_y * nll", FEW),
-    ("smoothed_cross_entropy.py", "(top[:, None] - tops), 1)", "(top[:, None] * 0), 1)", index_targets((5, 300), 0.1)),
+    ("smoothed_cross_entropy.py", "_gap_of(gaps, weights, tops", "_gap_of(gaps, weights * 0, tops", index_targets((5, 300), 0.1)),
     ("smoothed_cross_entropy.py", "- g[:, None] * w", "", index_targets((5, 10), 0.1)),
     ("soft_cross_entropy.py", "+ spread.to(real))\n    d = ", ")\n    d = ", SOFT),
     ("soft_cross_entropy.py", "log_total[:, None] - (x", "log_total[:, None] * 0 - (x", SOFT),
     ("softmax.py", "(dy - dot[:, None])", "dy", SOFTMAX),
     ("softmax.py", "dy - _exp(y) * dot[:, None]", "dy - dot[:, None]", SOFTMAX),
-    ("nll_loss.py", "-g[:, None], 0.0", "-g[:, None], -0.5", NLL),
+    ("nll_loss.py", "-g[:, None], elsewhere[:, None]", "-g[:, None], -0.5", NLL),
+    ("nll_loss.py", 'float("nan"), 0.0)\n    d', "0.0, 0.0)\n    d", NO_CLASS),
     ("math.py", "p * x - 4.999989265e-1", "p * x - 4.9e-1", elements),
     ("bce_with_logits.py", "tl.where(x < 0.0, 1.0, e)", "e", elements),
     ("elements.py", "p * strides[2]", "p", lambda k: elements_transposed(k)),

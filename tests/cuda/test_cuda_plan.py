@@ -163,6 +163,34 @@ def test_more_than_2_to_the_31_elements() -> None:
     assert addresses(images, t, t.programs - 1)[1] == 64 * 1000 * 65536 - 1 > 2**31
 
 
+@pytest.mark.parametrize("shape", [(1, plan.MOST_CLASSES), (2, plan.MOST_CLASSES - 1), (1, plan.MOST_CLASSES, 3)], ids=str)
+def test_most_classes(shape: tuple[int, ...]) -> None:
+    """Whatever a kernel adds to a class number fits int32: the step of a loop, the end of a block, the vector after the last."""
+    v = plan.view(shape, contiguous(*shape), contiguous(*shape))
+    for make in (plan.tiles, plan.looping_tiles, plan.reading_tiles):
+        assert v.classes + make(v, H100, 2048).BLOCK_C < 2**31
+    for itemsize in (2, 4, 8):
+        for r in (plan.forward_rows(v, itemsize, H100), plan.backward_rows(v, itemsize, H100)):
+            assert (r.splits - 1) * r.chunk < v.classes <= r.splits * r.chunk
+            assert v.classes + r.BLOCK_C + 2 * r.VEC < 2**31
+
+
+@pytest.mark.parametrize("shape", [(1, plan.MOST_CLASSES + 1), (1, 2**31 - 1), (1, 2**31), (2, 2**32 + 1, 3)], ids=str)
+def test_more_classes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RuntimeError, match="classes"):
+        plan.view(shape, contiguous(*shape))
+
+
+@pytest.mark.parametrize("positions", [2**31 - 1, 2**31, 2**33 + 5])
+def test_positions_around_int32(positions: int) -> None:
+    v = plan.view((positions, 3), contiguous(positions, 3))
+    for make in (plan.tiles, plan.looping_tiles, plan.reading_tiles):
+        t = make(v, H100, 2048)
+        assert t.programs == plan.ceil_div(positions, t.BLOCK_N) < 2**31
+    e = plan.elements((1, 1, positions), contiguous(1, 1, positions))
+    assert e.programs == plan.ceil_div(positions, e.BLOCK_P) < 2**31
+
+
 def test_elements_merge_into_one_line() -> None:
     e = plan.elements((4, 5, 6), contiguous(4, 5, 6), contiguous(4, 5, 6), (0, 0, 0))
     assert e.shape == (1, 1, 120)

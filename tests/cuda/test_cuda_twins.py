@@ -14,7 +14,8 @@ LAUNCHERS = {
 
 
 def package(name: str, needs: str) -> Any:
-    pytest.importorskip(needs, reason=f"{needs} is not installed")
+    oldest = {"triton": "3.4", "numba": "0.61"}[needs]
+    pytest.importorskip(needs, minversion=oldest, reason=f"{needs} {oldest} is not installed")
     return importlib.import_module(f"fastloss.kernels.{name}")
 
 

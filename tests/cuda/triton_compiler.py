@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
@@ -111,6 +112,10 @@ def compiling(target: str) -> Iterator[list[Launch]]:
     config.set_active(driver)
     try:
         yield driver.launches
+    except Exception as error:
+        if "ld.lld not found" in str(error):
+            pytest.skip("Triton before 3.5 has no linker for AMD of its own, and ROCm is not installed")
+        raise
     finally:
         vars(config).clear()
         vars(config).update(saved)

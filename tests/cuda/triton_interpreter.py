@@ -2,7 +2,8 @@
 
 `TRITON_INTERPRET=1` must be set before Triton is first imported and then forbids compiling. Instead `interpreted()` swaps every jitted
 function of triton.language and of the kernel package for its interpreted form, and puts everything back. Triton 3.8's interpreter
-truncates to bfloat16 where devices round to nearest even, and leaves Python floats unwrapped where a device sees float64: both mended here.
+truncates to bfloat16 where devices round to nearest even, and leaves Python floats unwrapped where a device sees float64; those before
+3.8 make an index of a tensor in a way that NumPy 2.4 refuses. All mended here.
 """
 
 import sys
@@ -57,6 +58,15 @@ def _mended_argument(original: Any) -> Any:
     return convert
 
 
+def _mended_patch(original: Any) -> Any:
+    def patch(function: Any) -> Any:
+        scope = original(function)
+        tl.core.tensor.__index__ = lambda self: int(self.handle.data.item())  # before Triton 3.8: int() of an array
+        return scope
+
+    return patch
+
+
 @contextmanager
 def interpreted(package: str) -> Iterator[None]:
     """Within, kernels of `package` (already imported) launched as `kernel[grid](cpu_tensors)` are interpreted. Integer overflow raises."""
@@ -67,6 +77,7 @@ def interpreted(package: str) -> Iterator[None]:
     saved_namespaces = [(d, dict(d)) for d in namespaces]
     saved_classes = [(c, dict(vars(c))) for c in classes]
     saved_builder, saved_call, saved_convert = dict(vars(builder)), InterpretedFunction.__call__, interpreter._implicit_cvt
+    saved_patch = interpreter._patch_lang
     patched: set[int] = set()
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -98,6 +109,7 @@ def interpreted(package: str) -> Iterator[None]:
         InterpretedFunction.__call__ = call
         interpreter.GridExecutor.__call__ = launch_afresh
         interpreter._implicit_cvt = _mended_argument(saved_convert)
+        interpreter._patch_lang = _mended_patch(saved_patch)
         with np.errstate(all="ignore"):
             yield
     finally:
@@ -116,6 +128,7 @@ def interpreted(package: str) -> Iterator[None]:
         InterpretedFunction.__call__ = saved_call
         interpreter.GridExecutor.__call__ = launch
         interpreter._implicit_cvt = saved_convert
+        interpreter._patch_lang = saved_patch
 
 
 __all__ = ["interpreted", "triton"]

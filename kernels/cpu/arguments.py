@@ -25,6 +25,7 @@ from . import llvm
 Stored = Annotated[Tensor, "stored"]  # numbers as the logits lie in memory
 Int64 = Annotated[Tensor, "int64"]
 Float64 = Annotated[Tensor, "float64"]
+Known = Annotated[int, "known"]  # a number that takes few values: the region is compiled for each
 # and `Computed`; `int`; `float`, computed with as the logits are; Annotated[tuple[int, ...], how many]; other blocks
 
 HEADER = 4  # words before the arguments: see `launch`
@@ -32,14 +33,18 @@ STORAGE = {torch.float32: llvm.float32, torch.float64: llvm.float64, torch.float
 COMPUTED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _I64 = ir.IntType(64)
 
-__all__ = ["COMPUTED", "HEADER", "STORAGE", "Arguments", "Computed", "Float64", "Int64", "Stored", "arguments", "packer", "word"]
+__all__ = ["COMPUTED", "HEADER", "STORAGE", "Arguments", "Computed", "Float64", "Int64", "Known", "Stored", "arguments", "packer", "word"]
 
 
 class _Kind(NamedTuple):
-    """What an annotation says: `of` is another block, int, float, a number of ints, or what a tensor's elements are called."""
+    """What an annotation says: `of` is another block, int, float, a number of ints, "known", or what a tensor's elements are called."""
 
     of: Any
     optional: bool
+
+    @property
+    def is_tensor(self) -> bool:
+        return isinstance(self.of, str) and self.of != "known"
 
 
 def _kinds(block: Any) -> list[tuple[str, _Kind]]:
@@ -54,14 +59,15 @@ def _kinds(block: Any) -> list[tuple[str, _Kind]]:
 # ---------------------------------------------------------------- on the way in
 
 
-def packer(block: Any) -> Callable[[int, Any], tuple[torch.dtype, bytes]]:
-    """A function of how many tasks there are and of a block, which gives the dtype of what is stored, and the words for the region.
-    It raises TypeError for a tensor whose elements are not what they should be.
+def packer(block: Any) -> Callable[[int, Any], tuple[tuple[Any, ...], bytes]]:
+    """A function of how many tasks there are and of a block, which gives what the region is to be compiled for (the dtype of what is
+    stored, and the known numbers), and the words for it. It raises TypeError for a tensor whose elements are not what they should be.
 
     It is made of source text, as NamedTuples are: a loop over the words would take longer than small kernels do.
     """
     names, words = _words(block, "a")
-    tensors = [(word, kind) for word, kind in words if isinstance(kind.of, str)]
+    tensors = [(word, kind) for word, kind in words if kind.is_tensor]
+    known = "".join(f"{word}, " for word, kind in words if kind.of == "known")
     layout = struct.Struct("=" + "q" * HEADER + "".join("d" if kind.of is float else "q" for _, kind in words))
     first = next(word for word, kind in tensors if kind.of == "stored")
     fits = [f"({f'{word} is None or ' if kind.optional else ''}{word}.dtype is {kind.of})" for word, kind in tensors]
@@ -73,7 +79,7 @@ def packed(tasks, a):
     computed = computed_of[stored]
     if not ({" and ".join(fits)}):
         refuse(a, dict(stored=stored, computed=computed, int64=int64, float64=float64))
-    return stored, pack(tasks, {"0, " * (HEADER - 1)}{", ".join(_value(word, kind) for word, kind in words)})
+    return (stored, {known}), pack(tasks, {"0, " * (HEADER - 1)}{", ".join(_value(word, kind) for word, kind in words)})
 """
     exec(source, given)
     return given["packed"]  # type: ignore[return-value]
@@ -96,7 +102,7 @@ def _words(block: Any, prefix: str) -> tuple[str, list[tuple[str, _Kind]]]:
 
 
 def _value(word: str, kind: _Kind) -> str:
-    if not isinstance(kind.of, str):
+    if not kind.is_tensor:
         return word
     return f"0 if {word} is None else {word}.data_ptr()" if kind.optional else f"{word}.data_ptr()"
 
@@ -105,7 +111,7 @@ def _refuse(block: Any, dtypes: dict[str, torch.dtype]) -> None:
     for (name, kind), value in zip(_kinds(type(block)), block, strict=True):
         if hasattr(kind.of, "_fields"):
             _refuse(value, dtypes)
-        elif isinstance(kind.of, str) and value is not None and value.dtype is not dtypes[kind.of]:
+        elif kind.is_tensor and value is not None and value.dtype is not dtypes[kind.of]:
             raise TypeError(f"{type(block).__qualname__}.{name} must be {dtypes[kind.of]}, got {value.dtype}")
 
 
@@ -115,9 +121,9 @@ def _refuse(block: Any, dtypes: dict[str, torch.dtype]) -> None:
 class Arguments(types.Type):
     """The address of a block, of a region whose logits are stored as `storage`. `version` tells it from those of other sources."""
 
-    def __init__(self, block: Any, storage: types.Type, version: str) -> None:
-        self.block, self.storage = block, storage
-        super().__init__(name=f"Arguments({block.__module__}.{block.__qualname__}, {storage}, {version})")
+    def __init__(self, block: Any, storage: types.Type, known: tuple[int, ...], version: str) -> None:
+        self.block, self.storage, self.known = block, storage, known
+        super().__init__(name=f"Arguments({block.__module__}.{block.__qualname__}, {storage}, {known}, {version})")
 
 
 @register_model(Arguments)
@@ -136,8 +142,10 @@ def _type(kind: Any, storage: types.Type) -> types.Type:
         return types.BaseTuple.from_types([_type(k.of, storage) for _, k in _kinds(kind)], kind)
     if isinstance(kind, int):
         return types.UniTuple(types.int64, kind)
+    if kind in (int, "known"):
+        return types.int64
     numbers = {"stored": storage, "computed": llvm.COMPUTE[storage], "int64": types.int64, "float64": types.float64}
-    return types.CPointer(numbers[kind]) if isinstance(kind, str) else types.int64 if kind is int else llvm.COMPUTE[storage]
+    return types.CPointer(numbers[kind]) if isinstance(kind, str) else llvm.COMPUTE[storage]
 
 
 @intrinsic
@@ -145,12 +153,15 @@ def arguments(typingctx: Any, block: Any) -> Any:
     """The block as it was given, with pointers in place of tensors."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        index = iter(range(HEADER, 1 << 10))
+        index, known = iter(range(HEADER, 1 << 10)), iter(block.known)
 
-        def value(ty: types.Type) -> ir.Value:
+        def value(ty: types.Type, kind: Any) -> ir.Value:
             if isinstance(ty, types.BaseTuple):
-                return context.make_tuple(builder, ty, [value(t) for t in ty.types])
+                inside = [k.of for _, k in _kinds(kind)] if hasattr(kind, "_fields") else [int] * kind
+                return context.make_tuple(builder, ty, [value(t, k) for t, k in zip(ty.types, inside, strict=True)])
             found = builder.load(word(builder, args[0], next(index)))
+            if kind == "known":
+                return ir.Constant(_I64, next(known))
             if isinstance(ty, types.CPointer):
                 return builder.inttoptr(found, context.get_value_type(ty))
             if not isinstance(ty, types.Float):
@@ -158,6 +169,6 @@ def arguments(typingctx: Any, block: Any) -> Any:
             real = builder.bitcast(found, ir.DoubleType())
             return builder.fptrunc(real, ir.FloatType()) if ty == types.float32 else real
 
-        return value(sig.return_type)
+        return value(sig.return_type, block.block)
 
     return _type(block.block, block.storage)(block), codegen

@@ -12,7 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Float64, Stored, arguments
+from .arguments import Computed, Float64, Known, Stored, arguments
 from .elements import (
     Elements,
     Line,
@@ -64,7 +64,7 @@ class Backward(NamedTuple):
     dlogits: Stored
     dstrides: Strides
     partial: Float64 | None  # as in `Sum`, where both are wanted
-    past_caches: int
+    past_caches: Known
     way: Elements
 
 

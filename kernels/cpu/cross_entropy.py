@@ -11,7 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Rows
-from .arguments import Computed, Int64, Stored, arguments
+from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import block_of, block_size, block_statistics, blocks_apart, merge, real_total, row_statistics, scratch
 from .gradient import gapless, gradient_of_row, gradient_of_short_rows, row_numbers, write_zeros
 from .launch import next_task, next_worker, raise_flag, region
@@ -60,7 +60,7 @@ class Backward(NamedTuple):
     dlogits: Stored
     dstrides: Strides
     blocks: int
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
@@ -85,7 +85,7 @@ def cross_entropy_backward(logits: Tensor, target: Tensor, ignore_index: int, ro
     blocks = blocks_apart(way, logits)
     _backward(way.tasks * blocks, Backward(
         logits=logits, target=target, ignore_index=ignore_index, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0),
-        dlogits=dlogits, dstrides=strides_of(dlogits), blocks=blocks, past_caches=bypass_caches(logits, dlogits), way=way,
+        dlogits=dlogits, dstrides=strides_of(dlogits, way.tile), blocks=blocks, past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
 
 

@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Rows
-from .arguments import Computed, Int64, Stored, arguments
+from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import (
     Block,
     all_kept,
@@ -54,19 +54,19 @@ class ForwardBackward(NamedTuple):
     dstrides: Strides
     terms: Computed
     kept: int  # blocks that there is room for in `terms`
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
 def cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> None:
-    way, dstrides = walk(logits, FEW_TO_GATHER), strides_of(dlogits)
+    way = walk(logits, FEW_TO_GATHER)
     if blocks_apart(way, logits) > 1:
         cross_entropy_forward(logits, target, weight, ignore_index, loss, rows)
         cross_entropy_backward(logits, target, ignore_index, rows, dloss, dlogits)
         return
-    kept = blocks_kept(way, logits)
+    kept, dstrides = blocks_kept(way, logits), strides_of(dlogits, way.tile)
     in_turn = way.tile == way.strides.class_ == dstrides.class_ == 1 and kept == blocks_in(way, logits)
     out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, target=target, weight=weight, weight_stride=weight.stride(0), ignore_index=ignore_index,

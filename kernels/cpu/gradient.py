@@ -84,13 +84,6 @@ def near_target(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
 @njit(**INLINE)
 def row_numbers(a: Any, factor: Any, x: Any, row: Any) -> Any:
     """The numbers of the rows at x, the first of which is `row`; g is dloss times `factor`, which is w_y where nothing else is said."""
-    if x.tile == 1:
-        return _row_numbers(a, factor, one_row(x.at), row)
-    return _row_numbers(a, factor, x, row)
-
-
-@njit(**INLINE)
-def _row_numbers(a: Any, factor: Any, x: Any, row: Any) -> Any:
     top = load_numbers(a.rows.top, 1, row, x, 0.0)
     across, n = (1, x.count) if x.tile > 1 else (0, lanes_of(x.at))
     y = load_classes(a.target, row, across, n, a.ignore_index, top)

@@ -106,34 +106,36 @@ def _uninterrupted() -> Iterator[None]:
 
 
 class Region:
-    """A compiled loop over tasks, one version for each dtype, compiled at first use and cached on disk where that is possible."""
+    """A compiled loop over tasks, one version for each dtype and each value of what its block has as `Known`, compiled at first use and
+    cached on disk where that is possible."""
 
     def __init__(self, body: Callable[[Any], None], block: Any) -> None:
         self.body, self.block = body, block
         self._pack = packer(block)
-        self._compiled: dict[torch.dtype, tuple[Any, Callable[[int], None]]] = {}
+        self._compiled: dict[tuple[Any, ...], tuple[Any, Callable[[int], None]]] = {}
         self._lock = threading.Lock()
 
-    def signature(self, dtype: torch.dtype) -> Any:
+    def signature(self, dtype: torch.dtype, *known: int) -> Any:
         """Numba's, where the logits are of this dtype."""
-        return types.void(Arguments(self.block, STORAGE[dtype], _sources()))
+        return types.void(Arguments(self.block, STORAGE[dtype], known, _sources()))
 
-    def compile(self, dtype: torch.dtype) -> tuple[Any, Callable[[int], None]]:
+    def compile(self, dtype: torch.dtype, *known: int) -> tuple[Any, Callable[[int], None]]:
         """Numba's compiled function for this dtype, and the same as a function of an address."""
+        version = (dtype, *known)
         with self._lock, _uninterrupted():
-            if dtype not in self._compiled:
-                signature = self.signature(dtype)
+            if version not in self._compiled:
+                signature = self.signature(dtype, *known)
                 compiled = CFunc(self.body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
                 with suppress(Exception):  # without a place that can be written, every process compiles
                     compiled._cache = KernelCache(self.body)
                 compiled.compile()
-                self._compiled[dtype] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-            return self._compiled[dtype]
+                self._compiled[version] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+            return self._compiled[version]
 
     def __call__(self, tasks: int, arguments: Any) -> bool:
         """Run all tasks and wait. True if one of them raised the flag."""
-        dtype, words = self._pack(tasks, arguments)
-        compiled, on_this_thread = self._compiled.get(dtype) or self.compile(dtype)
+        version, words = self._pack(tasks, arguments)
+        compiled, on_this_thread = self._compiled.get(version) or self.compile(*version)
         block = (ctypes.c_char * len(words)).from_buffer_copy(words)
         threads = min(tasks, torch.get_num_threads()) if tasks > 1 else 1
         parallel = _openmp() if threads > 1 else None

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from .arguments import Computed, Int64, Stored, arguments
+from .arguments import Computed, Int64, Known, Stored, arguments
 from .launch import next_task, raise_flag, region
 from .memory import load_classes, load_one, stream
 from .rows import Walk, advance, bypass_caches, first_vector, lanes_at, last_tile, load_numbers, store_at, tile_of, walk, whole_vectors
@@ -30,7 +30,7 @@ class Backward(NamedTuple):
     dloss: Computed
     dloss_stride: int
     dlog_prob: Stored
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 

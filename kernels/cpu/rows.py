@@ -11,6 +11,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from .arguments import Known
 from .math import INLINE
 from .memory import load, offset, store, to_alignment
 from .simd import lanes_of
@@ -29,12 +30,14 @@ class Strides(NamedTuple):
     batch: int
     class_: int
     position: int
+    lane: int  # from one lane of a vector to the next
 
 
-def strides_of(tensor: Tensor) -> Strides:
+def strides_of(tensor: Tensor, tile: int) -> Strides:
     """[B, C, P] as it is; the N rows of [N, C] are the positions of one batch entry."""
     strides = tensor.stride()
-    return Strides(0, strides[1], strides[0]) if len(strides) == 2 else Strides(*strides)
+    batch, class_, position = (0, strides[1], strides[0]) if len(strides) == 2 else strides
+    return Strides(batch, class_, position, position if tile > 1 else class_)
 
 
 class Walk(NamedTuple):
@@ -44,7 +47,7 @@ class Walk(NamedTuple):
     classes: int
     positions: int
     strides: Strides  # of the logits
-    tile: int  # rows in a vector: 1 is row by row
+    tile: Known  # rows in a vector: 1 is row by row
     grain: int  # tiles in a task
 
     @property
@@ -58,13 +61,13 @@ def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
         batch, (positions, classes) = 1, logits.shape
     else:
         batch, classes, positions = logits.shape
-    strides, rows, lanes = strides_of(logits), batch * positions, lanes_for(logits)
-    in_lanes = classes <= few or (strides.class_ != 1 and classes <= MOST_IN_LANES)
+    rows, lanes = batch * positions, lanes_for(logits)
+    in_lanes = classes <= few or (logits.stride(1) != 1 and classes <= MOST_IN_LANES)
     tile = lanes if in_lanes and rows >= lanes else 1
     numel = max(1, tile * classes)
     share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
     grain = max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))
-    return Walk(batch, classes, positions, strides, tile, grain)
+    return Walk(batch, classes, positions, strides_of(logits, tile), tile, grain)
 
 
 def lanes_for(logits: Tensor) -> int:
@@ -72,9 +75,9 @@ def lanes_for(logits: Tensor) -> int:
     return 8 if logits.dtype == torch.float64 else 16
 
 
-def bypass_caches(source: Tensor, result: Tensor) -> bool:
-    """Whether to write a result past the caches: it is large, and it is not the memory just read."""
-    return result.nbytes >= STREAM_BYTES and result.data_ptr() != source.data_ptr()
+def bypass_caches(source: Tensor, result: Tensor) -> int:
+    """1 if a result is to be written past the caches, because it is large and not the memory just read; else 0."""
+    return 1 if result.nbytes >= STREAM_BYTES and result.data_ptr() != source.data_ptr() else 0
 
 
 class Tile(NamedTuple):
@@ -122,9 +125,7 @@ def row_at(pointer: Any, strides: Any, b: Any, p: Any) -> Any:
 @njit(**INLINE)
 def lanes_at(pointer: Any, strides: Any, t: Any, way: Any) -> Any:
     """A tile of the tensor at `pointer`."""
-    return Lanes(
-        row_at(pointer, strides, t.b, t.p), strides.class_, strides.position if way.tile > 1 else strides.class_, way.tile, t.count
-    )
+    return Lanes(row_at(pointer, strides, t.b, t.p), strides.class_, strides.lane, way.tile, t.count)
 
 
 @njit(**INLINE)

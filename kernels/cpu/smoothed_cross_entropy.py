@@ -12,7 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Rows, Smoothing
-from .arguments import Computed, Int64, Stored, arguments
+from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import all_kept, block_of, blocks_kept, scratch
 from .cross_entropy import see_targets
 from .gradient import row_numbers, write_zeros
@@ -52,7 +52,7 @@ class Backward(NamedTuple):
     dloss_stride: int
     dlogits: Stored
     dstrides: Strides
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
@@ -72,7 +72,7 @@ class ForwardBackward(NamedTuple):
     dstrides: Strides
     terms: Computed
     kept: int  # blocks that there is room for in `terms`
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
@@ -95,7 +95,7 @@ def smoothed_cross_entropy_backward(
     _backward(way.tasks, Backward(
         logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
         ignore_index=ignore_index, smoothing=smoothing, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0),
-        dlogits=dlogits, dstrides=strides_of(dlogits), past_caches=bypass_caches(logits, dlogits), way=way,
+        dlogits=dlogits, dstrides=strides_of(dlogits, way.tile), past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
 
 
@@ -108,7 +108,7 @@ def smoothed_cross_entropy_forward_backward(
     out_of_bounds = _forward_backward(way.tasks, ForwardBackward(
         logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
         ignore_index=ignore_index, smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
-        dlogits=dlogits, dstrides=strides_of(dlogits), terms=scratch(kept, logits), kept=kept,
+        dlogits=dlogits, dstrides=strides_of(dlogits, way.tile), terms=scratch(kept, logits), kept=kept,
         past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
     if out_of_bounds:

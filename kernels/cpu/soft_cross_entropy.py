@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Rows, Smoothing
-from .arguments import Computed, Stored, arguments
+from .arguments import Computed, Known, Stored, arguments
 from .blocks import all_kept, block_of, blocks_kept, scratch
 from .launch import next_task, next_worker, region
 from .math import INLINE, log
@@ -45,7 +45,7 @@ class Backward(NamedTuple):
     dloss_stride: int
     dlogits: Stored
     dstrides: Strides
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
@@ -64,7 +64,7 @@ class ForwardBackward(NamedTuple):
     dstrides: Strides
     terms: Computed
     kept: int  # blocks that there is room for in `terms`
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
@@ -84,7 +84,7 @@ class TargetBackward(NamedTuple):
 def soft_cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, loss: Tensor, rows: Rows) -> None:
     way = walk(logits)
     _forward(way.tasks, Forward(
-        logits=logits, target=target, target_strides=strides_of(target), weight=weight, weight_stride=weight.stride(0),
+        logits=logits, target=target, target_strides=strides_of(target, way.tile), weight=weight, weight_stride=weight.stride(0),
         smoothing=smoothing, loss=loss, rows=rows, terms=scratch(1, logits), way=way,
     ))  # fmt: skip
 
@@ -94,8 +94,8 @@ def soft_cross_entropy_backward(
 ) -> None:
     way = walk(logits)
     _backward(way.tasks, Backward(
-        logits=logits, target=target, target_strides=strides_of(target), weight=weight, weight_stride=weight.stride(0),
-        smoothing=smoothing, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0), dlogits=dlogits, dstrides=strides_of(dlogits),
+        logits=logits, target=target, target_strides=strides_of(target, way.tile), weight=weight, weight_stride=weight.stride(0),
+        smoothing=smoothing, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0), dlogits=dlogits, dstrides=strides_of(dlogits, way.tile),
         past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
 
@@ -106,9 +106,9 @@ def soft_cross_entropy_forward_backward(
     way = walk(logits)
     kept = blocks_kept(way, logits)
     _forward_backward(way.tasks, ForwardBackward(
-        logits=logits, target=target, target_strides=strides_of(target), weight=weight, weight_stride=weight.stride(0),
+        logits=logits, target=target, target_strides=strides_of(target, way.tile), weight=weight, weight_stride=weight.stride(0),
         smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows, dlogits=dlogits,
-        dstrides=strides_of(dlogits), terms=scratch(kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
+        dstrides=strides_of(dlogits, way.tile), terms=scratch(kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def soft_cross_entropy_target_backward(logits: Tensor, weight: Tensor, keep: flo
     way = walk(logits)
     _target_backward(way.tasks, TargetBackward(
         logits=logits, weight=weight, weight_stride=weight.stride(0), keep=keep, rows=rows, dloss=dloss,
-        dloss_stride=dloss.stride(0), dtarget=dtarget, dstrides=strides_of(dtarget), way=way,
+        dloss_stride=dloss.stride(0), dtarget=dtarget, dstrides=strides_of(dtarget, way.tile), way=way,
     ))  # fmt: skip
 
 

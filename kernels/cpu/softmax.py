@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Stored, arguments
+from .arguments import Computed, Known, Stored, arguments
 from .blocks import Block, all_kept, block_of, block_size, block_statistics, blocks_kept, kept_top, row_statistics, scratch, term
 from .launch import next_task, next_worker, region
 from .math import INLINE, exp, log
@@ -42,7 +42,7 @@ class Forward(NamedTuple):
     prob_strides: Strides
     terms: Computed
     kept: int  # blocks that there is room for in `terms`
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
@@ -52,7 +52,7 @@ class Backward(NamedTuple):
     d_strides: Strides
     dlogits: Stored
     to_strides: Strides
-    past_caches: int
+    past_caches: Known
     way: Walk
 
 
@@ -76,7 +76,7 @@ def _run_forward(run: Any, logits: Tensor, result: Tensor) -> None:
     way = walk(logits)
     kept = blocks_kept(way, logits)
     run(way.tasks, Forward(
-        logits=logits, prob=result, prob_strides=strides_of(result), terms=scratch(kept, logits), kept=kept,
+        logits=logits, prob=result, prob_strides=strides_of(result, way.tile), terms=scratch(kept, logits), kept=kept,
         past_caches=bypass_caches(logits, result), way=way,
     ))  # fmt: skip
 
@@ -84,7 +84,7 @@ def _run_forward(run: Any, logits: Tensor, result: Tensor) -> None:
 def _run_backward(run: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> None:
     way = walk(result)
     run(way.tasks, Backward(
-        prob=result, dprob=dresult, d_strides=strides_of(dresult), dlogits=dlogits, to_strides=strides_of(dlogits),
+        prob=result, dprob=dresult, d_strides=strides_of(dresult, way.tile), dlogits=dlogits, to_strides=strides_of(dlogits, way.tile),
         past_caches=bypass_caches(result, dlogits), way=way,
     ))  # fmt: skip
 

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloss.kernels.cpu.arguments import COMPUTED, Computed, Float64, Int64, Stored, arguments
+from fastloss.kernels.cpu.arguments import COMPUTED, Computed, Float64, Int64, Known, Stored, arguments, known_in
 from fastloss.kernels.cpu.launch import Region, next_task, region
 from fastloss.kernels.cpu.memory import load_one
 
 
 class Pair(NamedTuple):
     first: int
-    second: int
+    second: Known
 
 
 class Part(NamedTuple):
@@ -65,6 +65,16 @@ def test_everything_arrives_under_its_name(dtype: torch.dtype) -> None:
     assert not _region(1, given)
     share = torch.tensor(0.1, dtype=COMPUTED[dtype]).double().item()  # a real number is what the logits are computed in
     assert given.sums.tolist() == [share, 0.25, 34.0, 2.5, 2.0, 123.0]
+
+
+def test_a_known_number_has_a_version_of_its_own() -> None:
+    assert known_in(Whole) == ("_part_pair_second",)
+    for second in (4, 5, 4):
+        given = block(torch.float32)
+        given = given._replace(part=given.part._replace(pair=Pair(3, second)))
+        _region(1, given)
+        assert given.sums[2] == 30 + second
+    assert {(torch.float32, 4), (torch.float32, 5)} <= set(_region._compiled)
 
 
 WRONG: dict[str, tuple[Any, str]] = {

@@ -68,7 +68,7 @@ def test_an_interrupted_compilation_is_finished_first(monkeypatch: pytest.Monkey
     region = launch.Region(reduction._sum.body, reduction.Sum)
     with pytest.raises(KeyboardInterrupt):
         region.compile(torch.float32)
-    assert torch.float32 in region._compiled
+    assert (torch.float32,) in region._compiled
     assert signal.getsignal(signal.SIGINT) is handler
 
 

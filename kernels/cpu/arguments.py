@@ -19,7 +19,7 @@ from numba.core import types
 from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
-from ..groups import Computed
+from ..groups import Computed as Computed
 from . import llvm
 
 Stored = Annotated[Tensor, "stored"]  # numbers as the logits lie in memory
@@ -32,8 +32,6 @@ HEADER = 4  # words before the arguments: see `launch`
 STORAGE = {torch.float32: llvm.float32, torch.float64: llvm.float64, torch.float16: llvm.float16, torch.bfloat16: llvm.bfloat16}
 COMPUTED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _I64 = ir.IntType(64)
-
-__all__ = ["COMPUTED", "HEADER", "STORAGE", "Arguments", "Computed", "Float64", "Int64", "Known", "Stored", "arguments", "packer", "word"]
 
 
 class _Kind(NamedTuple):
@@ -83,6 +81,11 @@ def packed(tasks, a):
 """
     exec(source, given)
     return given["packed"]  # type: ignore[return-value]
+
+
+def known_in(block: Any) -> tuple[str, ...]:
+    """What the region of such a block is compiled for beside a dtype: the names of these words, in their order."""
+    return tuple(word for word, kind in _words(block, "")[1] if kind.of == "known")
 
 
 def _words(block: Any, prefix: str) -> tuple[str, list[tuple[str, _Kind]]]:
@@ -136,7 +139,7 @@ def word(builder: ir.IRBuilder, block: ir.Value, index: int) -> ir.Value:
     return builder.gep(block, [ir.Constant(_I64, index)])
 
 
-def _type(kind: Any, storage: types.Type) -> types.Type:
+def _type(kind: Any, storage: types.Type) -> Any:
     """What a kind is in compiled code."""
     if hasattr(kind, "_fields"):
         return types.BaseTuple.from_types([_type(k.of, storage) for _, k in _kinds(kind)], kind)

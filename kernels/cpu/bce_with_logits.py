@@ -13,18 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from .arguments import Computed, Float64, Known, Stored, arguments
-from .elements import (
-    Elements,
-    Line,
-    Strides,
-    elements,
-    last_piece,
-    line_at,
-    load_along,
-    piece_of,
-    prefetch_along,
-    store_along,
-)
+from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .launch import next_task, region
 from .math import INLINE, exp, log1p
 from .memory import load, store, stream, to_alignment
@@ -169,17 +158,23 @@ def _slope_at(e: Any, k: Any, n: Any) -> Any:
 @region(Forward)
 def _forward(block: Any) -> None:
     a = arguments(block)
-    lanes = lanes_of(a.inputs.logits)
     task = next_task(block)
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
             e, out = _lines(a.inputs, piece), line_at(a.loss, a.loss_strides, piece)
-            for k in range(0, piece.size, lanes):
-                n = piece.size - k
-                _prefetch(e, k)
-                store_along(out, k, n, _loss_at(e, k, n))
+            if e.x.step == e.y.step == out.step == 1 and e.w.step == e.v.step == 0:
+                _losses_of_piece(_one_weight(e, 0), Line(out.at, 1), piece.size)
+            else:
+                _losses_of_piece(e, out, piece.size)
         task = next_task(block)
+
+
+@njit(**INLINE)
+def _losses_of_piece(e: Any, out: Any, size: Any) -> None:
+    for k in range(0, size, lanes_of(e.x.at)):
+        _prefetch(e, k)
+        store_along(out, k, size - k, _loss_at(e, k, size - k))
 
 
 @njit(**INLINE)

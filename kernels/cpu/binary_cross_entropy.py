@@ -11,7 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from .arguments import Computed, Float64, Stored, arguments
-from .elements import Elements, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .launch import next_task, raise_flag, region
 from .math import INLINE, log
 from .reduction import sum_rows
@@ -117,6 +117,12 @@ def _lines(inputs: Any, piece: Any) -> Any:
 
 
 @njit(**INLINE)
+def _one_weight(e: Any) -> Any:
+    """Probabilities and targets side by side and one weight for all, with steps that the compiler knows: see `rows.whole_vectors`."""
+    return Lines(Line(e.p.at, 1), Line(e.y.at, 1), Line(e.w.at, 0))
+
+
+@njit(**INLINE)
 def _prefetch(e: Any, k: Any) -> None:
     prefetch_along(e.p, k)
     prefetch_along(e.y, k)
@@ -125,22 +131,31 @@ def _prefetch(e: Any, k: Any) -> None:
 @region(Forward)
 def _forward(block: Any) -> None:
     a = arguments(block)
-    lanes = lanes_of(a.inputs.prob)
     task = next_task(block)
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
             e, out = _lines(a.inputs, piece), line_at(a.loss, a.loss_strides, piece)
-            wrong = splat(0.0, e.p.at)
-            for k in range(0, piece.size, lanes):
-                n = piece.size - k
-                _prefetch(e, k)
-                p, y = load_along(e.p, k, n), load_along(e.y, k, n)
-                wrong = wrong + _outside(p, y)
-                store_along(out, k, n, _loss(p, y, load_along(e.w, k, n)))
+            if e.p.step == e.y.step == out.step == 1 and e.w.step == 0:
+                wrong = _losses_of_piece(_one_weight(e), Line(out.at, 1), piece.size)
+            else:
+                wrong = _losses_of_piece(e, out, piece.size)
             if lane_max(wrong) > 0:
                 raise_flag(block)
         task = next_task(block)
+
+
+@njit(**INLINE)
+def _losses_of_piece(e: Any, out: Any, size: Any) -> Any:
+    """Write the losses. More than 0 in a lane that met a number that is no probability."""
+    wrong = splat(0.0, e.p.at)
+    for k in range(0, size, lanes_of(e.p.at)):
+        n = size - k
+        _prefetch(e, k)
+        p, y = load_along(e.p, k, n), load_along(e.y, k, n)
+        wrong = wrong + _outside(p, y)
+        store_along(out, k, n, _loss(p, y, load_along(e.w, k, n)))
+    return wrong
 
 
 @region(Sum)
@@ -168,17 +183,24 @@ def _sum(block: Any) -> None:
 @region(Backward)
 def _backward(block: Any) -> None:
     a = arguments(block)
-    lanes = lanes_of(a.inputs.prob)
     task = next_task(block)
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
             e, g, dp = _lines(a.inputs, piece), line_at(a.dloss, a.dloss_strides, piece), line_at(a.dprob, a.dstrides, piece)
-            for k in range(0, piece.size, lanes):
-                n = piece.size - k
-                _prefetch(e, k)
-                p = load_along(e.p, k, n)
-                variance = (1.0 - p) * p
-                slope = (p - load_along(e.y, k, n)) / select(variance > _EPSILON, variance, _EPSILON)
-                store_along(dp, k, n, load_along(g, k, n) * load_along(e.w, k, n) * slope)
+            if e.p.step == e.y.step == dp.step == 1 and e.w.step == g.step == 0:
+                _gradient_of_piece(_one_weight(e), Line(g.at, 0), Line(dp.at, 1), piece.size)
+            else:
+                _gradient_of_piece(e, g, dp, piece.size)
         task = next_task(block)
+
+
+@njit(**INLINE)
+def _gradient_of_piece(e: Any, g: Any, dp: Any, size: Any) -> None:
+    for k in range(0, size, lanes_of(e.p.at)):
+        n = size - k
+        _prefetch(e, k)
+        p = load_along(e.p, k, n)
+        variance = (1.0 - p) * p
+        slope = (p - load_along(e.y, k, n)) / select(variance > _EPSILON, variance, _EPSILON)
+        store_along(dp, k, n, load_along(g, k, n) * load_along(e.w, k, n) * slope)

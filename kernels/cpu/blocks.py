@@ -77,7 +77,7 @@ def all_kept(terms: Any, kept: Any, way: Any) -> Any:
 
 @njit(**INLINE)
 def _top(x: Any, first: Any, last: Any) -> Any:
-    step, n = (1, x.count) if x.tile > 1 else (lanes_of(x.at), lanes_of(x.at))
+    step, n = (1, x.rows) if x.tile > 1 else (lanes_of(x.at), lanes_of(x.at))
     top, c = lowest(x.at), first
     while c + 4 * step <= last:
         x0, x1 = load_at(x, c, n, -np.inf), load_at(x, c + step, n, -np.inf)
@@ -85,7 +85,7 @@ def _top(x: Any, first: Any, last: Any) -> Any:
         top = larger(larger(top, larger(x0, x1)), larger(x2, x3))
         c += 4 * step
     while c < last:
-        top = larger(top, load_at(x, c, x.count if x.tile > 1 else last - c, -np.inf))
+        top = larger(top, load_at(x, c, x.rows if x.tile > 1 else last - c, -np.inf))
         c += step
     return top if x.tile > 1 else splat(lane_max(top), x.at)
 
@@ -93,7 +93,7 @@ def _top(x: Any, first: Any, last: Any) -> Any:
 @njit(**INLINE)
 def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     lanes = lanes_of(x.at)
-    step, n = (1, x.count) if x.tile > 1 else (lanes, lanes)
+    step, n = (1, x.rows) if x.tile > 1 else (lanes, lanes)
     top = _top(x, first, last)
     keep_top(terms, top)
     total, c = splat(0.0, x.at), first
@@ -131,7 +131,7 @@ def sum_with_rest(x: Any, top: Any, total: Any, first: Any, c: Any, last: Any, t
     lanes = lanes_of(x.at)
     step = 1 if x.tile > 1 else lanes
     while c < last:
-        e = exp_for(x.at, load_at(x, c, x.count if x.tile > 1 else last - c, -np.inf) - top)
+        e = exp_for(x.at, load_at(x, c, x.rows if x.tile > 1 else last - c, -np.inf) - top)
         store(terms, (c - first) // step * lanes, 1, lanes, e)
         total, c = total + e, c + step
     return total if x.tile > 1 else splat(lane_sum(total), x.at)
@@ -143,7 +143,7 @@ def block_statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     one row, in every lane. The terms of the sum are written to `terms`, vector after vector, and `top` behind them."""
     if x.tile == 1 and x.class_ == 1:
         return _statistics(one_row(x.at), first, last, terms)
-    if x.tile > 1 and x.count == lanes_of(x.at):
+    if x.tile > 1 and x.rows == lanes_of(x.at):
         if x.lane == 1:
             return _statistics(whole_tile(x, 1), first, last, terms)
         return _statistics(whole_tile(x, x.lane), first, last, terms)
@@ -179,7 +179,7 @@ def block_top(x: Any, first: Any, last: Any) -> Any:
     """`top` alone, as `block_statistics` has it."""
     if x.tile == 1 and x.class_ == 1:
         return _top(one_row(x.at), first, last)
-    if x.tile > 1 and x.count == lanes_of(x.at):
+    if x.tile > 1 and x.rows == lanes_of(x.at):
         if x.lane == 1:
             return _top(whole_tile(x, 1), first, last)
         return _top(whole_tile(x, x.lane), first, last)

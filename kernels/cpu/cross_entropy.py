@@ -13,7 +13,7 @@ from torch import Tensor
 from ..groups import Rows
 from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import block_of, block_size, block_statistics, blocks_apart, merge, real_total, row_statistics, scratch
-from .gradient import gapless, gradient_of_row, gradient_of_short_rows, row_numbers, write_zeros
+from .gradient import ABREAST, GAPLESS, abreast, gradient_of_row, gradient_of_short_rows, layout_of, row_numbers, write_zeros
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, log
 from .memory import load, load_classes, load_each, load_one, store
@@ -59,6 +59,7 @@ class Backward(NamedTuple):
     dloss_stride: int
     dlogits: Stored
     dstrides: Strides
+    layout: Known  # see `gradient.layout_of`
     blocks: int
     past_caches: Known
     way: Walk
@@ -82,10 +83,11 @@ def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, ignore
 def cross_entropy_backward(logits: Tensor, target: Tensor, ignore_index: int, rows: Rows, dloss: Tensor, dlogits: Tensor) -> None:
     without_gaps = logits.dim() == 2 and logits.is_contiguous() and dlogits.is_contiguous()
     way = walk(logits, SHORT_ROW if without_gaps else FEW_CLASSES)
-    blocks = blocks_apart(way, logits)
+    blocks, dstrides = blocks_apart(way, logits), strides_of(dlogits, way.tile)
     _backward(way.tasks * blocks, Backward(
         logits=logits, target=target, ignore_index=ignore_index, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0),
-        dlogits=dlogits, dstrides=strides_of(dlogits, way.tile), blocks=blocks, past_caches=bypass_caches(logits, dlogits), way=way,
+        dlogits=dlogits, dstrides=dstrides, layout=layout_of(way, dstrides), blocks=blocks,
+        past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
 
 
@@ -123,7 +125,7 @@ def _forward(block: Any) -> None:
         end = begin
         for number in range(task * a.way.grain, last_tile(task, a.way)):
             t = tile_of(number, a.way)
-            end = t.row + t.count
+            end = t.row + t.rows
             x = lanes_at(a.logits, a.way.strides, t, a.way)
             # statistics
             if x.tile > 1:
@@ -153,12 +155,12 @@ def see_targets(a: Any, x: Any, row: Any, tops: Any, totals: Any) -> Any:
     and 0 where they do not count. True if a target is no class."""
     classes = a.way.classes
     if x.tile > 1:
-        y = load_classes(a.target, row, 1, x.count, a.ignore_index, tops)
+        y = load_classes(a.target, row, 1, x.rows, a.ignore_index, tops)
         is_class = (y > -1) & (y < classes)
-        store(a.loss, row, 1, x.count, load_each(x.at, x.lane, y, x.class_, is_class))
-        store(a.rows.row_weight, row, 1, x.count, weights_of(a.weight, a.weight_stride, y, classes))
-        store(a.rows.top, row, 1, x.count, select(is_class, tops, 0.0))
-        store(a.rows.total, row, 1, x.count, select(is_class, totals, 1.0))
+        store(a.loss, row, 1, x.rows, load_each(x.at, x.lane, y, x.class_, is_class))
+        store(a.rows.row_weight, row, 1, x.rows, weights_of(a.weight, a.weight_stride, y, classes))
+        store(a.rows.top, row, 1, x.rows, select(is_class, tops, 0.0))
+        store(a.rows.total, row, 1, x.rows, select(is_class, totals, 1.0))
         return any_lane((y < -1) | (y > classes - 1))
     y_row = a.target[row]
     if y_row == a.ignore_index or y_row < 0 or y_row >= classes:
@@ -182,18 +184,20 @@ def write_losses(a: Any, begin: Any, end: Any) -> None:
 def _backward(block: Any) -> None:
     a = arguments(block)
     size = block_size(a.dloss, a.way.tile)
+    blocks = 1 if a.way.tile > 1 else a.blocks
     task = next_task(block)
     while task >= 0:
-        for number in range(task * a.way.grain, min((task + 1) * a.way.grain, tiles_of(a.way) * a.blocks)):
-            t = tile_of(number // a.blocks, a.way)
+        for number in range(task * a.way.grain, min((task + 1) * a.way.grain, tiles_of(a.way) * blocks)):
+            t = tile_of(number // blocks, a.way)
             x, dx = lanes_at(a.logits, a.way.strides, t, a.way), lanes_at(a.dlogits, a.dstrides, t, a.way)
+            if a.layout == ABREAST:
+                x, dx = abreast(x), abreast(dx)
             r = row_numbers(a, a.rows.row_weight, x, t.row)
-            if gapless(x, dx, a.way.classes):
+            first = number % blocks * size
+            last = min(a.way.classes, first + size) if blocks > 1 else a.way.classes
+            if a.layout == GAPLESS:
                 gradient_of_short_rows(x, dx, a.way.classes, r)
-                continue
-            first = number % a.blocks * size
-            last = min(a.way.classes, first + size) if a.blocks > 1 else a.way.classes
-            if x.tile == 1 and r.y_row == a.ignore_index:
+            elif x.tile == 1 and r.y_row == a.ignore_index:
                 write_zeros(dx, first, last, a.past_caches)
             else:
                 gradient_of_row(x, dx, first, last, a.way.classes, a.rows.top, 0, r, a.past_caches)

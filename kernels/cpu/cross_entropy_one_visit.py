@@ -31,7 +31,7 @@ from .blocks import (
     term,
 )
 from .cross_entropy import FEW_TO_GATHER, cross_entropy_backward, cross_entropy_forward, no_statistics, see_targets, write_losses
-from .gradient import gapless, gradient_of_row, gradient_of_short_rows, near_target, row_numbers, write_zeros
+from .gradient import ABREAST, GAPLESS, abreast, gradient_of_row, gradient_of_short_rows, layout_of, near_target, row_numbers, write_zeros
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, exp
 from .memory import offset, stream, to_alignment
@@ -52,6 +52,7 @@ class ForwardBackward(NamedTuple):
     rows: Rows
     dlogits: Stored
     dstrides: Strides
+    layout: Known  # see `gradient.layout_of`
     terms: Computed
     kept: int  # blocks that there is room for in `terms`
     past_caches: Known
@@ -70,7 +71,8 @@ def cross_entropy_forward_backward(
     in_turn = way.tile == way.strides.class_ == dstrides.class_ == 1 and kept == blocks_in(way, logits)
     out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, target=target, weight=weight, weight_stride=weight.stride(0), ignore_index=ignore_index,
-        dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows, dlogits=dlogits, dstrides=dstrides,
+        dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
+        dlogits=dlogits, dstrides=dstrides, layout=layout_of(way, dstrides),
         terms=scratch(2 * kept if in_turn else kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
     if out_of_bounds:
@@ -166,8 +168,10 @@ def _forward_backward(block: Any) -> None:
         end = begin
         for number in range(task * way.grain, last_tile(task, way)):
             t = tile_of(number, way)
-            end = t.row + t.count
+            end = t.row + t.rows
             x, dx = lanes_at(a.logits, way.strides, t, way), lanes_at(a.dlogits, a.dstrides, t, way)
+            if a.layout == ABREAST:
+                x, dx = abreast(x), abreast(dx)
             # statistics
             if x.tile > 1 or a.target[t.row] != a.ignore_index:
                 tops, totals = row_statistics(x, classes, terms, keep)
@@ -180,7 +184,7 @@ def _forward_backward(block: Any) -> None:
             r = row_numbers(a, a.rows.row_weight, x, t.row)
             if x.tile == 1 and r.y_row == a.ignore_index:
                 write_zeros(dx, 0, classes, a.past_caches)
-            elif gapless(x, dx, classes):
+            elif a.layout == GAPLESS:
                 gradient_of_short_rows(x, dx, classes, r)
             else:
                 gradient_of_row(x, dx, 0, classes, classes, terms, keep, r, a.past_caches)

@@ -7,9 +7,11 @@ from numba import njit
 from .blocks import Block, block_of, block_size, block_top, kept_top, term
 from .math import INLINE, exp, exp_for
 from .memory import load, load_classes, offset, store, stream, to_alignment
-from .rows import SHORT_ROW, advance, first_vector, load_numbers, one_row, store_at, whole_tile
+from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, first_vector, load_numbers, one_row, store_at, whole_tile
 from .simd import lane_numbers, lanes_of, pick, select, splat
 from .targets import less_at
+
+GAPLESS, ABREAST = 1, 2  # see `layout_of`
 
 
 class RowNumbers(NamedTuple):
@@ -20,6 +22,22 @@ class RowNumbers(NamedTuple):
     y_row: int  # the target where the lanes are one row
     g: Any  # dloss w_y
     scale: Any  # g / total
+
+
+def layout_of(way: Walk, dstrides: Strides) -> int:
+    """How rows in lanes lie, logits and gradients: short and GAPLESS, one after the other in one piece of memory; ABREAST, side by side; or
+    anyhow (0). A loop for one of these, alone in its region, keeps the constants of exp in registers."""
+    strides = way.strides
+    if way.tile > 1 and strides.lane == dstrides.lane == 1:
+        return ABREAST
+    gapless = strides.class_ == dstrides.class_ == 1 and strides.lane == dstrides.lane == way.classes
+    return GAPLESS if way.tile > 1 and way.classes <= SHORT_ROW and gapless else 0
+
+
+@njit(**INLINE)
+def abreast(x: Any) -> Any:
+    """The same tile, whose rows lie side by side."""
+    return Lanes(x.at, x.class_, 1, x.tile, x.rows)
 
 
 @njit(**INLINE)
@@ -45,15 +63,21 @@ def gradient_of_row(x: Any, dx: Any, begin: Any, end: Any, classes: Any, terms: 
 def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
     """term * factor, less g at the target."""
     lanes, first, last = lanes_of(x.at), block.first, block.last
-    if x.tile > 1 and x.lane == dx.lane == 1 and x.count == lanes:
+    if x.tile > 1 and x.lane == dx.lane == 1 and x.rows == lanes:
         aligned = to_alignment(dx.at) == to_alignment(offset(dx.at, dx.class_)) == 0
-        for c in range(first, last):
-            d = term(whole_tile(x, 1), block, c, lanes) * factor
-            stream(dx.at, c * dx.class_, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0), past_caches if aligned else 0)
+        x, past_caches = whole_tile(x, 1), past_caches if aligned else 0
+        fours = first + (last - first) // 4 * 4
+        for c in range(first, fours, 4):
+            _stream_class(x, dx, block, c, factor, r, past_caches)
+            _stream_class(x, dx, block, c + 1, factor, r, past_caches)
+            _stream_class(x, dx, block, c + 2, factor, r, past_caches)
+            _stream_class(x, dx, block, c + 3, factor, r, past_caches)
+        for c in range(fours, last):
+            _stream_class(x, dx, block, c, factor, r, past_caches)
     elif x.tile > 1:
         for c in range(first, last):
-            d = term(x, block, c, x.count) * factor
-            store_at(dx, c, x.count, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0))
+            d = term(x, block, c, x.rows) * factor
+            store_at(dx, c, x.rows, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0))
     elif x.class_ == dx.class_ == 1:
         # whole vectors, aligned, with what is left over before and behind them; the one with the target by itself
         x, dx = one_row(x.at), one_row(dx.at)
@@ -76,6 +100,13 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
 
 
 @njit(**INLINE)
+def _stream_class(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, past_caches: Any) -> None:
+    """One class of rows that fill the lanes. Four in a row share the constants of exp, which LLVM may load again for every iteration."""
+    d = term(x, block, c, x.rows) * factor
+    stream(dx.at, c * dx.class_, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0), past_caches)
+
+
+@njit(**INLINE)
 def near_target(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
     """The gradient of n classes of one row from c on, one of which may be the target."""
     return less_at(term(x, block, c, n) * factor, r.y_row - c, r.g)
@@ -85,7 +116,7 @@ def near_target(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
 def row_numbers(a: Any, factor: Any, x: Any, row: Any) -> Any:
     """The numbers of the rows at x, the first of which is `row`; g is dloss times `factor`, which is w_y where nothing else is said."""
     top = load_numbers(a.rows.top, 1, row, x, 0.0)
-    across, n = (1, x.count) if x.tile > 1 else (0, lanes_of(x.at))
+    across, n = (1, x.rows) if x.tile > 1 else (0, lanes_of(x.at))
     y = load_classes(a.target, row, across, n, a.ignore_index, top)
     g = load_numbers(a.dloss, a.dloss_stride, row, x, 0.0) * load_numbers(factor, 1, row, x, 0.0)
     return RowNumbers(top, y, a.target[row], g, g / load_numbers(a.rows.total, 1, row, x, 1.0))
@@ -101,20 +132,21 @@ def write_zeros(dx: Any, first: Any, last: Any, past_caches: Any) -> None:
 
 
 @njit(**INLINE)
-def gapless(x: Any, dx: Any, classes: Any) -> Any:
-    """Whether a whole tile of short rows, of logits and of gradients, lies in one piece of memory."""
-    whole = classes <= SHORT_ROW and x.tile > 1 and x.count == lanes_of(x.at)
-    return whole and x.class_ == dx.class_ == 1 and x.lane == dx.lane == classes
+def gradient_of_short_rows(x: Any, dx: Any, classes: Any, r: Any) -> None:
+    """Rows that follow one another without a gap: the lanes go over their numbers as they lie in memory, and each picks its row's."""
+    lanes, numbers = lanes_of(x.at), x.rows * classes
+    inverse, whole = (1 << 20) // classes + 1, numbers // lanes * lanes
+    for k in range(0, whole, lanes):
+        _gradient_of_numbers(x, dx, k, lanes, classes, inverse, r)
+    if whole < numbers:
+        _gradient_of_numbers(x, dx, whole, numbers - whole, classes, inverse, r)
 
 
 @njit(**INLINE)
-def gradient_of_short_rows(x: Any, dx: Any, classes: Any, r: Any) -> None:
-    """Rows that follow one another without a gap: the lanes go over their numbers as they lie in memory, and each picks its row's."""
-    lanes = lanes_of(x.at)
-    for v in range(classes):
-        number = lane_numbers(r.top) + v * lanes
-        row = (number * ((1 << 20) // classes + 1)) >> 20  # number // classes, exact up to 255 classes
-        prob = exp_for(x.at, load(x.at, v * lanes, 1, lanes, 0.0) - pick(r.top, row)) * pick(r.scale, row)
-        y_row = pick(r.y, row)
-        prob = select(y_row == number - row * classes, prob - pick(r.g, row), prob)
-        store(dx.at, v * lanes, 1, lanes, select(y_row > -1, prob, 0.0))
+def _gradient_of_numbers(x: Any, dx: Any, k: Any, n: Any, classes: Any, inverse: Any, r: Any) -> None:
+    number = lane_numbers(r.top) + k
+    row = (number * inverse) >> 20  # number // classes, exact up to 255 classes
+    prob = exp_for(x.at, load(x.at, k, 1, n, 0.0) - pick(r.top, row)) * pick(r.scale, row)
+    y_row = pick(r.y, row)
+    prob = select(y_row == number - row * classes, prob - pick(r.g, row), prob)
+    store(dx.at, k, 1, n, select(y_row > -1, prob, 0.0))

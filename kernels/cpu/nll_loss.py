@@ -60,7 +60,7 @@ def _forward(block: Any) -> None:
         for number in range(task * a.way.grain, last_tile(task, a.way)):
             t = tile_of(number, a.way)
             x = lanes_at(a.log_prob, a.way.strides, t, a.way)
-            for row in range(t.row, t.row + t.count):
+            for row in range(t.row, t.row + t.rows):
                 y = a.target[row]
                 if y == a.ignore_index or y < 0 or y >= a.way.classes:
                     a.loss[row], a.row_weight[row] = 0, 0
@@ -84,7 +84,7 @@ def _backward(block: Any) -> None:
             t = tile_of(number, a.way)
             dx = lanes_at(a.dlog_prob, a.way.strides, t, a.way)
             # row numbers
-            y = load_classes(a.target, t.row, across, t.count if across else lanes, a.ignore_index, nothing)
+            y = load_classes(a.target, t.row, across, t.rows if across else lanes, a.ignore_index, nothing)
             g = load_numbers(a.dloss, a.dloss_stride, t.row, dx, 0.0) * load_numbers(a.row_weight, 1, t.row, dx, 0.0)
             # gradient
             y_row = -1 if a.target[t.row] == a.ignore_index else a.target[t.row]

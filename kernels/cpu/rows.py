@@ -86,7 +86,7 @@ class Tile(NamedTuple):
     b: int
     p: int  # of the first row, as `row` is
     row: int
-    count: int  # rows
+    rows: int  # how many
 
 
 class Lanes(NamedTuple):
@@ -96,7 +96,7 @@ class Lanes(NamedTuple):
     class_: int
     lane: int
     tile: int  # rows in a vector: 1 is row by row
-    count: int  # of these, rows that there are
+    rows: int  # of these, how many there are
 
 
 @njit(**INLINE)
@@ -125,7 +125,7 @@ def row_at(pointer: Any, strides: Any, b: Any, p: Any) -> Any:
 @njit(**INLINE)
 def lanes_at(pointer: Any, strides: Any, t: Any, way: Any) -> Any:
     """A tile of the tensor at `pointer`."""
-    return Lanes(row_at(pointer, strides, t.b, t.p), strides.class_, strides.lane, way.tile, t.count)
+    return Lanes(row_at(pointer, strides, t.b, t.p), strides.class_, strides.lane, way.tile, t.rows)
 
 
 @njit(**INLINE)
@@ -156,14 +156,14 @@ def store_at(x: Any, c: Any, n: Any, value: Any) -> None:
 def load_numbers(numbers: Any, stride: Any, row: Any, x: Any, other: Any) -> Any:
     """Numbers of the rows of a tile x, the first of which is `row`: one in each lane, or the one row's in every lane."""
     if x.tile > 1:
-        return load(numbers, row * stride, stride, x.count, other)
+        return load(numbers, row * stride, stride, x.rows, other)
     return load(numbers, row * stride, 0, lanes_of(x.at), other)
 
 
 @njit(**INLINE)
 def first_vector(x: Any, first: Any, last: Any, past_caches: Any) -> Any:
     """How many lanes the vector at class `first` fills: every row of a tile; or so many classes that all further vectors lie aligned."""
-    return x.count if x.tile > 1 else to_first_vector(offset(x.at, first * x.class_), last - first, past_caches)
+    return x.rows if x.tile > 1 else to_first_vector(offset(x.at, first * x.class_), last - first, past_caches)
 
 
 @njit(**INLINE)

@@ -122,7 +122,7 @@ def _zero(dtype: torch.dtype) -> Tensor:
 
 @njit(**INLINE)
 def _factors(a: Any, x: Any) -> Any:
-    return factors_of(x, Lanes(a.zero, 0, 0, x.tile, x.count), a.weight, a.weight_stride, a.smoothing)
+    return factors_of(x, Lanes(a.zero, 0, 0, x.tile, x.rows), a.weight, a.weight_stride, a.smoothing)
 
 
 @njit(**INLINE)
@@ -134,13 +134,13 @@ def _see_row(a: Any, x: Any, row: Any, terms: Any, kept: Any) -> Any:
     # target logit and class weight
     out_of_bounds = see_targets(a, x, row, tops, totals)
     # loss
-    tops, totals = load(a.rows.top, row, 1, x.count, 0.0), load(a.rows.total, row, 1, x.count, 1.0)
-    valid = load_classes(a.target, row, 1, x.count, a.ignore_index, tops) > -1
-    kept_mass = a.smoothing.keep * load(a.rows.row_weight, row, 1, x.count, 0.0)
+    tops, totals = load(a.rows.top, row, 1, x.rows, 0.0), load(a.rows.total, row, 1, x.rows, 1.0)
+    valid = load_classes(a.target, row, 1, x.rows, a.ignore_index, tops) > -1
+    kept_mass = a.smoothing.keep * load(a.rows.row_weight, row, 1, x.rows, 0.0)
     log_total = log(totals)
-    nll = log_total - (load(a.loss, row, 1, x.count, 0.0) - tops)
-    store(a.loss, row, 1, x.count, select(valid, kept_mass * nll + weighted_loss(masses, log_total, gaps), 0.0))
-    store(a.rows.mass, row, 1, x.count, select(valid, masses + kept_mass, 0.0))
+    nll = log_total - (load(a.loss, row, 1, x.rows, 0.0) - tops)
+    store(a.loss, row, 1, x.rows, select(valid, kept_mass * nll + weighted_loss(masses, log_total, gaps), 0.0))
+    store(a.rows.mass, row, 1, x.rows, select(valid, masses + kept_mass, 0.0))
     return out_of_bounds
 
 

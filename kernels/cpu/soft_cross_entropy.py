@@ -131,10 +131,10 @@ def _see_row(a: Any, x: Any, t: Any, terms: Any, kept: Any) -> None:
     # statistics
     tops, totals, masses, gaps = weighted_statistics(x, _factors(a, x, t), a.way.classes, terms, kept)
     # loss
-    store(a.rows.top, t.row, 1, t.count, tops)
-    store(a.rows.total, t.row, 1, t.count, totals)
-    store(a.rows.mass, t.row, 1, t.count, masses)
-    store(a.loss, t.row, 1, t.count, weighted_loss(masses, log(totals), gaps))
+    store(a.rows.top, t.row, 1, t.rows, tops)
+    store(a.rows.total, t.row, 1, t.rows, totals)
+    store(a.rows.mass, t.row, 1, t.rows, masses)
+    store(a.loss, t.row, 1, t.rows, weighted_loss(masses, log(totals), gaps))
 
 
 @njit(**INLINE)
@@ -202,7 +202,7 @@ def _target_backward(block: Any) -> None:
             top, log_total = load_numbers(a.rows.top, 1, t.row, x, 0.0), log(load_numbers(a.rows.total, 1, t.row, x, 1.0))
             g = load_numbers(a.dloss, a.dloss_stride, t.row, x, 0.0) * a.keep
             # gradient
-            c, n = 0, x.count if x.tile > 1 else min(lanes, classes)
+            c, n = 0, x.rows if x.tile > 1 else min(lanes, classes)
             while c < classes:
                 nll = log_total - (load_at(x, c, n, 0.0) - top)
                 store_at(dq, c, n, g * load(a.weight, c * a.weight_stride, w_lane, n, 0.0) * nll)

@@ -172,7 +172,7 @@ def _softmax_backward(block: Any) -> None:
             for first in range(0, classes, _CHUNK):
                 subtotal = splat(0.0, y.at)
                 last = min(classes, first + _CHUNK)
-                c, n = first, y.count if y.tile > 1 else min(lanes, last - first)
+                c, n = first, y.rows if y.tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, dy, c)
                     subtotal = fma(load_at(y, c, n, 0.0), load_at(dy, c, n, 0.0), subtotal)
@@ -210,7 +210,7 @@ def _log_softmax_backward(block: Any) -> None:
             for first in range(0, classes, _CHUNK):
                 subtotal = splat(0.0, y.at)
                 last = min(classes, first + _CHUNK)
-                c, n = first, y.count if y.tile > 1 else min(lanes, last - first)
+                c, n = first, y.rows if y.tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, dy, c)
                     subtotal = subtotal + load_at(dy, c, n, 0.0)

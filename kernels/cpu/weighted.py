@@ -39,7 +39,7 @@ class WeightedNumbers(NamedTuple):
 @njit(**INLINE)
 def factors_of(x: Any, q: Any, weight: Any, weight_stride: Any, smoothing: Any) -> Any:
     """The factors of the rows at x whose class probabilities are at q."""
-    return Factors(q, Lanes(weight, weight_stride, 0 if x.tile > 1 else weight_stride, x.tile, x.count), smoothing)
+    return Factors(q, Lanes(weight, weight_stride, 0 if x.tile > 1 else weight_stride, x.tile, x.rows), smoothing)
 
 
 @njit(**INLINE)
@@ -57,7 +57,7 @@ def _side_by_side(k: Any, q_class: Any) -> Any:
 @njit(**INLINE)
 def _masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
     lanes = lanes_of(x.at)
-    step, n = (1, x.count) if x.tile > 1 else (lanes, lanes)
+    step, n = (1, x.rows) if x.tile > 1 else (lanes, lanes)
     mass, gap, c = splat(0.0, x.at), splat(0.0, x.at), first
     while c + 4 * step <= last:
         # sums of sums lose fewer digits
@@ -70,7 +70,7 @@ def _masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
             four_gap = fma(factor, top - load_at(x, i, n, 0.0), four_gap)
         mass, gap, c = mass + four_mass, gap + four_gap, c + 4 * step
     while c < last:
-        n = x.count if x.tile > 1 else last - c
+        n = x.rows if x.tile > 1 else last - c
         factor = _factor(k, c, n)
         mass, gap, c = mass + factor, fma(factor, top - load_at(x, c, n, 0.0), gap), c + step
     if x.tile == 1:
@@ -144,8 +144,8 @@ def _gradient_of_block(x: Any, dx: Any, k: Any, block: Any, factor: Any, r: Any,
     lanes, last = lanes_of(x.at), block.last
     if x.tile > 1:
         for c in range(block.first, last):
-            d = term(x, block, c, x.count) * factor - r.g * _factor(k, c, x.count)
-            store_at(dx, c, x.count, select(r.y > -1, select(r.y == c, d - r.g_y, d), 0.0))
+            d = term(x, block, c, x.rows) * factor - r.g * _factor(k, c, x.rows)
+            store_at(dx, c, x.rows, select(r.y > -1, select(r.y == c, d - r.g_y, d), 0.0))
         return
     consecutive = x.class_ == dx.class_ == k.weight.class_ == 1 and 0 <= k.q.class_ <= 1
     c, n = block.first, first_vector(dx, block.first, last, past_caches)

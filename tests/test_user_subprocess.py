@@ -192,6 +192,7 @@ def test_registered_ops_check_before_they_take_an_address() -> None:
     assert {name: what for name, what in found.items() if what not in ("right", "named")} == {}
 
 
+@pytest.mark.long
 def test_a_registered_op_with_everything_expanded() -> None:
     """Millions of rows that are one row in memory."""
     logits, target, rows = torch.randn(1, 4), torch.tensor([2]), 1 << 20

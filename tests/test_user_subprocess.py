@@ -164,7 +164,7 @@ def misused(name: str) -> str:
     try:
         results = op(*args[:at], changed, *args[at + 1 :])
     except (RuntimeError, ValueError) as error:
-        named = any(word in str(error) for word in ALSO_CALLED.get(argument, (argument,)))
+        named = any(word in str(error) for word in (argument, *ALSO_CALLED.get(argument, ())))
         if fault in WELL_FORMED and which == "0":  # a backward may insist on what the forward has made
             return f"{argument} refused: {error!s:.150}"
         return "named" if named else f"does not name {argument}: {error!s:.150}"

@@ -55,7 +55,7 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
         "d",
         lambda k: check.cross_entropy(k, torch.full((1, 5), torch.nan), torch.tensor([-100])),
     ),
-    ("cross_entropy.py", "number % splits * chunk\n    count = tl.where", "0 * chunk\n    count = tl.where", HUGE),
+    ("cross_entropy.py", "number % parts.splits * parts.chunk\n    count = tl.where", "0 * parts.chunk\n    count = tl.where", HUGE),
     ("cross_entropy.py", "(x_y - top)", "(x_y)", FEW),
     ("cross_entropy.py", "tl.where(is_row, w_y * nll, 0.0)", "w_y * nll", FEW),
     ("smoothed_cross_entropy.py", "_gap_of(gaps, weights, tops", "_gap_of(gaps, weights * 0, tops", index_targets((5, 300), 0.1)),

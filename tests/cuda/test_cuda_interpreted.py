@@ -19,7 +19,7 @@ from triton_interpreter import interpreted
 
 from fastloss.kernels.cuda import elements, rows
 from fastloss.kernels.cuda.plan import Device
-from fastloss.kernels.groups import Rows
+from fastloss.kernels.groups import Rows, Smoothing
 
 PACKAGE = "fastloss.kernels.cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -238,16 +238,16 @@ def test_huge_logits(k: Any, name: str, shape: tuple[int, ...], dtype: torch.dty
 
 def smoothed_and_soft(k: Any, logits: Tensor, target: Tensor, q: Tensor, weight: Tensor, smoothing: float) -> list[tuple[Tensor, Tensor]]:
     """(loss, dlogits) of both losses by the launchers."""
-    keep, spread, found = 1 - smoothing, smoothing / logits.shape[1], []
+    eps, found = Smoothing(1 - smoothing, smoothing / logits.shape[1]), []
     dloss = torch.ones(1, dtype=weight.dtype).expand(logits.shape[0])
-    loss, row_weight, mass, top, total = (check.poisoned_rows(logits) for _ in range(5))
-    dlogits = check.poisoned(logits)
-    k.smoothed_cross_entropy_forward(logits, target, weight, -100, keep, spread, loss, row_weight, mass, top, total)
-    k.smoothed_cross_entropy_backward(logits, target, weight, -100, keep, spread, row_weight, mass, top, total, dloss, dlogits)
+    rows = Rows(*(check.poisoned_rows(logits) for _ in range(4)))
+    loss, dlogits = check.poisoned_rows(logits), check.poisoned(logits)
+    k.smoothed_cross_entropy_forward(logits, target, weight, -100, eps, loss, rows)
+    k.smoothed_cross_entropy_backward(logits, target, weight, -100, eps, rows, dloss, dlogits)
     found.append((loss, dlogits))
     loss, dlogits = check.poisoned_rows(logits), check.poisoned(logits)
-    k.soft_cross_entropy_forward(logits, q, weight, keep, spread, loss, mass, top, total)
-    k.soft_cross_entropy_backward(logits, q, weight, keep, spread, mass, top, total, dloss, dlogits)
+    k.soft_cross_entropy_forward(logits, q, weight, eps, loss, rows)
+    k.soft_cross_entropy_backward(logits, q, weight, eps, rows, dloss, dlogits)
     return [*found, (loss, dlogits)]
 
 

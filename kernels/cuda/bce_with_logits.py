@@ -89,8 +89,14 @@ def bce_with_logits_sum_backward(
 
 
 @triton.jit
+def _softplus(x):
+    """Of -x."""
+    return _log1p(_exp(-tl.abs(x))) + tl.where(x < 0.0, -x, 0.0)
+
+
+@triton.jit
 def _loss(x, y, w, pos_weight):
-    softplus = _log1p(_exp(-tl.abs(x))) + tl.where(x < 0.0, -x, 0.0)
+    softplus = _softplus(x)
     return w * ((1.0 - y) * x + (1.0 + (pos_weight - 1.0) * y) * softplus)
 
 

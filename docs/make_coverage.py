@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Writes docs/coverage.md: function by dtype by option by layout, who computes it and how exactly, measured now.
+"""Writes docs/coverage.md: function by dtype by option by layout, who computes it and how exactly; and argument by layout. Measured now.
 
 python docs/make_coverage.py [FILE]
 """
@@ -7,6 +7,7 @@ python docs/make_coverage.py [FILE]
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,17 @@ says who computed (`fastloss.explain`), then **the worst error of ours divided b
 output and gradient, and in brackets our worst error in units in the last place of the largest true value.
 Errors count as at least half such a unit,
 which is what rounding costs anybody. For float64 there is no finer truth here: the cell gives the distance from torch.
+
+"""
+
+
+_ARGUMENTS = """
+## Every argument in every layout
+
+Random tensors, one of them laid out as the column says, in float32 and bfloat16: **kernel** means that our kernels served the call as it
+is, and that value and gradients are no further from float64 than the parity suite allows (twice torch's own error and a few units in the
+last place); **torch** that torch served it; **wrong** that it is wrong. `dloss` is the upstream gradient. The layouts are those of
+`tests/helpers.py`.
 
 """
 
@@ -183,12 +195,36 @@ def table() -> str:
     return "\n".join(lines)
 
 
+def argument_table() -> str:
+    """The second one, made by the parity suite's own check."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+    import helpers
+
+    def cell(call: str, argument: str, layout: str) -> str:
+        try:
+            for shape, dtype in product(((19, 11), (2, 60, 5)), (torch.float32, torch.bfloat16)):
+                reduction = {} if "softmax" in call else {"reduction": "none"}
+                helpers.check_layouts(call, {argument: layout}, shape, dtype, **reduction)
+        except helpers.NotServed:
+            return "torch"
+        except (AssertionError, RuntimeError, IndexError):
+            return "**wrong**"
+        return "kernel"
+
+    torch.manual_seed(0)
+    lines = [f"| function | argument | {' | '.join(helpers.LAYOUTS)} |", "| --- " * (len(helpers.LAYOUTS) + 2) + "|"]
+    for call, arguments in tqdm(helpers.ARGUMENTS.items(), desc="arguments", unit="function"):
+        lines += [f"| {call} | {a} | {' | '.join(cell(call, a, layout) for layout in helpers.LAYOUTS)} |" for a in arguments]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     path = Path(arguments[0]) if arguments else Path(__file__).parent / "coverage.md"
     fastloss.config.min_numel = 0  # tiny inputs go to torch by default; here the question is what the kernels do
     body = table()
     listed = ", ".join(f"`{name}`" for name in layouts(torch.float32))
-    path.write_text(f"{_HEAD}Layouts: {listed}. torch {torch.__version__}, {fastloss.get_backend()} on CPU.\n\n{body}\n")
+    head = f"{_HEAD}Layouts: {listed}. torch {torch.__version__}, {fastloss.get_backend()} on CPU.\n\n"
+    path.write_text(f"{head}{body}\n{_ARGUMENTS}{argument_table()}\n")
     print(f"wrote {path}")
 
 

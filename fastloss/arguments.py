@@ -14,9 +14,11 @@ REDUCTIONS = ("none", "mean", "sum")
 
 def tensors_misfit(logits: Any, *required: Any, optional: tuple[Any, ...] = ()) -> str | None:
     """What every loss asks first, of all its tensors. Nothing is asked of a tensor before it is known to be plain:
-    subclasses must see torch's function, and only that."""
+    subclasses and modes must see torch's function, and only that."""
     present = (logits, *required, *(t for t in optional if t is not None))
     compiling = torch.compiler.is_compiling()
+    if not compiling and torch._C._is_torch_function_mode_enabled() and not _only_a_default_device():
+        return "a torch function mode is active"
     for tensor in present:
         if not isinstance(tensor, Tensor):
             return f"{type(tensor).__name__} is not a Tensor"
@@ -73,8 +75,8 @@ def class_weight_misfit(logits: Tensor, weight: Tensor | None) -> str | None:
 
 
 def class_indices_misfit(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any) -> str | None:
-    if target.dtype not in (torch.int64, torch.uint8):
-        return f"target is {target.dtype}, not int64 or uint8"
+    if target.dtype != torch.int64 and not (target.dtype == torch.uint8 and logits.dim() <= 2):
+        return f"target is {target.dtype}, not int64 (or uint8, for logits without positions)"
     shape = logits.shape[:1] + logits.shape[2:] if logits.dim() > 1 else torch.Size(())
     if logits.dim() == 0 or (target.shape != shape and not (logits.dim() == 1 and target.shape == (1,))):
         return f"target of shape {tuple(target.shape)} does not belong to logits of shape {tuple(logits.shape)}"
@@ -99,7 +101,7 @@ def elementwise_misfit(logits: Tensor, target: Tensor, *weights: Tensor | None) 
     for weight in weights:
         if weight is None:
             continue
-        if weight.requires_grad or weight.dtype.is_complex or weight.dtype == torch.bool:
+        if weight.requires_grad or not weight.dtype.is_floating_point:  # torch computes with integers: 0 - 1 is 255 for some
             return f"a weight is {weight.dtype} or requires a gradient"
         missing = logits.dim() - weight.dim()
         if missing < 0 or any(w not in (1, s) for w, s in zip(weight.shape, logits.shape[missing:], strict=True)):
@@ -118,6 +120,8 @@ def refuse_inplace(logits: Tensor, *others: Tensor | None) -> None:
         problem = f"logits with strides {tuple(logits.stride())} share memory among themselves"
     elif logits.numel() and any(t is not None and t.untyped_storage().data_ptr() == memory for t in others):
         problem = "target or weight shares the memory of the logits"
+    elif logits.dim() > 3 and logits.numel() and logits.flatten(2).data_ptr() != logits.data_ptr():
+        problem = f"logits with strides {tuple(logits.stride())} are no [N, C, positions] without a copy"
     if problem is not None:
         raise RuntimeError(f"inplace_backward: {problem}")
 

@@ -2,10 +2,10 @@
 `checked` looks before each call: launchers take addresses, and what does not fit would be read or written out of bounds.
 
 `logits` is [N, C] or [B, C, P] with any strides; a *row* is one position, number b * P + p (N = B * P rows). Rows whose target equals
-`ignore_index` are not rows: their logits are not read, their loss, row_weight and mass are 0, their gradient is written as zero. A
-target outside [0, C) that is not `ignore_index` is never used as an index: on CPU IndexError, on CUDA a loss of NaN. `top` is the
-largest logit of a row, `total` the sum of exp(x - top). Results are written whole, every element, exactly once; `dlogits` may be the
-memory of `logits`.
+`ignore_index` are not rows: whatever their logits hold counts for nothing (kernels that take one row at a time do not read them), their
+loss, row_weight and mass are 0, their gradient is written as zero. A target outside [0, C) that is not `ignore_index` is never used as an
+index: on CPU IndexError, on CUDA the row's loss, row_weight, mass and gradient are NaN. `top` is the largest logit of a row, `total` the
+sum of exp(x - top). Results are written whole, every element, exactly once; `dlogits` may be the memory of `logits`.
 """
 
 from collections.abc import Callable, Sequence

@@ -51,7 +51,7 @@ class _Operation(torch.autograd.Function):
         else:
             foreseen = None if foresight is None else foresight.take(dloss)
             if foreseen is None:
-                gradients = loss.backward(dloss, s, o, needed, _overwritten(s.input) if ctx.inplace else None)
+                gradients = loss.backward(dloss, s, o, needed, _overwritten(s.input, dloss) if ctx.inplace else None)
             elif any(needed[1:]):
                 gradients = foreseen, *loss.backward(dloss, s, o, (False, *needed[1:]), None)[1:]
             else:
@@ -59,7 +59,9 @@ class _Operation(torch.autograd.Function):
         return None, None, None, None, *gradients, *(None,) * (len(ctx.needs_input_grad) - 4 - loss.differentiable)
 
 
-def _overwritten(logits: Tensor) -> Tensor:
+def _overwritten(logits: Tensor, dloss: Tensor) -> Tensor:
     """The logits' own memory as the place of their gradient. Their version moves on, so that autograd refuses whoever needs them still."""
+    if dloss.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr() and logits.numel():
+        raise RuntimeError("inplace_backward: the upstream gradient shares the memory of the logits")
     torch.autograd.graph.increment_version(logits)
     return logits.detach()

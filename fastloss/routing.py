@@ -47,10 +47,11 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> Route:
 def tiny(input: Any) -> bool:
     """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss."""
     # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size. Nothing is asked of a subclass
-    # or a nested tensor, which may have no size
+    # or a nested tensor, which may have no size, nor while a mode is watching
     return (
         (type(input) is Tensor or type(input) is torch.nn.Parameter)
         and not torch.compiler.is_compiling()
+        and not torch._C._is_torch_function_mode_enabled()
         and not input.is_nested
         and _few(input, config.min_numel)
         and backends.get_backend() == "auto"

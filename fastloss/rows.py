@@ -89,10 +89,10 @@ def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.ones(1, dtype=dtype, device=device)
 
 
-def row_losses(loss: Tensor, logits: Tensor) -> Tensor:
-    """Where the kernels write the losses of the rows, [N]: the result itself if it is just that."""
-    shape, dtype = positions(logits), compute_dtype(logits)
-    return loss.view(-1) if loss.shape == shape and loss.dtype is dtype else memory.empty((math.prod(shape),), dtype, logits.device)
+def row_losses(loss: Tensor, logits: Tensor, reduction: str) -> Tensor:
+    """Where the kernels write the losses of the rows, [N]: the result itself if that is what it will be."""
+    dtype = compute_dtype(logits)
+    return loss.view(-1) if reduction == "none" and loss.dtype is dtype else memory.empty((rows_in(logits),), dtype, logits.device)
 
 
 def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:

@@ -184,7 +184,7 @@ def check(
         return result
 
     value, _ = value_and_gradients(theirs, leaves, views, wanted, None)
-    dloss = (torch.randn(value.shape, generator=torch.Generator().manual_seed(seed)) * 1.7).to(value.dtype)
+    dloss = (torch.randn(value.shape, generator=torch.Generator().manual_seed(seed), device="cpu") * 1.7).to(value)
     if "dloss" in layouts:
         leaf, view = LAYOUTS[layouts["dloss"]](dloss)
         dloss = view(leaf)

@@ -20,7 +20,7 @@ def watch(name: str, launcher: Any, arguments: Sequence[Any], places: Sequence[P
     written = [(argument, t) for argument, t, kind in tensors if kind.written]
     read = [(argument, t) for argument, t, kind in tensors if not kind.written]
     logits = tensors[0][1]
-    in_place = [argument for argument, t in written if _same_place(t, logits) and t is not logits]
+    in_place = [argument for argument, t in written if _same_place(t, logits) and argument != tensors[0][0]]
     for argument, t in written:
         for other, o in tensors_but(argument, tensors):
             if t.numel() and o.numel() and _same_storage(t, o):

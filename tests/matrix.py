@@ -81,14 +81,18 @@ def git(checkout: Path, *arguments: str) -> str:
     return subprocess.run(["git", *arguments], cwd=checkout, capture_output=True, text=True, check=True).stdout
 
 
-def copy_of(checkout: Path, target: Path) -> str:
-    """Copies what git does not ignore, as it is now: the checkout may move on meanwhile. Returns the commit, + for local changes."""
+def commit_of(checkout: Path) -> str:
+    """With + for local changes of what is tested."""
+    changed = git(checkout, "status", "--porcelain", "--", "fastloss", "kernels", "tests", "pyproject.toml")
+    return git(checkout, "rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
+
+
+def copy_of(checkout: Path, target: Path) -> None:
+    """What git does not ignore, as it is now: the checkout may move on meanwhile."""
     for name in filter(None, git(checkout, "ls-files", "-coz", "--exclude-standard").split("\0")):
         if (checkout / name).is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(checkout / name, target / name)
-    changed = git(checkout, "status", "--porcelain", "--", "fastloss", "kernels", "tests", "pyproject.toml")
-    return git(checkout, "rev-parse", "--short", "HEAD").strip() + ("+" if changed else "")
 
 
 def prepare(column: Column, source: Path, home: Path) -> Path:
@@ -217,11 +221,11 @@ def machine() -> str:
     return f"{name[1].strip() if name else os.uname().machine}, {os.cpu_count()} cores"
 
 
-def earlier(home: Path, commit: str) -> dict[str, Any]:
-    """Results of the same commit, file by file."""
+def earlier(home: Path, commit: str) -> dict[str, Any] | None:
+    """What was measured of the same commit, if anything."""
     path = home / "result.json"
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found["files"] if found.get("commit") == commit and not commit.endswith("+") else {}
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("commit") == commit and not commit.endswith("+") else None
 
 
 def measure(todo: list[Column], source: Path, commit: str, chosen: argparse.Namespace) -> dict[str, Any]:
@@ -233,7 +237,7 @@ def measure(todo: list[Column], source: Path, commit: str, chosen: argparse.Name
         homes[column.name].mkdir(parents=True, exist_ok=True)
         environments[column.name] = python = prepare(column, source, homes[column.name])
         seen = {"commit": commit, "date": str(date.today()), "machine": machine(), **probe(python)}
-        found[column.name] = {**seen, "doctor": "not asked", "files": earlier(homes[column.name], commit)}
+        found[column.name] = {**seen, "doctor": "not asked", "files": (earlier(homes[column.name], commit) or {}).get("files", {})}
         print(f"{column.name:11} {seen}", flush=True)
     if chosen.prepare:
         return {}
@@ -269,19 +273,21 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--jobs", type=int, default=2, help="test files at the same time")
     parser.add_argument("--cap", type=float, default=1500, help="seconds for a test file")
     parser.add_argument("--prepare", action="store_true", help="make the environments and stop")
-    parser.add_argument("--table", action="store_true", help="fill docs/versions.md from docs/measured/versions.json and stop")
+    parser.add_argument("--table", action="store_true", help="show what there is, also of an interrupted run of this commit, and stop")
     chosen = parser.parse_args(arguments)
     checkout = chosen.checkout.resolve()
     kept, page = checkout / "docs/measured/versions.json", checkout / "docs/versions.md"
     shown = json.loads(kept.read_text()) if kept.exists() else {}
-    if chosen.table:
-        write(page, shown)
-        return 0
     todo = [column for column in columns(checkout) if not chosen.column or column.name in chosen.column]
-    with tempfile.TemporaryDirectory(prefix="fastloss-checkout-") as copy:
-        commit = copy_of(checkout, Path(copy))
-        found = measure(todo, Path(copy), commit, chosen)
-    if found:
+    if chosen.table:
+        results = {column.name: earlier(chosen.folder / column.name, commit_of(checkout)) for column in todo}
+        found = {name: result for name, result in results.items() if result}
+    else:
+        with tempfile.TemporaryDirectory(prefix="fastloss-checkout-") as copy:
+            commit = commit_of(checkout)
+            copy_of(checkout, Path(copy))
+            found = measure(todo, Path(copy), commit, chosen)
+    if shown or found:
         both = {**shown, **found}
         ordered = {column.name: both[column.name] for column in columns(checkout) if column.name in both}
         kept.write_text(json.dumps(ordered, indent=1) + "\n")

@@ -152,8 +152,9 @@ def collected(call: Call, x: Tensor) -> Any:
 
 
 def resized(call: Call, x: Tensor) -> Any:
-    result = call(x.detach())
-    return result.resize_(3, 5).shape, torch.add(torch.ones(7), 1, out=call(x.detach()).resize_(0).float())
+    """To more memory than there is."""
+    result, into = call(x.detach()), call(x.detach()).resize_(0)
+    return torch.add(torch.ones(7000, dtype=into.dtype), 1, out=into), result.resize_(64, 64).shape
 
 
 USES: dict[str, Callable[[Call, Tensor], Any]] = {

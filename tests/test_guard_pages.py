@@ -22,31 +22,31 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="mprotect by cty
 
 
 def fuzz(first: int, cases: int) -> None:
-    """Run the cases; after a crash, go on behind the one that crashed. Fail with the first five findings."""
-    seed, served, found = first, 0, []
-    while seed < first + cases and len(found) < 5:
+    """Run the cases; after a crash, go on behind the one that crashed. Fail with the first five findings, crashes before wrong numbers."""
+    seed, served, crashes, failures = first, 0, [], []
+    while seed < first + cases and len(crashes) < 5:
         command = [sys.executable, str(PROGRAM), "--seed", str(seed), "--cases", str(first + cases - seed)]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
         begun = [line for line in run.stdout.splitlines() if line.startswith("seed ")]
         assert begun, run.stdout + run.stderr
-        last = int(begun[-1].split()[1].rstrip(":"))
-        failures = [part.split("\nseed ")[0] for part in run.stdout.split("\nFAILED ")[1:]]
-        found += [f"{number(text)}: {text}\n{reproduce(number(text))}" for text in failures]
+        failures += [finding(begun, part) for part in run.stdout.split("\nFAILED ")[1:]]
         if run.returncode not in (0, 1):
-            found.append(f"exit status {run.returncode} at {begun[-1]}\n{run.stderr[-3000:]}\n{reproduce(last)}")
+            stack = run.stderr.replace("\n\n", "\n")[:2000]
+            crashes.append(finding(begun, f"{seed + len(begun) - 1}: exit status {run.returncode}\n{stack}"))
         else:
             served += int(run.stdout.splitlines()[-1].split(", ")[1].split()[0])
-        seed = last + 1
-    assert not found, "\n\n".join([f"{len(found)} findings", *found[:5]])
+        seed += len(begun)
+    found = crashes + failures
+    if found:
+        pytest.fail(f"{len(crashes)} crashes, {len(failures)} failures; of these\n\n" + "\n".join(found[:5]), pytrace=False)
     assert served > 0.9 * cases, f"the kernels served {served} of {cases} calls only"
 
 
-def number(failure: str) -> int:
-    return int(failure.split(":")[0])
-
-
-def reproduce(seed: int) -> str:
-    return f"reproduce: python tests/guard_pages.py --seed {seed} --cases 1"
+def finding(begun: list[str], text: str) -> str:
+    """The case, what happened (up to the empty line), and how to see it again."""
+    seed, _, what = text.split("\n\n")[0].partition(": ")
+    (case,) = (line for line in begun if line.startswith(f"seed {seed}: "))
+    return f"{case}\n{what}\nreproduce: python tests/guard_pages.py --seed {seed} --cases 1\n"
 
 
 def test_a_thousand_calls() -> None:

@@ -18,6 +18,7 @@ from fastloss.kernels.cpu.launch import next_task, region, unpack
 from fastloss.kernels.cpu.memory import load_classes, offset
 from fastloss.kernels.cpu.rows import walk
 from fastloss.kernels.cpu.simd import lanes_of, splat
+from fastloss.kernels.groups import Rows, Smoothing
 
 KINDS = "TITCnnxx"
 
@@ -107,18 +108,17 @@ def test_gradients_of_the_last_classes(loss: str, most: int, repeating: Callable
         if loss == "cross_entropy":
             out = [torch.full((1,), 7.0) for _ in range(4)]
             if y == most + 5:
-                numba.cross_entropy_forward(logits, target, ones, -100, *out)
+                numba.cross_entropy_forward(logits, target, ones, -100, out[0], Rows(out[1], None, *out[2:]))
                 torch.testing.assert_close(out[0].double(), (total.log() - (x[5] - x.max()))[None], rtol=1e-3, atol=0)
-            numba.cross_entropy_backward(logits, target, -100, *numbers, dloss, dlogits)
+            numba.cross_entropy_backward(logits, target, -100, Rows(numbers[0], None, *numbers[1:]), dloss, dlogits)
             expected = g * (p - here)
         elif loss == "smoothed_cross_entropy":
             keep, spread = 0.9, 0.1 / classes
-            numba.smoothed_cross_entropy_backward(
-                logits, target, ones, -100, keep, spread, numbers[0], numbers[0], *numbers[1:], dloss, dlogits
-            )
+            rows = Rows(numbers[0], *numbers)
+            numba.smoothed_cross_entropy_backward(logits, target, ones, -100, Smoothing(keep, spread), rows, dloss, dlogits)
             expected = g * (p - spread - keep * here)
         elif loss == "soft_cross_entropy":
-            numba.soft_cross_entropy_backward(logits, logits, ones, 1.0, 0.0, *numbers, dloss, dlogits)
+            numba.soft_cross_entropy_backward(logits, logits, ones, Smoothing(1.0, 0.0), Rows(None, *numbers), dloss, dlogits)
             expected = g * (p - x)
         else:
             numba.nll_loss_backward(target, -100, numbers[0], dloss, dlogits)

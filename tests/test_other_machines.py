@@ -87,12 +87,10 @@ def check_losses(dtype: torch.dtype, everything: bool) -> None:
             pair = {"input": soft["input"], "target": soft["target"]}
             check("binary_cross_entropy_with_logits", pair, layouts=layouts, reduction="none")
         if everything:
-            check("cross_entropy", indices, layouts=layouts, scale=1)
             check("softmax", only_input, layouts=layouts, scale=1, dim=1)
             check("log_softmax", only_input, layouts=layouts, scale=2, dim=1)
-        if dtype == torch.bfloat16 and everything:
-            check("cross_entropy", indices, layouts=layouts, scale=1, label_smoothing=0.1)
-            check("cross_entropy", soft, layouts=layouts, scale=1)
+        if dtype != torch.float64 and everything:
+            check("cross_entropy", indices, layouts=layouts, scale=1)
 
 
 def main(what: str) -> None:

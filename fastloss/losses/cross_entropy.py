@@ -74,7 +74,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
-        loss = rows.row_losses(r.loss, t.input)
+        loss = rows.row_losses(r.loss, t.input, o.reduction)
         if o.label_smoothing > 0:
             weight = rows.dense_class_weight(t.weight, t.input)
             kernels.smoothed_cross_entropy_forward(logits, target, weight, o.ignore_index, _smoothing(t, o), loss, _numbers(r))
@@ -87,7 +87,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
 
     def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
-        loss, weight, dinput = rows.row_losses(r.loss, t.input), rows.class_weight(t.weight, t.input), empty_like(t.input)
+        loss, weight, dinput = rows.row_losses(r.loss, t.input, o.reduction), rows.class_weight(t.weight, t.input), empty_like(t.input)
         dlogits = rows.as_rows(dinput)
         if o.reduction == "mean":
             kernels.sum_weights(target, weight, o.ignore_index, r.divisor)

@@ -62,7 +62,7 @@ class NLLLoss(Loss[Tensors, Options, Saved]):
             rows.as_indices(t.target),
             rows.class_weight(t.weight, t.input),
         )
-        loss = rows.row_losses(r.loss, t.input)
+        loss = rows.row_losses(r.loss, t.input, o.reduction)
         kernels_for(t.input).nll_loss_forward(log_prob, target, weight, o.ignore_index, loss, r.row_weight)
         rows.sum_row_weights(r.row_weight, r.divisor)
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)

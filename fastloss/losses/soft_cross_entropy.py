@@ -74,7 +74,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             rows.as_rows(t.target),
             rows.dense_class_weight(t.weight, t.input),
         )
-        loss = rows.row_losses(r.loss, t.input)
+        loss = rows.row_losses(r.loss, t.input, o.reduction)
         kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, _smoothing(t, o), loss, _numbers(r))
         r.divisor.fill_(loss.numel())
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
@@ -87,7 +87,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             rows.as_rows(t.target),
             rows.dense_class_weight(t.weight, t.input),
         )
-        loss, dinput = rows.row_losses(r.loss, t.input), empty_like(t.input)
+        loss, dinput = rows.row_losses(r.loss, t.input, o.reduction), empty_like(t.input)
         dlogits = rows.as_rows(dinput)
         r.divisor.fill_(loss.numel())
         g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)

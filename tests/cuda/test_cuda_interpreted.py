@@ -17,6 +17,7 @@ import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 from triton_interpreter import interpreted
 
+from fastloss.contract import checked
 from fastloss.kernels.cuda import elements, rows
 from fastloss.kernels.cuda.plan import Device
 from fastloss.kernels.groups import Rows, Smoothing
@@ -31,7 +32,7 @@ def k() -> Iterator[Any]:
     package = importlib.import_module(PACKAGE)
     torch.manual_seed(0)
     with interpreted(PACKAGE):
-        yield package
+        yield checked(package, "cpu")  # the interpreter's tensors are on the CPU
 
 
 def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous") -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +75,7 @@ def test_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     shape, layout = SHAPES[name]
     logits, target, weight = make(shape, dtype, layout)
     if logits.numel() == 0:
-        nothing = torch.empty(0)
+        nothing = torch.empty(0, dtype=check.real(dtype))
         return k.cross_entropy_forward(logits, target, weight, -100, nothing, Rows(nothing, None, nothing, nothing))
     check.cross_entropy(k, logits, target, weight)
     check.cross_entropy(k, logits, target, inplace=True)
@@ -238,16 +239,16 @@ def test_huge_logits(k: Any, name: str, shape: tuple[int, ...], dtype: torch.dty
 
 def smoothed_and_soft(k: Any, logits: Tensor, target: Tensor, q: Tensor, weight: Tensor, smoothing: float) -> list[tuple[Tensor, Tensor]]:
     """(loss, dlogits) of both losses by the launchers."""
-    eps, found = Smoothing(1 - smoothing, smoothing / logits.shape[1]), []
+    share, found = Smoothing(1 - smoothing, smoothing / logits.shape[1]), []
     dloss = torch.ones(1, dtype=weight.dtype).expand(logits.shape[0])
-    rows = Rows(*(check.poisoned_rows(logits) for _ in range(4)))
-    loss, dlogits = check.poisoned_rows(logits), check.poisoned(logits)
-    k.smoothed_cross_entropy_forward(logits, target, weight, -100, eps, loss, rows)
-    k.smoothed_cross_entropy_backward(logits, target, weight, -100, eps, rows, dloss, dlogits)
+    loss, *numbers = (check.poisoned_rows(logits) for _ in range(5))
+    rows, dlogits = Rows(*numbers), check.poisoned(logits)
+    k.smoothed_cross_entropy_forward(logits, target, weight, -100, share, loss, rows)
+    k.smoothed_cross_entropy_backward(logits, target, weight, -100, share, rows, dloss, dlogits)
     found.append((loss, dlogits))
     loss, dlogits = check.poisoned_rows(logits), check.poisoned(logits)
-    k.soft_cross_entropy_forward(logits, q, weight, eps, loss, rows)
-    k.soft_cross_entropy_backward(logits, q, weight, eps, rows, dloss, dlogits)
+    k.soft_cross_entropy_forward(logits, q, weight, share, loss, rows._replace(row_weight=None))
+    k.soft_cross_entropy_backward(logits, q, weight, share, rows._replace(row_weight=None), dloss, dlogits)
     return [*found, (loss, dlogits)]
 
 

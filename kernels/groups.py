@@ -1,17 +1,19 @@
 """Arguments that belong together and are passed whole: to launchers, and on into kernels."""
 
-from typing import Any, NamedTuple
+from typing import Annotated, NamedTuple
 
 from torch import Tensor
+
+Computed = Annotated[Tensor, "computed"]  # numbers as computed with: float64 where the logits are, else float32
 
 
 class Rows(NamedTuple):
     """The numbers of the rows, [N] each, that a forward leaves and a backward reads; None where a loss has no such number."""
 
-    row_weight: Any  # w_y
-    mass: Any  # the sum of all factors of the row's -log p_c
-    top: Tensor  # the largest logit
-    total: Tensor  # the sum of exp(x - top)
+    row_weight: Computed | None  # w_y
+    mass: Computed | None  # the sum of all factors of the row's -log p_c
+    top: Computed  # the largest logit
+    total: Computed  # the sum of exp(x - top)
 
 
 class Smoothing(NamedTuple):

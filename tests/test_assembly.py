@@ -6,7 +6,6 @@ import re
 import numba
 import pytest
 import torch
-from numba.core import types
 
 from fastloss.kernels.cpu import (
     bce_with_logits,
@@ -16,7 +15,7 @@ from fastloss.kernels.cpu import (
     soft_cross_entropy,
     softmax,
 )
-from fastloss.kernels.cpu.launch import STORAGE, Arguments, Region
+from fastloss.kernels.cpu.launch import Region
 
 REGIONS = {
     f"{module.__name__.rsplit('.', 1)[1]}.{name}": region
@@ -29,8 +28,7 @@ LIBM = re.compile(r"\b(expf?|exp2f?|logf?|log1pf?|log2f?|powf?|fmaf?|_ZGV\w+)(@P
 
 def assembly(region: Region, dtype: torch.dtype) -> str:
     """Compiled here and now: what comes from Numba's cache has no text."""
-    signature = types.void(Arguments(STORAGE[dtype]))
-    return numba.cfunc(signature, error_model="numpy")(region.body)._library.get_asm_str()
+    return numba.cfunc(region.signature(dtype), error_model="numpy")(region.body)._library.get_asm_str()
 
 
 @pytest.mark.parametrize("name", REGIONS)

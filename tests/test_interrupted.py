@@ -65,7 +65,7 @@ def test_an_interrupted_compilation_is_finished_first(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(launch, "CFunc", Interrupted)
     handler = signal.getsignal(signal.SIGINT)
-    region = launch.Region(reduction._sum.body, reduction._SUM)
+    region = launch.Region(reduction._sum.body, reduction.Sum)
     with pytest.raises(KeyboardInterrupt):
         region.compile(torch.float32)
     assert torch.float32 in region._compiled

@@ -17,9 +17,9 @@ from fastloss.kernels.cpu.launch import Region
 
 def was_cached(dtype: torch.dtype = torch.float32) -> bool:
     """Do what a new process does at its first call: whether that found the kernel compiled."""
-    region = Region(reduction._sum.body, reduction._SUM)
+    region = Region(reduction._sum.body, reduction.Sum)
     values, total = torch.randn(100, dtype=dtype), torch.full((1,), 7.0, dtype=dtype)
-    region(dtype, 1, values.data_ptr(), 0, total.data_ptr(), values.numel(), 1 << 14, True)
+    region(1, reduction.Sum(values=values, total=total, subtotals=None, size=values.numel(), direct=True))
     torch.testing.assert_close(total[0], values.sum())
     return bool(region.compile(dtype)[0].cache_hits)
 

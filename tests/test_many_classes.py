@@ -6,34 +6,42 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from fastloss.backends import kernels
-from fastloss.kernels.cpu.cross_entropy import gradient_of_row
-from fastloss.kernels.cpu.launch import next_task, region, unpack
+from fastloss.kernels.cpu.arguments import Int64, Stored, arguments
+from fastloss.kernels.cpu.gradient import RowNumbers, gradient_of_row
+from fastloss.kernels.cpu.launch import next_task, region
 from fastloss.kernels.cpu.memory import load_classes, offset
-from fastloss.kernels.cpu.rows import walk
+from fastloss.kernels.cpu.rows import Lanes, walk
 from fastloss.kernels.cpu.simd import lanes_of, splat
 from fastloss.kernels.groups import Rows, Smoothing
 
-KINDS = "TITCnnxx"
+
+class Part(NamedTuple):
+    logits: Stored
+    target: Int64
+    dlogits: Stored
+    begin: int
+    class_stride: int
+    g: float
+    scale: float
 
 
-@region(KINDS)
-def _part_of_a_row(a: Any) -> None:
+@region(Part)
+def _part_of_a_row(block: Any) -> None:
     """The gradient of 128 classes from `begin` on, of so many that the rest need not be in memory."""
-    x, target, dx, terms, begin, class_stride, g, scale = unpack(a, KINDS)
-    while next_task(a) >= 0:
-        y = load_classes(target, 0, 0, lanes_of(x), -100, splat(0.0, x))
-        x, dx = offset(x, -begin * class_stride), offset(dx, -begin * class_stride)
-        gradient_of_row(
-            x, dx, begin, begin + 128, begin + 128, class_stride, class_stride, class_stride, class_stride, 1, lanes_of(x), terms, 0,
-            splat(0.0, x), y, target[0], splat(g, x), splat(scale, x), 0,
-        )  # fmt: skip
+    a = arguments(block)
+    while next_task(block) >= 0:
+        y = load_classes(a.target, 0, 0, lanes_of(a.logits), -100, splat(0.0, a.logits))
+        x = Lanes(offset(a.logits, -a.begin * a.class_stride), a.class_stride, a.class_stride, 1, 1)
+        dx = Lanes(offset(a.dlogits, -a.begin * a.class_stride), a.class_stride, a.class_stride, 1, 1)
+        r = RowNumbers(splat(0.0, x.at), y, a.target[0], splat(a.g, x.at), splat(a.scale, x.at))
+        gradient_of_row(x, dx, a.begin, a.begin + 128, a.begin + 128, a.logits, 0, r, 0)
 
 
 @pytest.mark.parametrize("class_stride", [1, 2])
@@ -42,9 +50,8 @@ def test_only_the_target_is_the_target(begin: int, class_stride: int) -> None:
     logits = torch.randn(128 * class_stride)
     for y in (begin - 1, begin, begin + 63, begin + 64, begin + 127, begin + 128, begin + (1 << 32), (1 << 31) - 1, 3):
         target, dlogits = torch.tensor([y]), torch.full_like(logits, 7.0)
-        _part_of_a_row(
-            torch.float32, 1, logits.data_ptr(), target.data_ptr(), dlogits.data_ptr(), logits.data_ptr(), begin, class_stride, 1.7, 0.3
-        )
+        part = Part(logits=logits, target=target, dlogits=dlogits, begin=begin, class_stride=class_stride, g=1.7, scale=0.3)
+        _part_of_a_row(1, part)
         expected = logits.double()[::class_stride].exp() * 0.3
         expected[y - begin : y - begin + 1] -= 1.7 if 0 <= y - begin < 128 else 0.0
         torch.testing.assert_close(dlogits[::class_stride].double(), expected, atol=1e-6, rtol=1e-6, msg=lambda text, y=y: f"{y=}: {text}")

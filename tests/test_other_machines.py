@@ -5,7 +5,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from llvmlite.binding import get_host_cpu_features
 
 import fastloss
 from fastloss.kernels.cpu import half, launch
+from fastloss.kernels.cpu.arguments import Computed, Stored, arguments
 from fastloss.kernels.cpu.memory import load, store
 from fastloss.kernels.cpu.simd import lanes_of
 
@@ -27,26 +28,34 @@ MACHINES = {
 SIXTEEN_BITS = ("float16", "bfloat16")
 
 
-@launch.region("TCnn")
-def _convert(a: Any) -> None:
-    narrow, wide, n, to_narrow = launch.unpack(a, "TCnn")
-    while launch.next_task(a) >= 0:
-        for i in range(0, n, lanes_of(narrow)):
-            if to_narrow:
-                store(narrow, i, 1, n - i, load(wide, i, 1, n - i, 0.0))
+class Conversion(NamedTuple):
+    narrow: Stored
+    wide: Computed
+    size: int
+    to_narrow: int
+
+
+@launch.region(Conversion)
+def _convert(block: Any) -> None:
+    a = arguments(block)
+    while launch.next_task(block) >= 0:
+        for i in range(0, a.size, lanes_of(a.narrow)):
+            n = a.size - i
+            if a.to_narrow:
+                store(a.narrow, i, 1, n, load(a.wide, i, 1, n, 0.0))
             else:
-                store(wide, i, 1, n - i, load(narrow, i, 1, n - i, 0.0))
+                store(a.wide, i, 1, n, load(a.narrow, i, 1, n, 0.0))
 
 
 def widened(numbers: torch.Tensor) -> torch.Tensor:
     result = torch.full(numbers.shape, 7.0)
-    _convert(numbers.dtype, 1, numbers.data_ptr(), result.data_ptr(), numbers.numel(), False)
+    _convert(1, Conversion(narrow=numbers, wide=result, size=numbers.numel(), to_narrow=False))
     return result
 
 
 def narrowed(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     result = torch.full(numbers.shape, 7.0, dtype=dtype)
-    _convert(dtype, 1, result.data_ptr(), numbers.data_ptr(), numbers.numel(), True)
+    _convert(1, Conversion(narrow=result, wide=numbers, size=numbers.numel(), to_narrow=True))
     return result
 
 

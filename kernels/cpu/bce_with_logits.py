@@ -6,54 +6,101 @@ Both are written so that no tail is lost to cancellation: the small one of s(x),
 (1 + (v - 1) y) log1p(exp(x)) - v y x.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numba import njit
 from torch import Tensor
 
-from .elements import ELEMENTS, elements, last_piece, piece_of
-from .launch import next_task, region, unpack
+from .arguments import Computed, Float64, Stored, arguments
+from .elements import (
+    Elements,
+    Line,
+    Strides,
+    elements,
+    last_piece,
+    line_at,
+    load_along,
+    piece_of,
+    prefetch_along,
+    store_along,
+)
+from .launch import next_task, region
 from .math import INLINE, exp, log1p
-from .memory import load, offset, prefetch, store, stream, to_alignment
+from .memory import load, store, stream, to_alignment
 from .reduction import sum_rows
-from .rows import AHEAD, bypass_caches, first_vector, whole_vectors
+from .rows import bypass_caches, to_first_vector, whole_vectors
 from .simd import fma, lane_sum, lanes_of, select, splat, widen
 
-_FORWARD = "TTCCC" + "n" * 15 + ELEMENTS
-_SUM = "TTCCD" + "n" * 12 + ELEMENTS
-_BACKWARD = "TTCCCT" + "n" * 19 + ELEMENTS
-_SUM_BACKWARD = "TTCCCTD" + "n" * 19 + ELEMENTS
+
+class Inputs(NamedTuple):
+    logits: Stored
+    strides: Strides
+    target: Stored
+    target_strides: Strides
+    weight: Computed
+    weight_strides: Strides
+    pos_weight: Computed
+    pos_weight_strides: Strides
+
+
+class Forward(NamedTuple):
+    inputs: Inputs
+    loss: Computed
+    loss_strides: Strides
+    way: Elements
+
+
+class Sum(NamedTuple):
+    inputs: Inputs
+    partial: Float64  # a sum for each piece
+    way: Elements
+
+
+class Backward(NamedTuple):
+    inputs: Inputs
+    dloss: Computed
+    dloss_strides: Strides
+    dlogits: Stored
+    dstrides: Strides
+    partial: Float64 | None  # as in `Sum`, where both are wanted
+    past_caches: int
+    way: Elements
+
+
+class Lines(NamedTuple):
+    """The inputs of a piece, each a `Line`."""
+
+    x: Any
+    y: Any
+    w: Any
+    v: Any
+
+
+def _inputs(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) -> Inputs:
+    strides = logits.stride(), target.stride(), weight.stride(), pos_weight.stride()
+    return Inputs(logits, strides[0], target, strides[1], weight, strides[2], pos_weight, strides[3])
 
 
 def bce_with_logits_forward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, loss: Tensor) -> None:
     way = elements(logits)
-    _forward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), loss.data_ptr(),
-        *logits.stride(), *target.stride(), *weight.stride(), *pos_weight.stride(), *loss.stride(), *way,
-    )  # fmt: skip
+    inputs = _inputs(logits, target, weight, pos_weight)
+    _forward(way.tasks, Forward(inputs=inputs, loss=loss, loss_strides=loss.stride(), way=way))
 
 
 def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, total: Tensor) -> None:
     way = elements(logits)
     partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
-    _sum(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), partial.data_ptr(),
-        *logits.stride(), *target.stride(), *weight.stride(), *pos_weight.stride(), *way,
-    )  # fmt: skip
+    _sum(way.tasks, Sum(inputs=_inputs(logits, target, weight, pos_weight), partial=partial, way=way))
     sum_rows(partial, total)
 
 
 def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor) -> None:
     way = elements(logits)
-    _backward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
-        bypass_caches(logits, dlogits), *logits.stride(), *target.stride(), *weight.stride(), *pos_weight.stride(), *dloss.stride(),
-        *dlogits.stride(), *way,
-    )  # fmt: skip
+    _backward(way.tasks, Backward(
+        inputs=_inputs(logits, target, weight, pos_weight), dloss=dloss, dloss_strides=dloss.stride(),
+        dlogits=dlogits, dstrides=dlogits.stride(), partial=None, past_caches=bypass_caches(logits, dlogits), way=way,
+    ))  # fmt: skip
 
 
 def bce_with_logits_sum_backward(
@@ -61,12 +108,10 @@ def bce_with_logits_sum_backward(
 ) -> None:
     way = elements(logits)
     partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
-    _sum_backward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), pos_weight.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
-        partial.data_ptr(), bypass_caches(logits, dlogits), *logits.stride(), *target.stride(), *weight.stride(), *pos_weight.stride(),
-        *dloss.stride(), *dlogits.stride(), *way,
-    )  # fmt: skip
+    _sum_backward(way.tasks, Backward(
+        inputs=_inputs(logits, target, weight, pos_weight), dloss=dloss, dloss_strides=dloss.stride(),
+        dlogits=dlogits, dstrides=dlogits.stride(), partial=partial, past_caches=bypass_caches(logits, dlogits), way=way,
+    ))  # fmt: skip
     sum_rows(partial, total)
 
 
@@ -90,162 +135,163 @@ def _slope(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
 
 
 @njit(**INLINE)
-def _loss_at(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, k: Any, n: Any) -> Any:
-    return _loss(load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0), load(v, k * v_p, v_p, n, 0.0))
-
-
-@njit(**INLINE)
-def _sum_of_piece(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, size: Any) -> Any:
-    """Called with strides that the compiler knows wherever that is possible: see `rows.whole_vectors`."""
-    lanes = lanes_of(x)
-    subtotal, whole = widen(splat(0.0, x)), size // (4 * lanes) * (4 * lanes)
-    for k in range(0, whole, 4 * lanes):
-        four = splat(0.0, x)
-        for i in range(k, k + 4 * lanes, lanes):
-            prefetch(x, i * x_p + AHEAD)
-            prefetch(y, i * y_p + AHEAD)
-            four = four + _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, i, lanes)
-        subtotal = subtotal + widen(four)
-    for k in range(whole, size, lanes):
-        subtotal = subtotal + widen(_loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, size - k))
-    return lane_sum(subtotal)
-
-
-@region(_FORWARD)
-def _forward(a: Any) -> None:
-    (logits, target, weight, pos_weight, loss, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p, l_a, l_b, l_p,
-     size_a, size_b, size_p, grain) = unpack(a, _FORWARD)  # fmt: skip
-    task = next_task(a)
-    while task >= 0:
-        for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
-            i, j, first, size = piece_of(number, size_b, size_p)
-            x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
-            w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
-            out = offset(loss, i * l_a + j * l_b + first * l_p)
-            for k in range(0, size, lanes_of(x)):
-                n = size - k
-                prefetch(x, k * x_p + AHEAD)
-                prefetch(y, k * y_p + AHEAD)
-                value = _loss_at(x, x_p, y, y_p, w, w_p, v, v_p, k, n)
-                store(out, k * l_p, l_p, n, value)
-        task = next_task(a)
-
-
-@njit(**INLINE)
-def _total_of_piece(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, size: Any) -> Any:
-    if x_p == y_p == 1 and w_p == v_p == 0:
-        return _sum_of_piece(x, 1, y, 1, w, 0, v, 0, size)
-    if x_p == y_p == v_p == 1 and w_p == 0:
-        return _sum_of_piece(x, 1, y, 1, w, 0, v, 1, size)
-    return _sum_of_piece(x, x_p, y, y_p, w, w_p, v, v_p, size)
-
-
-@region(_SUM)
-def _sum(a: Any) -> None:
-    (logits, target, weight, pos_weight, partial, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p,
-     size_a, size_b, size_p, grain) = unpack(a, _SUM)  # fmt: skip
-    task = next_task(a)
-    while task >= 0:
-        for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
-            i, j, first, size = piece_of(number, size_b, size_p)
-            x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
-            w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
-            partial[number] = _total_of_piece(x, x_p, y, y_p, w, w_p, v, v_p, size)
-        task = next_task(a)
-
-
-@njit(**INLINE)
-def _slope_at(x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, k: Any, n: Any) -> Any:
-    return _slope(
-        load(x, k * x_p, x_p, n, 0.0), load(y, k * y_p, y_p, n, 0.0), load(w, k * w_p, w_p, n, 0.0), load(v, k * v_p, v_p, n, 0.0)
+def _lines(inputs: Any, piece: Any) -> Any:
+    return Lines(
+        line_at(inputs.logits, inputs.strides, piece),
+        line_at(inputs.target, inputs.target_strides, piece),
+        line_at(inputs.weight, inputs.weight_strides, piece),
+        line_at(inputs.pos_weight, inputs.pos_weight_strides, piece),
     )
 
 
 @njit(**INLINE)
-def _gradient_of_piece(
-    x: Any, x_p: Any, y: Any, y_p: Any, w: Any, w_p: Any, v: Any, v_p: Any, g: Any, g_p: Any, dx: Any, d_p: Any, size: Any, past_caches: Any
-) -> None:
-    lanes = lanes_of(x)
-    k, n = 0, first_vector(dx, size, 1, 0, past_caches)
+def _one_weight(e: Any, v_step: Any) -> Any:
+    """Logits and targets side by side and one weight for all, with steps that the compiler knows: see `rows.whole_vectors`."""
+    return Lines(Line(e.x.at, 1), Line(e.y.at, 1), Line(e.w.at, 0), Line(e.v.at, v_step))
+
+
+@njit(**INLINE)
+def _prefetch(e: Any, k: Any) -> None:
+    prefetch_along(e.x, k)
+    prefetch_along(e.y, k)
+
+
+@njit(**INLINE)
+def _loss_at(e: Any, k: Any, n: Any) -> Any:
+    return _loss(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
+
+
+@njit(**INLINE)
+def _slope_at(e: Any, k: Any, n: Any) -> Any:
+    return _slope(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
+
+
+@region(Forward)
+def _forward(block: Any) -> None:
+    a = arguments(block)
+    lanes = lanes_of(a.inputs.logits)
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_piece(task, a.way)):
+            piece = piece_of(number, a.way)
+            e, out = _lines(a.inputs, piece), line_at(a.loss, a.loss_strides, piece)
+            for k in range(0, piece.size, lanes):
+                n = piece.size - k
+                _prefetch(e, k)
+                store_along(out, k, n, _loss_at(e, k, n))
+        task = next_task(block)
+
+
+@njit(**INLINE)
+def _total_of_piece(e: Any, size: Any) -> Any:
+    if e.x.step == e.y.step == 1 and e.w.step == e.v.step == 0:
+        return _sum_of_piece(_one_weight(e, 0), size)
+    if e.x.step == e.y.step == e.v.step == 1 and e.w.step == 0:
+        return _sum_of_piece(_one_weight(e, 1), size)
+    return _sum_of_piece(e, size)
+
+
+@njit(**INLINE)
+def _sum_of_piece(e: Any, size: Any) -> Any:
+    lanes = lanes_of(e.x.at)
+    subtotal, whole = widen(splat(0.0, e.x.at)), size // (4 * lanes) * (4 * lanes)
+    for k in range(0, whole, 4 * lanes):
+        four = splat(0.0, e.x.at)
+        for i in range(k, k + 4 * lanes, lanes):
+            _prefetch(e, i)
+            four = four + _loss_at(e, i, lanes)
+        subtotal = subtotal + widen(four)
+    for k in range(whole, size, lanes):
+        subtotal = subtotal + widen(_loss_at(e, k, size - k))
+    return lane_sum(subtotal)
+
+
+@region(Sum)
+def _sum(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_piece(task, a.way)):
+            piece = piece_of(number, a.way)
+            a.partial[number] = _total_of_piece(_lines(a.inputs, piece), piece.size)
+        task = next_task(block)
+
+
+@njit(**INLINE)
+def _gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> None:
+    lanes = lanes_of(e.x.at)
+    consecutive = e.x.step == e.y.step == dx.step == 1 and e.w.step == g.step == 0
+    k, n = 0, to_first_vector(dx.at, size, past_caches)
     while k < size:
-        stop = whole_vectors(k, n, size, 1, lanes) if x_p == y_p == d_p == 1 and w_p == g_p == 0 else k
-        if stop > k and v_p == 0:
-            _slopes_of_piece(x, y, w, v, 0, g, 0, dx, k, stop, past_caches)
+        stop = whole_vectors(k, n, size, lanes) if consecutive else k
+        if stop > k and e.v.step == 0:
+            _slopes_of_piece(_one_weight(e, 0), g, dx, k, stop, past_caches)
             k, n = stop, size - stop
-        elif stop > k and v_p == 1:
-            _slopes_of_piece(x, y, w, v, 1, g, 0, dx, k, stop, past_caches)
+        elif stop > k and e.v.step == 1:
+            _slopes_of_piece(_one_weight(e, 1), g, dx, k, stop, past_caches)
             k, n = stop, size - stop
         else:
-            prefetch(x, k * x_p + AHEAD)
-            prefetch(y, k * y_p + AHEAD)
-            slope = _slope_at(x, x_p, y, y_p, w, w_p, v, v_p, k, n)
-            store(dx, k * d_p, d_p, n, load(g, k * g_p, g_p, n, 0.0) * slope)
+            _prefetch(e, k)
+            store_along(dx, k, n, load_along(g, k, n) * _slope_at(e, k, n))
             k, n = k + n, min(lanes, size - k - n)
 
 
 @njit(**INLINE)
-def _slopes_of_piece(x: Any, y: Any, w: Any, v: Any, v_p: Any, g: Any, g_p: Any, dx: Any, first: Any, last: Any, past_caches: Any) -> None:
+def _slopes_of_piece(e: Any, g: Any, dx: Any, first: Any, last: Any, past_caches: Any) -> None:
     """Whole vectors of logits, targets and gradients that lie side by side, with one weight for all."""
-    lanes = lanes_of(x)
+    lanes = lanes_of(e.x.at)
     for k in range(first, last, lanes):
-        prefetch(x, k + AHEAD)
-        prefetch(y, k + AHEAD)
-        stream(dx, k, load(g, k * g_p, g_p, lanes, 0.0) * _slope_at(x, 1, y, 1, w, 0, v, v_p, k, lanes), past_caches)
+        _prefetch(e, k)
+        stream(dx.at, k, load(g.at, 0, 0, lanes, 0.0) * _slope_at(e, k, lanes), past_caches)
 
 
-@region(_BACKWARD)
-def _backward(a: Any) -> None:
-    (logits, target, weight, pos_weight, dloss, dlogits, past_caches, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p,
-     g_a, g_b, g_p, d_a, d_b, d_p, size_a, size_b, size_p, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    task = next_task(a)
+@region(Backward)
+def _backward(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
-            i, j, first, size = piece_of(number, size_b, size_p)
-            x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
-            w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
-            g, dx = offset(dloss, i * g_a + j * g_b + first * g_p), offset(dlogits, i * d_a + j * d_b + first * d_p)
-            _gradient_of_piece(x, x_p, y, y_p, w, w_p, v, v_p, g, g_p, dx, d_p, size, past_caches)
-        task = next_task(a)
+        for number in range(task * a.way.grain, last_piece(task, a.way)):
+            piece = piece_of(number, a.way)
+            g, dx = line_at(a.dloss, a.dloss_strides, piece), line_at(a.dlogits, a.dstrides, piece)
+            _gradient_of_piece(_lines(a.inputs, piece), g, dx, piece.size, a.past_caches)
+        task = next_task(block)
 
 
 @njit(**INLINE)
-def _sum_and_slopes_of_piece(x: Any, y: Any, w: Any, v: Any, v_p: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> Any:
+def _sum_and_slopes_of_piece(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> Any:
     """`_sum_of_piece`, and the gradient on the way: the compiler sees that both need the same exp."""
-    lanes = lanes_of(x)
-    subtotal, whole = widen(splat(0.0, x)), size // (4 * lanes) * (4 * lanes)
-    dloss = load(g, 0, 0, lanes, 0.0)
+    lanes = lanes_of(e.x.at)
+    subtotal, whole = widen(splat(0.0, e.x.at)), size // (4 * lanes) * (4 * lanes)
+    dloss = load(g.at, 0, 0, lanes, 0.0)
     for k in range(0, whole, 4 * lanes):
-        four = splat(0.0, x)
+        four = splat(0.0, e.x.at)
         for i in range(k, k + 4 * lanes, lanes):
-            prefetch(x, i + AHEAD)
-            prefetch(y, i + AHEAD)
-            four = four + _loss_at(x, 1, y, 1, w, 0, v, v_p, i, lanes)
-            stream(dx, i, dloss * _slope_at(x, 1, y, 1, w, 0, v, v_p, i, lanes), past_caches)
+            _prefetch(e, i)
+            four = four + _loss_at(e, i, lanes)
+            stream(dx.at, i, dloss * _slope_at(e, i, lanes), past_caches)
         subtotal = subtotal + widen(four)
     for k in range(whole, size, lanes):
         n = size - k
-        subtotal = subtotal + widen(_loss_at(x, 1, y, 1, w, 0, v, v_p, k, n))
-        store(dx, k, 1, n, dloss * _slope_at(x, 1, y, 1, w, 0, v, v_p, k, n))
+        subtotal = subtotal + widen(_loss_at(e, k, n))
+        store(dx.at, k, 1, n, dloss * _slope_at(e, k, n))
     return lane_sum(subtotal)
 
 
-@region(_SUM_BACKWARD)
-def _sum_backward(a: Any) -> None:
-    (logits, target, weight, pos_weight, dloss, dlogits, partial, past_caches, x_a, x_b, x_p, y_a, y_b, y_p, w_a, w_b, w_p, v_a, v_b, v_p,
-     g_a, g_b, g_p, d_a, d_b, d_p, size_a, size_b, size_p, grain) = unpack(a, _SUM_BACKWARD)  # fmt: skip
-    task = next_task(a)
+@region(Backward)
+def _sum_backward(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_piece(task, grain, size_a, size_b, size_p)):
-            i, j, first, size = piece_of(number, size_b, size_p)
-            x, y = offset(logits, i * x_a + j * x_b + first * x_p), offset(target, i * y_a + j * y_b + first * y_p)
-            w, v = offset(weight, i * w_a + j * w_b + first * w_p), offset(pos_weight, i * v_a + j * v_b + first * v_p)
-            g, dx = offset(dloss, i * g_a + j * g_b + first * g_p), offset(dlogits, i * d_a + j * d_b + first * d_p)
-            consecutive = x_p == y_p == d_p == 1 and w_p == g_p == 0 and (past_caches == 0 or to_alignment(dx) == 0)
-            if consecutive and v_p == 0:
-                partial[number] = _sum_and_slopes_of_piece(x, y, w, v, 0, g, dx, size, past_caches)
-            elif consecutive and v_p == 1:
-                partial[number] = _sum_and_slopes_of_piece(x, y, w, v, 1, g, dx, size, past_caches)
+        for number in range(task * a.way.grain, last_piece(task, a.way)):
+            piece = piece_of(number, a.way)
+            e, g, dx = _lines(a.inputs, piece), line_at(a.dloss, a.dloss_strides, piece), line_at(a.dlogits, a.dstrides, piece)
+            consecutive = e.x.step == e.y.step == dx.step == 1 and e.w.step == g.step == 0
+            aligned = a.past_caches == 0 or to_alignment(dx.at) == 0
+            if consecutive and aligned and e.v.step == 0:
+                a.partial[number] = _sum_and_slopes_of_piece(_one_weight(e, 0), g, dx, piece.size, a.past_caches)
+            elif consecutive and aligned and e.v.step == 1:
+                a.partial[number] = _sum_and_slopes_of_piece(_one_weight(e, 1), g, dx, piece.size, a.past_caches)
             else:  # one after the other: the second finds the piece in the caches
-                partial[number] = _total_of_piece(x, x_p, y, y_p, w, w_p, v, v_p, size)
-                _gradient_of_piece(x, x_p, y, y_p, w, w_p, v, v_p, g, g_p, dx, d_p, size, past_caches)
-        task = next_task(a)
+                a.partial[number] = _total_of_piece(e, piece.size)
+                _gradient_of_piece(e, g, dx, piece.size, a.past_caches)
+        task = next_task(block)

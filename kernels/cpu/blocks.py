@@ -7,20 +7,22 @@ the last one's (`keep` = 0). Terms, tops and totals have the same bits in every 
 kernel wrote it.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numba import njit
 from torch import Tensor
 
+from .arguments import COMPUTED
 from .math import INLINE, exp, exp_for
 from .memory import load, offset, prefetch, store
-from .rows import Walk, lanes_for
+from .rows import Walk, lanes_for, load_at, one_row, whole_tile
 from .simd import fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
 
 BLOCK = 128  # vectors: 8 KB of float32, so that a block, the next one and its terms fit the first-level cache
 ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its top
+_CPU = torch.device("cpu")
 KEPT_BYTES = 1 << 20  # scratch for a whole row: more would leave the second-level cache
 
 
@@ -40,9 +42,19 @@ def blocks_apart(way: Walk, logits: Tensor) -> int:
     return blocks_in(way, logits) if way.tile == 1 and way.batch * way.positions < torch.get_num_threads() else 1
 
 
-def scratch(blocks: int) -> Tensor:
+def scratch(blocks: int, logits: Tensor) -> Tensor:
     """Room for so many blocks for each thread."""
-    return torch.empty(torch.get_num_threads() * blocks * ROOM * 64, dtype=torch.uint8, device="cpu")
+    return torch.empty(torch.get_num_threads() * blocks * ROOM * lanes_for(logits), dtype=COMPUTED[logits.dtype], device=_CPU)
+
+
+class Block(NamedTuple):
+    """Some classes of a row, or of a tile of rows, and what its terms are to be had from."""
+
+    first: int
+    last: int  # one past it
+    top: Any  # the largest logit
+    terms: Any  # scratch memory
+    kept: int  # 1 if the terms are there, 0 if they are computed again from the logits
 
 
 @njit(**INLINE)
@@ -58,56 +70,54 @@ def block_size(terms: Any, tile: Any) -> Any:
 
 
 @njit(**INLINE)
-def all_kept(terms: Any, kept: Any, classes: Any, tile: Any) -> Any:
+def all_kept(terms: Any, kept: Any, way: Any) -> Any:
     """1 if there is room for all blocks of a row among `kept`, else 0: what `keep` is in a kernel that wants all of them."""
-    return 1 if kept * block_size(terms, tile) >= classes else 0
+    return 1 if kept * block_size(terms, way.tile) >= way.classes else 0
 
 
 @njit(**INLINE)
-def _top(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any) -> Any:
-    step, n = (1, count) if tile > 1 else (lanes_of(x), lanes_of(x))
-    top, c = lowest(x), first
+def _top(x: Any, first: Any, last: Any) -> Any:
+    step, n = (1, x.count) if x.tile > 1 else (lanes_of(x.at), lanes_of(x.at))
+    top, c = lowest(x.at), first
     while c + 4 * step <= last:
-        x0 = load(x, c * class_stride, lane_stride, n, -np.inf)
-        x1 = load(x, (c + step) * class_stride, lane_stride, n, -np.inf)
-        x2 = load(x, (c + 2 * step) * class_stride, lane_stride, n, -np.inf)
-        x3 = load(x, (c + 3 * step) * class_stride, lane_stride, n, -np.inf)
+        x0, x1 = load_at(x, c, n, -np.inf), load_at(x, c + step, n, -np.inf)
+        x2, x3 = load_at(x, c + 2 * step, n, -np.inf), load_at(x, c + 3 * step, n, -np.inf)
         top = larger(larger(top, larger(x0, x1)), larger(x2, x3))
         c += 4 * step
     while c < last:
-        top = larger(top, load(x, c * class_stride, lane_stride, count if tile > 1 else last - c, -np.inf))
+        top = larger(top, load_at(x, c, x.count if x.tile > 1 else last - c, -np.inf))
         c += step
-    return top if tile > 1 else splat(lane_max(top), x)
+    return top if x.tile > 1 else splat(lane_max(top), x.at)
 
 
 @njit(**INLINE)
-def _statistics(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any, terms: Any) -> Any:
-    lanes = lanes_of(x)
-    step, n = (1, count) if tile > 1 else (lanes, lanes)
-    top = _top(x, first, last, class_stride, lane_stride, tile, count)
+def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
+    lanes = lanes_of(x.at)
+    step = 1 if x.tile > 1 else lanes
+    top = _top(x, first, last)
     keep_top(terms, top)
-    total, c = splat(0.0, x), first
+    total, c = splat(0.0, x.at), first
     while c + 4 * step <= last:
-        total = total + four_terms(x, top, c, class_stride, lane_stride, tile, n, terms, (c - first) // step * lanes)
+        total = total + four_terms(x, top, c, terms, (c - first) // step * lanes)
         c += 4 * step
-    return top, sum_with_rest(x, top, total, first, c, last, class_stride, lane_stride, tile, count, terms)
+    return top, sum_with_rest(x, top, total, first, c, last, terms)
 
 
 @njit(**INLINE)
-def four_terms(x: Any, top: Any, c: Any, class_stride: Any, lane_stride: Any, tile: Any, n: Any, terms: Any, at: Any) -> Any:
+def four_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
     """The terms of four vectors from class c on, written to `terms` from element `at` on, and their sum."""
-    lanes = lanes_of(x)
-    step = 1 if tile > 1 else lanes
-    if tile == 1:
-        ahead = c * class_stride + BLOCK * lanes
-        prefetch(x, ahead)
-        prefetch(x, ahead + lanes)
-        prefetch(x, ahead + 2 * lanes)
-        prefetch(x, ahead + 3 * lanes)
-    e0 = exp_for(x, load(x, c * class_stride, lane_stride, n, -np.inf) - top)
-    e1 = exp_for(x, load(x, (c + step) * class_stride, lane_stride, n, -np.inf) - top)
-    e2 = exp_for(x, load(x, (c + 2 * step) * class_stride, lane_stride, n, -np.inf) - top)
-    e3 = exp_for(x, load(x, (c + 3 * step) * class_stride, lane_stride, n, -np.inf) - top)
+    lanes = lanes_of(x.at)
+    step, n = (1, x.count) if x.tile > 1 else (lanes, lanes)
+    if x.tile == 1:
+        ahead = c * x.class_ + BLOCK * lanes
+        prefetch(x.at, ahead)
+        prefetch(x.at, ahead + lanes)
+        prefetch(x.at, ahead + 2 * lanes)
+        prefetch(x.at, ahead + 3 * lanes)
+    e0 = exp_for(x.at, load_at(x, c, n, -np.inf) - top)
+    e1 = exp_for(x.at, load_at(x, c + step, n, -np.inf) - top)
+    e2 = exp_for(x.at, load_at(x, c + 2 * step, n, -np.inf) - top)
+    e3 = exp_for(x.at, load_at(x, c + 3 * step, n, -np.inf) - top)
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
     store(terms, at + 2 * lanes, 1, lanes, e2)
@@ -116,30 +126,26 @@ def four_terms(x: Any, top: Any, c: Any, class_stride: Any, lane_stride: Any, ti
 
 
 @njit(**INLINE)
-def sum_with_rest(
-    x: Any, top: Any, total: Any, first: Any, c: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any, terms: Any
-) -> Any:
+def sum_with_rest(x: Any, top: Any, total: Any, first: Any, c: Any, last: Any, terms: Any) -> Any:
     """`total` with the terms of classes c .. last - 1, fewer than four vectors."""
-    lanes = lanes_of(x)
-    step = 1 if tile > 1 else lanes
+    lanes = lanes_of(x.at)
+    step = 1 if x.tile > 1 else lanes
     while c < last:
-        e = exp_for(x, load(x, c * class_stride, lane_stride, count if tile > 1 else last - c, -np.inf) - top)
+        e = exp_for(x.at, load_at(x, c, x.count if x.tile > 1 else last - c, -np.inf) - top)
         store(terms, (c - first) // step * lanes, 1, lanes, e)
         total, c = total + e, c + step
-    return total if tile > 1 else splat(lane_sum(total), x)
+    return total if x.tile > 1 else splat(lane_sum(total), x.at)
 
 
 @njit(**INLINE)
-def block_statistics(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any, terms: Any) -> Any:
+def block_statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     """`top` and `total` of classes first .. last - 1, the largest logit and the sum of exp(x - top): of the rows in the lanes, or of the
     one row, in every lane. The terms of the sum are written to `terms`, vector after vector, and `top` behind them."""
-    # strides and counts that the compiler knows make loops without branches
-    lanes = lanes_of(x)
-    if tile == 1 and class_stride == 1:
-        return _statistics(x, first, last, 1, 1, 1, lanes, terms)
-    if tile > 1 and lane_stride == 1 and count == lanes:
-        return _statistics(x, first, last, class_stride, 1, lanes, lanes, terms)
-    return _statistics(x, first, last, class_stride, lane_stride, tile, count, terms)
+    if x.tile == 1 and x.class_ == 1:
+        return _statistics(one_row(x.at), first, last, terms)
+    if x.tile > 1 and x.lane == 1 and x.count == lanes_of(x.at):
+        return _statistics(whole_tile(x), first, last, terms)
+    return _statistics(x, first, last, terms)
 
 
 @njit(**INLINE)
@@ -156,26 +162,24 @@ def real_total(total: Any) -> Any:
 
 
 @njit(**INLINE)
-def row_statistics(x: Any, classes: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any, terms: Any, keep: Any) -> Any:
+def row_statistics(x: Any, classes: Any, terms: Any, keep: Any) -> Any:
     """`top` and `total` of the rows in the lanes, or of one row, block by block in order."""
-    size = block_size(terms, tile)
-    top, total = block_statistics(x, 0, min(classes, size), class_stride, lane_stride, tile, count, terms)
+    size = block_size(terms, x.tile)
+    top, total = block_statistics(x, 0, min(classes, size), terms)
     for first in range(size, classes, size):
-        to = block_of(terms, first // size * keep)
-        block = block_statistics(x, first, min(classes, first + size), class_stride, lane_stride, tile, count, to)
+        block = block_statistics(x, first, min(classes, first + size), block_of(terms, first // size * keep))
         top, total = merge(top, total, *block)
     return top, real_total(total)
 
 
 @njit(**INLINE)
-def block_top(x: Any, first: Any, last: Any, class_stride: Any, lane_stride: Any, tile: Any, count: Any) -> Any:
+def block_top(x: Any, first: Any, last: Any) -> Any:
     """`top` alone, as `block_statistics` has it."""
-    lanes = lanes_of(x)
-    if tile == 1 and class_stride == 1:
-        return _top(x, first, last, 1, 1, 1, lanes)
-    if tile > 1 and lane_stride == 1 and count == lanes:
-        return _top(x, first, last, class_stride, 1, lanes, lanes)
-    return _top(x, first, last, class_stride, lane_stride, tile, count)
+    if x.tile == 1 and x.class_ == 1:
+        return _top(one_row(x.at), first, last)
+    if x.tile > 1 and x.lane == 1 and x.count == lanes_of(x.at):
+        return _top(whole_tile(x), first, last)
+    return _top(x, first, last)
 
 
 @njit(**INLINE)
@@ -191,12 +195,12 @@ def kept_top(terms: Any) -> Any:
 
 
 @njit(**INLINE)
-def term(x: Any, top: Any, class_stride: Any, lane_stride: Any, terms: Any, kept: Any, first: Any, c: Any, tile: Any, n: Any) -> Any:
-    """The terms of the n classes from c on, of a block that starts at class `first`, or of class c of n rows in the lanes: from scratch
-    memory (`kept` = 1) or again from the logits (0), to the same bits."""
-    lanes = lanes_of(x)
-    if kept:
-        return load(terms, (c - first) * lanes if tile > 1 else c - first, 1, lanes if tile > 1 else n, 0.0)
-    if tile == 1:
-        prefetch(x, c * class_stride + BLOCK * lanes)
-    return exp_for(x, load(x, c * class_stride, lane_stride, n, 0.0) - top)
+def term(x: Any, block: Any, c: Any, n: Any) -> Any:
+    """The terms of the n classes from c on, or of class c of n rows in the lanes: from scratch memory or again from the logits, to the
+    same bits."""
+    lanes = lanes_of(x.at)
+    if block.kept:
+        return load(block.terms, (c - block.first) * lanes if x.tile > 1 else c - block.first, 1, lanes if x.tile > 1 else n, 0.0)
+    if x.tile == 1:
+        prefetch(x.at, c * x.class_ + BLOCK * lanes)
+    return exp_for(x.at, load_at(x, c, n, 0.0) - block.top)

@@ -3,55 +3,89 @@
 A *piece* is a stretch of at most PIECE numbers along P; a task is some pieces. Lanes lie along P.
 """
 
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import torch
 from numba import njit
 from torch import Tensor
 
 from .math import INLINE
+from .memory import load, offset, prefetch, store
+from .rows import AHEAD
 
 PIECE = 8192  # numbers in a piece
 TASK_NUMEL = (1 << 13, 1 << 15)  # elements in a task, at least and at most: see `rows.TASK_NUMEL`
 
 
+Strides = Annotated[tuple[int, ...], 3]  # of a tensor [A, B, P], in elements
+
+
 class Elements(NamedTuple):
-    """The way over the elements: all integers, handed to the region as they are (`ELEMENTS` are their kinds)."""
+    """The way over the elements."""
 
     a: int
     b: int
     p: int
+    pieces: int
     grain: int  # pieces in a task
-
-    @property
-    def pieces(self) -> int:
-        return self.a * self.b * -(-self.p // PIECE)
 
     @property
     def tasks(self) -> int:
         return -(-self.pieces // self.grain)
 
 
-ELEMENTS = "nnnn"
-
-
 def elements(tensor: Tensor) -> Elements:
     a, b, p = tensor.shape
-    whole = Elements(a, b, p, 1)
-    least, most = (numel // max(1, min(p, PIECE)) for numel in TASK_NUMEL)
-    share = whole.pieces // (4 * torch.get_num_threads())  # pieces in a task if every thread is to get four
-    return Elements(a, b, p, max(1, least, min(most, share)))
+    pieces, numel = a * b * -(-p // PIECE), max(1, min(p, PIECE))
+    share = pieces // (4 * torch.get_num_threads())  # pieces in a task if every thread is to get four
+    return Elements(a, b, p, pieces, max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share)))
+
+
+class Piece(NamedTuple):
+    a: int
+    b: int
+    first: int  # along P
+    size: int
+
+
+class Line(NamedTuple):
+    """A piece of a tensor: number k lies at + k * step."""
+
+    at: Any  # a pointer
+    step: int
 
 
 @njit(**INLINE)
-def last_piece(task: Any, grain: Any, a: Any, b: Any, p: Any) -> Any:
+def last_piece(task: Any, way: Any) -> Any:
     """One past the last piece of a task."""
-    return min((task + 1) * grain, a * b * ((p + PIECE - 1) // PIECE))
+    return min((task + 1) * way.grain, way.pieces)
 
 
 @njit(**INLINE)
-def piece_of(number: Any, b: Any, p: Any) -> Any:
-    """A piece's place: index along A, along B, first number along P, how many numbers."""
-    pieces = (p + PIECE - 1) // PIECE
+def piece_of(number: Any, way: Any) -> Any:
+    pieces = (way.p + PIECE - 1) // PIECE
     row, first = number // pieces, number % pieces * PIECE
-    return row // b, row % b, first, min(PIECE, p - first)
+    return Piece(row // way.b, row % way.b, first, min(PIECE, way.p - first))
+
+
+@njit(**INLINE)
+def line_at(pointer: Any, strides: Any, piece: Any) -> Any:
+    """A piece of the tensor at `pointer`."""
+    return Line(offset(pointer, piece.a * strides[0] + piece.b * strides[1] + piece.first * strides[2]), strides[2])
+
+
+@njit(**INLINE)
+def load_along(x: Any, k: Any, n: Any) -> Any:
+    """Numbers k .. k + n - 1; 0 in the lanes that are left."""
+    return load(x.at, k * x.step, x.step, n, 0.0)
+
+
+@njit(**INLINE)
+def store_along(x: Any, k: Any, n: Any, value: Any) -> None:
+    store(x.at, k * x.step, x.step, n, value)
+
+
+@njit(**INLINE)
+def prefetch_along(x: Any, k: Any) -> None:
+    """Ask for what is needed some vectors after number k."""
+    prefetch(x.at, k * x.step + AHEAD)

@@ -11,7 +11,6 @@ Tasks are handed out one by one, and no result depends on who ran which, so ever
 import ctypes
 import hashlib
 import signal
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -23,75 +22,26 @@ import torch
 from llvmlite import ir
 from numba.core import types
 from numba.core.ccallback import CFunc
-from numba.extending import intrinsic, models, register_model
+from numba.extending import intrinsic
 
-from . import half, llvm
+from . import half
+from .arguments import HEADER, STORAGE, Arguments, packer, word
 from .cache import KernelCache
 
-STORAGE = {torch.float32: llvm.float32, torch.float64: llvm.float64, torch.float16: llvm.float16, torch.bfloat16: llvm.bfloat16}
 # Words at the start of a launch's argument block
-_TASKS, _NEXT, _FLAG, _WORKERS, _FIRST = 0, 1, 2, 3, 4
+_TASKS, _NEXT, _FLAG, _WORKERS = range(HEADER)
 _I64 = ir.IntType(64)
 
 
 @cache
 def _sources() -> str:
-    """A fingerprint of this package and of the instructions it found. Part of every region's signature, so Numba's cache on disk never
-    outlives a change in any file, or in what LLVM can do."""
+    """A fingerprint of this package, of the groups, and of the instructions that were found. Part of every region's signature, so Numba's
+    cache on disk never outlives a change in any file, or in what LLVM can do."""
     digest = hashlib.sha256(" ".join(sorted(half.instructions())).encode())
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    here = Path(__file__).parent
+    for path in (here.parent / "groups.py", *sorted(here.glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
-
-
-class Arguments(types.Type):
-    """The argument block of a region whose logits are stored as `storage`."""
-
-    def __init__(self, storage: types.Type) -> None:
-        self.storage = storage
-        super().__init__(name=f"Arguments({storage}, {_sources()})")
-
-
-@register_model(Arguments)
-class _ArgumentsModel(models.PrimitiveModel):
-    def __init__(self, dmm: Any, fe_type: Arguments) -> None:
-        super().__init__(dmm, fe_type, _I64.as_pointer())
-
-
-def _word(builder: ir.IRBuilder, block: ir.Value, index: int) -> ir.Value:
-    return builder.gep(block, [ir.Constant(_I64, index)])
-
-
-@intrinsic(prefer_literal=True)
-def unpack(typingctx: Any, block: Any, kinds: Any) -> Any:
-    """The arguments as a tuple. Kinds, one letter each: `T` pointer to numbers as stored, `C` pointer to numbers as computed with
-    (float32 or float64), `D` pointer to float64, `I` pointer to int64, `n` an integer, `x` a real number (float32 or float64)."""
-    if not isinstance(kinds, types.StringLiteral):
-        return None
-    compute = llvm.COMPUTE[block.storage]
-    kind = {
-        "T": types.CPointer(block.storage),
-        "C": types.CPointer(compute),
-        "D": types.CPointer(types.float64),
-        "I": types.CPointer(types.int64),
-        "n": types.int64,
-        "x": compute,
-    }
-    result = types.Tuple([kind[letter] for letter in kinds.literal_value])
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        values = []
-        for i, ty in enumerate(result.types):
-            word = builder.load(_word(builder, args[0], _FIRST + i))
-            if isinstance(ty, types.CPointer):
-                word = builder.inttoptr(word, context.get_value_type(ty))
-            elif isinstance(ty, types.Float):
-                word = builder.bitcast(word, ir.DoubleType())
-                word = builder.fptrunc(word, ir.FloatType()) if ty == types.float32 else word
-            values.append(word)
-        return context.make_tuple(builder, result, values)
-
-    return result(block, kinds), codegen
 
 
 @intrinsic
@@ -99,8 +49,8 @@ def next_task(typingctx: Any, block: Any) -> Any:
     """The number of a task that nobody has taken yet, or -1 when none is left."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        task = builder.atomic_rmw("add", _word(builder, args[0], _NEXT), ir.Constant(_I64, 1), "monotonic")
-        left = builder.icmp_signed("<", task, builder.load(_word(builder, args[0], _TASKS)))
+        task = builder.atomic_rmw("add", word(builder, args[0], _NEXT), ir.Constant(_I64, 1), "monotonic")
+        left = builder.icmp_signed("<", task, builder.load(word(builder, args[0], _TASKS)))
         return builder.select(left, task, ir.Constant(_I64, -1))
 
     return types.int64(block), codegen
@@ -111,7 +61,7 @@ def next_worker(typingctx: Any, block: Any) -> Any:
     """The number of the calling thread, 0, 1, ... in the order in which they ask: for memory that each has to itself. Ask once."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        return builder.atomic_rmw("add", _word(builder, args[0], _WORKERS), ir.Constant(_I64, 1), "monotonic")
+        return builder.atomic_rmw("add", word(builder, args[0], _WORKERS), ir.Constant(_I64, 1), "monotonic")
 
     return types.int64(block), codegen
 
@@ -121,7 +71,7 @@ def raise_flag(typingctx: Any, block: Any) -> Any:
     """Tell the launcher that something is wrong; exceptions cannot leave compiled code that OpenMP called."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        builder.store(ir.Constant(_I64, 1), _word(builder, args[0], _FLAG))
+        builder.store(ir.Constant(_I64, 1), word(builder, args[0], _FLAG))
         return context.get_dummy_value()
 
     return types.void(block), codegen
@@ -158,36 +108,42 @@ def _uninterrupted() -> Iterator[None]:
 class Region:
     """A compiled loop over tasks, one version for each dtype, compiled at first use and cached on disk where that is possible."""
 
-    def __init__(self, body: Callable[[Any], None], kinds: str) -> None:
-        self.body = body
-        self._layout = struct.Struct("=qqqq" + "".join("d" if letter == "x" else "q" for letter in kinds))
+    def __init__(self, body: Callable[[Any], None], block: Any) -> None:
+        self.body, self.block = body, block
+        self._pack = packer(block)
         self._compiled: dict[torch.dtype, tuple[Any, Callable[[int], None]]] = {}
         self._lock = threading.Lock()
+
+    def signature(self, dtype: torch.dtype) -> Any:
+        """Numba's, where the logits are of this dtype."""
+        return types.void(Arguments(self.block, STORAGE[dtype], _sources()))
 
     def compile(self, dtype: torch.dtype) -> tuple[Any, Callable[[int], None]]:
         """Numba's compiled function for this dtype, and the same as a function of an address."""
         with self._lock, _uninterrupted():
             if dtype not in self._compiled:
-                compiled = CFunc(self.body, ((Arguments(STORAGE[dtype]),), types.void), {}, {"error_model": "numpy"})
+                signature = self.signature(dtype)
+                compiled = CFunc(self.body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
                 with suppress(Exception):  # without a place that can be written, every process compiles
                     compiled._cache = KernelCache(self.body)
                 compiled.compile()
                 self._compiled[dtype] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
             return self._compiled[dtype]
 
-    def __call__(self, dtype: torch.dtype, tasks: int, *args: float) -> bool:
+    def __call__(self, tasks: int, arguments: Any) -> bool:
         """Run all tasks and wait. True if one of them raised the flag."""
+        dtype, words = self._pack(tasks, arguments)
         compiled, on_this_thread = self._compiled.get(dtype) or self.compile(dtype)
-        block = ctypes.create_string_buffer(self._layout.pack(tasks, 0, 0, 0, *args), self._layout.size)
-        threads = min(tasks, torch.get_num_threads())
+        block = (ctypes.c_char * len(words)).from_buffer_copy(words)
+        threads = min(tasks, torch.get_num_threads()) if tasks > 1 else 1
         parallel = _openmp() if threads > 1 else None
         if parallel is None:
             on_this_thread(ctypes.addressof(block))
         else:
             parallel(compiled.address, ctypes.addressof(block), threads, 0)
-        return block.raw[8 * _FLAG] != 0
+        return block[8 * _FLAG] != b"\0"
 
 
-def region(kinds: str) -> Callable[[Callable[[Any], None]], Region]:
-    """Make a function of an argument block into a Region whose arguments have these kinds (see `unpack`)."""
-    return lambda body: Region(body, kinds)
+def region(block: Any) -> Callable[[Callable[[Any], None]], Region]:
+    """Make a function of an argument block into a Region whose `arguments` are of this kind."""
+    return lambda body: Region(body, block)

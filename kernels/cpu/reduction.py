@@ -1,73 +1,95 @@
 """Sums in one fixed order: blocks of a fixed size by any thread, then the blocks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .launch import next_task, region, unpack
+from .arguments import Float64, Int64, Stored, arguments
+from .launch import next_task, region
 from .memory import load, load_classes
 from .simd import lane_sum, lanes_of, splat, widen
 from .targets import weights_of
 
-_SUM = "TDTnnn"
-_SUM_OF_WEIGHTS = "ITDTnnnnnn"
 _BLOCK = 1 << 14
 
 
+class Sum(NamedTuple):
+    values: Stored
+    total: Stored | None  # for the sum itself, if one block is all there is
+    subtotals: Float64 | None  # else for those of the blocks
+    size: int
+    direct: int
+
+
+class SumOfWeights(NamedTuple):
+    target: Int64
+    ignore_index: int
+    weight: Stored
+    weight_stride: int
+    classes: int
+    total: Stored | None  # as in `Sum`
+    subtotals: Float64 | None
+    size: int
+    direct: int
+
+
 def sum_rows(values: Tensor, total: Tensor) -> None:
-    blocks, direct, subtotals = _blocks(values.numel(), values.dtype, total)
-    _sum(values.dtype, blocks, values.data_ptr(), subtotals.data_ptr(), total.data_ptr(), values.numel(), _BLOCK, direct)
-    if not direct:
+    blocks, subtotals = _subtotals(values.numel(), values.dtype, total)
+    direct = subtotals is None
+    _sum(blocks, Sum(
+        values=values, total=total if direct else None, subtotals=subtotals, size=values.numel(), direct=direct
+    ))  # fmt: skip
+    if subtotals is not None:
         total.copy_(subtotals.sum())  # few numbers: torch sums them on one thread
 
 
 def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
-    blocks, direct, subtotals = _blocks(target.numel(), weight.dtype, total)
-    _sum_of_weights(
-        weight.dtype, blocks, target.data_ptr(), weight.data_ptr(), subtotals.data_ptr(), total.data_ptr(),
-        target.numel(), _BLOCK, direct, ignore_index, weight.numel(), weight.stride(0),
-    )  # fmt: skip
-    if not direct:
+    blocks, subtotals = _subtotals(target.numel(), weight.dtype, total)
+    direct = subtotals is None
+    _sum_of_weights(blocks, SumOfWeights(
+        target=target, ignore_index=ignore_index, weight=weight, weight_stride=weight.stride(0), classes=weight.numel(),
+        total=total if direct else None, subtotals=subtotals, size=target.numel(), direct=direct,
+    ))  # fmt: skip
+    if subtotals is not None:
         total.copy_(subtotals.sum())
 
 
-def _blocks(rows: int, dtype: torch.dtype, total: Tensor) -> tuple[int, bool, Tensor]:
-    """How many blocks, whether the only one writes the total itself (the common small case, without two more torch calls), and where
-    the sums of the blocks go."""
+def _subtotals(rows: int, dtype: torch.dtype, total: Tensor) -> tuple[int, Tensor | None]:
+    """How many blocks, and where their sums go; nowhere if the only one writes the total itself, the common small case, without two more
+    torch calls."""
     blocks = max(1, -(-rows // _BLOCK))
-    direct = blocks == 1 and dtype == total.dtype
-    return blocks, direct, total if direct else torch.empty(blocks, dtype=torch.float64, device="cpu")
+    return blocks, None if blocks == 1 and dtype == total.dtype else torch.empty(blocks, dtype=torch.float64, device="cpu")
 
 
-@region(_SUM)
-def _sum(a: Any) -> None:
-    values, subtotals, total, size, block, direct = unpack(a, _SUM)
-    task = next_task(a)
+@region(Sum)
+def _sum(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
     while task >= 0:
-        subtotal = widen(splat(0.0, values))
-        last = min(size, (task + 1) * block)
-        for i in range(task * block, last, lanes_of(values)):
-            subtotal = subtotal + widen(load(values, i, 1, last - i, 0.0))
-        if direct:
-            total[0] = lane_sum(subtotal)
+        subtotal = widen(splat(0.0, a.values))
+        last = min(a.size, (task + 1) * _BLOCK)
+        for i in range(task * _BLOCK, last, lanes_of(a.values)):
+            subtotal = subtotal + widen(load(a.values, i, 1, last - i, 0.0))
+        if a.direct:
+            a.total[0] = lane_sum(subtotal)
         else:
-            subtotals[task] = lane_sum(subtotal)
-        task = next_task(a)
+            a.subtotals[task] = lane_sum(subtotal)
+        task = next_task(block)
 
 
-@region(_SUM_OF_WEIGHTS)
-def _sum_of_weights(a: Any) -> None:
-    target, weight, subtotals, total, size, block, direct, ignore_index, classes, weight_stride = unpack(a, _SUM_OF_WEIGHTS)
-    task = next_task(a)
+@region(SumOfWeights)
+def _sum_of_weights(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
     while task >= 0:
-        subtotal = widen(splat(0.0, weight))
-        last = min(size, (task + 1) * block)
-        for i in range(task * block, last, lanes_of(weight)):
-            y = load_classes(target, i, 1, last - i, ignore_index, subtotal)
-            subtotal = subtotal + widen(weights_of(weight, weight_stride, y, classes))
-        if direct:
-            total[0] = lane_sum(subtotal)
+        subtotal = widen(splat(0.0, a.weight))
+        last = min(a.size, (task + 1) * _BLOCK)
+        for i in range(task * _BLOCK, last, lanes_of(a.weight)):
+            y = load_classes(a.target, i, 1, last - i, a.ignore_index, subtotal)
+            subtotal = subtotal + widen(weights_of(a.weight, a.weight_stride, y, a.classes))
+        if a.direct:
+            a.total[0] = lane_sum(subtotal)
         else:
-            subtotals[task] = lane_sum(subtotal)
-        task = next_task(a)
+            a.subtotals[task] = lane_sum(subtotal)
+        task = next_task(block)

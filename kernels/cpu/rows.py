@@ -1,8 +1,8 @@
 """How the kernels go over logits [N, C] or [B, C, P].
 
 The lanes of a vector are either rows (*rows in lanes*: few classes, or classes that do not lie side by side) or classes of one row
-(*row by row*). Every kernel is written once for both: lane i of the vector at class c lies at
-c * class_stride + i * lane_stride; [N] vectors are read with a stride of `across` lanes, 1 or 0; `advance` goes on to the next vector.
+(*row by row*). Every kernel is written once for both, over `Lanes`; `load_numbers` reads [N] vectors for either, and `advance` goes on to
+the next vector.
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from .math import INLINE
-from .memory import to_alignment
+from .memory import load, offset, store, to_alignment
 from .simd import lanes_of
 
 FEW_CLASSES = 48  # up to here lanes are rows
@@ -33,18 +33,17 @@ class Strides(NamedTuple):
 
 def strides_of(tensor: Tensor) -> Strides:
     """[B, C, P] as it is; the N rows of [N, C] are the positions of one batch entry."""
-    return Strides(0, tensor.stride(1), tensor.stride(0)) if tensor.dim() == 2 else Strides(*tensor.stride())
+    strides = tensor.stride()
+    return Strides(0, strides[1], strides[0]) if len(strides) == 2 else Strides(*strides)
 
 
 class Walk(NamedTuple):
-    """The way over the logits: all integers, handed to the region as they are (`WALK` are their kinds)."""
+    """The way over the logits."""
 
     batch: int
     classes: int
     positions: int
-    batch_stride: int
-    class_stride: int
-    position_stride: int
+    strides: Strides  # of the logits
     tile: int  # rows in a vector: 1 is row by row
     grain: int  # tiles in a task
 
@@ -53,18 +52,19 @@ class Walk(NamedTuple):
         return -(-self.batch * -(-self.positions // self.tile) // self.grain)
 
 
-WALK = "n" * 8
-
-
 def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
     """With at most `few` classes, lanes are rows."""
-    batch, classes, positions = (1, logits.shape[1], logits.shape[0]) if logits.dim() == 2 else logits.shape
-    strides = strides_of(logits)
-    rows, lanes = batch * positions, lanes_for(logits)
-    tile = lanes if (classes <= few or (strides.class_ != 1 and classes <= MOST_IN_LANES)) and rows >= lanes else 1
-    least, most = (numel // max(1, tile * classes) for numel in TASK_NUMEL)
+    if logits.dim() == 2:
+        batch, (positions, classes) = 1, logits.shape
+    else:
+        batch, classes, positions = logits.shape
+    strides, rows, lanes = strides_of(logits), batch * positions, lanes_for(logits)
+    in_lanes = classes <= few or (strides.class_ != 1 and classes <= MOST_IN_LANES)
+    tile = lanes if in_lanes and rows >= lanes else 1
+    numel = max(1, tile * classes)
     share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
-    return Walk(batch, classes, positions, *strides, tile, max(1, least, min(most, share)))
+    grain = max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))
+    return Walk(batch, classes, positions, strides, tile, grain)
 
 
 def lanes_for(logits: Tensor) -> int:
@@ -74,43 +74,115 @@ def lanes_for(logits: Tensor) -> int:
 
 def bypass_caches(source: Tensor, result: Tensor) -> bool:
     """Whether to write a result past the caches: it is large, and it is not the memory just read."""
-    return result.numel() * result.element_size() >= STREAM_BYTES and result.data_ptr() != source.data_ptr()
+    return result.nbytes >= STREAM_BYTES and result.data_ptr() != source.data_ptr()
+
+
+class Tile(NamedTuple):
+    """Rows that share a vector, or the one row."""
+
+    b: int
+    p: int  # of the first row, as `row` is
+    row: int
+    count: int  # rows
+
+
+class Lanes(NamedTuple):
+    """A tile of a tensor: lane i of the vector at class c lies at + c * class_ + i * lane."""
+
+    at: Any  # a pointer
+    class_: int
+    lane: int
+    tile: int  # rows in a vector: 1 is row by row
+    count: int  # of these, rows that there are
 
 
 @njit(**INLINE)
-def last_tile(task: Any, grain: Any, batch: Any, positions: Any, tile: Any) -> Any:
+def last_tile(task: Any, way: Any) -> Any:
     """One past the last tile of a task."""
-    return min((task + 1) * grain, batch * ((positions + tile - 1) // tile))
+    return min((task + 1) * way.grain, tiles_of(way))
 
 
 @njit(**INLINE)
-def rows_of(number: Any, positions: Any, tile: Any) -> Any:
-    """A tile's batch entry, first position, first row and number of rows."""
-    tiles = (positions + tile - 1) // tile
-    b, p = number // tiles, number % tiles * tile
-    return b, p, b * positions + p, min(tile, positions - p)
+def tiles_of(way: Any) -> Any:
+    return way.batch * ((way.positions + way.tile - 1) // way.tile)
 
 
 @njit(**INLINE)
-def first_vector(result: Any, classes: Any, tile: Any, count: Any, past_caches: Any) -> Any:
-    """How many lanes the first vector fills: every row of a tile; or so many classes that all further vectors lie aligned."""
-    if tile > 1:
-        return count
+def tile_of(number: Any, way: Any) -> Any:
+    tiles = (way.positions + way.tile - 1) // way.tile
+    b, p = number // tiles, number % tiles * way.tile
+    return Tile(b, p, b * way.positions + p, min(way.tile, way.positions - p))
+
+
+@njit(**INLINE)
+def row_at(pointer: Any, strides: Any, b: Any, p: Any) -> Any:
+    return offset(pointer, b * strides.batch + p * strides.position)
+
+
+@njit(**INLINE)
+def lanes_at(pointer: Any, strides: Any, t: Any, way: Any) -> Any:
+    """A tile of the tensor at `pointer`."""
+    return Lanes(
+        row_at(pointer, strides, t.b, t.p), strides.class_, strides.position if way.tile > 1 else strides.class_, way.tile, t.count
+    )
+
+
+@njit(**INLINE)
+def one_row(at: Any) -> Any:
+    """A row whose classes lie side by side. Strides and counts that the compiler knows make loops without branches."""
+    return Lanes(at, 1, 1, 1, 1)
+
+
+@njit(**INLINE)
+def whole_tile(x: Any) -> Any:
+    """Rows that lie side by side and fill the lanes: the compiler knows all but the distance of the classes."""
+    lanes = lanes_of(x.at)
+    return Lanes(x.at, x.class_, 1, lanes, lanes)
+
+
+@njit(**INLINE)
+def load_at(x: Any, c: Any, n: Any, other: Any) -> Any:
+    """The n lanes in use of the vector at class c; `other` in the others."""
+    return load(x.at, c * x.class_, x.lane, n, other)
+
+
+@njit(**INLINE)
+def store_at(x: Any, c: Any, n: Any, value: Any) -> None:
+    store(x.at, c * x.class_, x.lane, n, value)
+
+
+@njit(**INLINE)
+def load_numbers(numbers: Any, stride: Any, row: Any, x: Any, other: Any) -> Any:
+    """Numbers of the rows of a tile x, the first of which is `row`: one in each lane, or the one row's in every lane."""
+    if x.tile > 1:
+        return load(numbers, row * stride, stride, x.count, other)
+    return load(numbers, row * stride, 0, lanes_of(x.at), other)
+
+
+@njit(**INLINE)
+def first_vector(x: Any, first: Any, last: Any, past_caches: Any) -> Any:
+    """How many lanes the vector at class `first` fills: every row of a tile; or so many classes that all further vectors lie aligned."""
+    return x.count if x.tile > 1 else to_first_vector(offset(x.at, first * x.class_), last - first, past_caches)
+
+
+@njit(**INLINE)
+def to_first_vector(result: Any, count: Any, past_caches: Any) -> Any:
+    """How many of `count` numbers to write one by one so that all further vectors lie aligned, or how many the first vector fills."""
     head = to_alignment(result) if past_caches else 0
-    return min(classes, head if head > 0 else lanes_of(result))
+    return min(count, head if head > 0 else lanes_of(result))
 
 
 @njit(**INLINE)
-def advance(c: Any, n: Any, classes: Any, tile: Any, lanes: Any) -> Any:
+def advance(x: Any, c: Any, n: Any, last: Any) -> Any:
     """The class where the next vector starts, and how many lanes it fills."""
-    return (c + 1, n) if tile > 1 else (c + n, min(lanes, classes - c - n))
+    return (c + 1, n) if x.tile > 1 else (c + n, min(lanes_of(x.at), last - c - n))
 
 
 @njit(**INLINE)
-def whole_vectors(c: Any, n: Any, classes: Any, tile: Any, lanes: Any) -> Any:
+def whole_vectors(c: Any, n: Any, last: Any, lanes: Any) -> Any:
     """Where the stretch of whole vectors of one row from class c on ends; c if there is none.
 
     Where classes lie side by side, such a stretch gets a loop of its own, with strides and counts that the compiler knows: only
     without a branch does it keep the constants of exp in registers.
     """
-    return c + (classes - c) // lanes * lanes if tile == 1 and n == lanes else c
+    return c + (last - c) // lanes * lanes if n == lanes else c

@@ -5,38 +5,85 @@ dlogits = dloss (mass p - spread w - keep w_y onehot(y))
 """
 
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numba import njit
 from torch import Tensor
 
 from ..groups import Rows, Smoothing
+from .arguments import Computed, Int64, Stored, arguments
 from .blocks import all_kept, block_of, blocks_kept, scratch
-from .cross_entropy import row_numbers, see_targets, write_zeros
-from .launch import next_task, next_worker, raise_flag, region, unpack
+from .cross_entropy import see_targets
+from .gradient import row_numbers, write_zeros
+from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, log
-from .memory import load, load_classes, offset, store
-from .rows import WALK, bypass_caches, last_tile, rows_of, strides_of, walk
-from .simd import lanes_of, select
+from .memory import load, load_classes, store
+from .rows import Lanes, Strides, Walk, bypass_caches, lanes_at, last_tile, load_numbers, strides_of, tile_of, walk
+from .simd import select
 from .targets import refuse_out_of_bounds
-from .weighted import weighted_gradient_of_row, weighted_loss, weighted_statistics
+from .weighted import WeightedNumbers, factors_of, weighted_gradient_of_row, weighted_loss, weighted_statistics
 
-_FORWARD = "TITCCCCCCCxxnn" + WALK
-_BACKWARD = "TITCCCCCCTxxnnnnnnn" + WALK
-_FORWARD_BACKWARD = "TITCCCCCCCTCxxnnnnnnnn" + WALK
+
+class Forward(NamedTuple):
+    logits: Stored
+    target: Int64
+    zero: Stored  # the class probabilities of smoothing alone
+    weight: Computed
+    weight_stride: int
+    ignore_index: int
+    smoothing: Smoothing
+    loss: Computed
+    rows: Rows
+    terms: Computed
+    way: Walk
+
+
+class Backward(NamedTuple):
+    logits: Stored
+    target: Int64
+    zero: Stored
+    weight: Computed
+    weight_stride: int
+    ignore_index: int
+    smoothing: Smoothing
+    rows: Rows
+    dloss: Computed
+    dloss_stride: int
+    dlogits: Stored
+    dstrides: Strides
+    past_caches: int
+    way: Walk
+
+
+class ForwardBackward(NamedTuple):
+    logits: Stored
+    target: Int64
+    zero: Stored
+    weight: Computed
+    weight_stride: int
+    ignore_index: int
+    smoothing: Smoothing
+    dloss: Computed
+    dloss_stride: int
+    loss: Computed
+    rows: Rows
+    dlogits: Stored
+    dstrides: Strides
+    terms: Computed
+    kept: int  # blocks that there is room for in `terms`
+    past_caches: int
+    way: Walk
 
 
 def smoothed_cross_entropy_forward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing, loss: Tensor, rows: Rows
 ) -> None:
-    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
-    way, terms = walk(logits), scratch(1)
-    out_of_bounds = _forward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), _zero(logits.dtype).data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(),
-        mass.data_ptr(), top.data_ptr(), total.data_ptr(), terms.data_ptr(), keep, spread, ignore_index, weight.stride(0), *way,
-    )  # fmt: skip
+    way = walk(logits)
+    out_of_bounds = _forward(way.tasks, Forward(
+        logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
+        ignore_index=ignore_index, smoothing=smoothing, loss=loss, rows=rows, terms=scratch(1, logits), way=way,
+    ))  # fmt: skip
     if out_of_bounds:
         refuse_out_of_bounds(target, way.classes, ignore_index)
 
@@ -44,150 +91,109 @@ def smoothed_cross_entropy_forward(
 def smoothed_cross_entropy_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing, rows: Rows, dloss: Tensor, dlogits: Tensor
 ) -> None:
-    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
     way = walk(logits)
-    _backward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), _zero(logits.dtype).data_ptr(), weight.data_ptr(), row_weight.data_ptr(), mass.data_ptr(),
-        top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(),
-        keep, spread, ignore_index, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
-    )  # fmt: skip
+    _backward(way.tasks, Backward(
+        logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
+        ignore_index=ignore_index, smoothing=smoothing, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0),
+        dlogits=dlogits, dstrides=strides_of(dlogits), past_caches=bypass_caches(logits, dlogits), way=way,
+    ))  # fmt: skip
 
 
 def smoothed_cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, smoothing: Smoothing,
     dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor,
 ) -> None:  # fmt: skip
-    (keep, spread), (row_weight, mass, top, total) = smoothing, rows
     way = walk(logits)
     kept = blocks_kept(way, logits)
-    terms = scratch(kept)
-    out_of_bounds = _forward_backward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), _zero(logits.dtype).data_ptr(), weight.data_ptr(), loss.data_ptr(), row_weight.data_ptr(),
-        mass.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dlogits.data_ptr(), terms.data_ptr(),
-        keep, spread, kept, ignore_index, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits), *strides_of(dlogits), *way,
-    )  # fmt: skip
+    out_of_bounds = _forward_backward(way.tasks, ForwardBackward(
+        logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
+        ignore_index=ignore_index, smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
+        dlogits=dlogits, dstrides=strides_of(dlogits), terms=scratch(kept, logits), kept=kept,
+        past_caches=bypass_caches(logits, dlogits), way=way,
+    ))  # fmt: skip
     if out_of_bounds:
         refuse_out_of_bounds(target, way.classes, ignore_index)
 
 
 @cache
 def _zero(dtype: torch.dtype) -> Tensor:
-    """The class probabilities of smoothing alone, stride 0."""
     return torch.zeros(1, dtype=dtype, device="cpu")
 
 
 @njit(**INLINE)
-def _write_loss(
-    target: Any, ignore_index: Any, keep: Any, loss: Any, row_weight: Any, mass: Any, top: Any, total: Any,
-    row: Any, count: Any, masses: Any, gaps: Any,
-) -> None:  # fmt: skip
-    """After `see_targets`."""
-    tops, totals = load(top, row, 1, count, 0.0), load(total, row, 1, count, 1.0)
-    valid = load_classes(target, row, 1, count, ignore_index, tops) > -1
-    kept = keep * load(row_weight, row, 1, count, 0.0)
-    log_total = log(totals)
-    nll = log_total - (load(loss, row, 1, count, 0.0) - tops)
-    store(loss, row, 1, count, select(valid, kept * nll + weighted_loss(masses, log_total, gaps), 0.0))
-    store(mass, row, 1, count, select(valid, masses + kept, 0.0))
-
-
-@region(_FORWARD)
-def _forward(a: Any) -> None:
-    (logits, target, zero, weight, loss, row_weight, mass, top, total, terms, keep, spread, ignore_index, w_class,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
-    lane_stride, w_lane = (position_stride, 0) if tile > 1 else (class_stride, w_class)
-    terms = block_of(terms, next_worker(a))
-    task = next_task(a)
-    while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            seen = 0 if tile == 1 and target[row] == ignore_index else classes
-            tops, totals, masses, gaps = weighted_statistics(
-                x, zero, weight, keep, spread, seen, class_stride, lane_stride, 0, 0, w_class, w_lane, tile, count, terms, 0
-            )
-            if see_targets(
-                x, tops, totals, target, ignore_index, weight, w_class, loss, row_weight, top, total,
-                row, tile, count, classes, class_stride, lane_stride,
-            ):  # fmt: skip
-                raise_flag(a)
-            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, masses, gaps)
-        task = next_task(a)
-
-
-@region(_BACKWARD)
-def _backward(a: Any) -> None:
-    (logits, target, zero, weight, row_weight, mass, top, total, dloss, dlogits,
-     keep, spread, ignore_index, w_class, dloss_stride, past_caches, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
-    task = next_task(a)
-    while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            dx = offset(dlogits, b * to_batch + p * to_position)
-            tops, y, g, g_y, scale = _row_numbers(
-                target, ignore_index, keep, row_weight, mass, top, total, dloss, dloss_stride, row, tile, count
-            )
-            if tile == 1 and target[row] == ignore_index:
-                write_zeros(dx, 0, classes, to_class, past_caches)
-            else:
-                weighted_gradient_of_row(
-                    x, dx, classes, class_stride, lane_stride, to_class, to_lane, zero, 0, 0, weight, w_class, w_lane, keep, spread,
-                    tile, count, top, 0, tops, scale, g, y, target[row], g_y, past_caches,
-                )  # fmt: skip
-        task = next_task(a)
+def _factors(a: Any, x: Any) -> Any:
+    return factors_of(x, Lanes(a.zero, 0, 0, x.tile, x.count), a.weight, a.weight_stride, a.smoothing)
 
 
 @njit(**INLINE)
-def _row_numbers(
-    target: Any, ignore_index: Any, keep: Any, row_weight: Any, mass: Any, top: Any, total: Any,
-    dloss: Any, dloss_stride: Any, row: Any, tile: Any, count: Any,
-) -> Any:  # fmt: skip
-    """top, y, g = dloss, g keep w_y and g mass / total, one for each lane, or the row's in every lane."""
-    tops, y, g_y, _ = row_numbers(target, ignore_index, row_weight, top, total, dloss, dloss_stride, row, tile, count)
-    _, _, _, scale = row_numbers(target, ignore_index, mass, top, total, dloss, dloss_stride, row, tile, count)
-    across, n = (1, count) if tile > 1 else (0, lanes_of(top))
-    return tops, y, load(dloss, row * dloss_stride, across * dloss_stride, n, 0.0), keep * g_y, scale
+def _see_row(a: Any, x: Any, row: Any, terms: Any, kept: Any) -> Any:
+    """Write the losses and the numbers of the rows at x. True if a target is no class."""
+    # statistics
+    seen = 0 if x.tile == 1 and a.target[row] == a.ignore_index else a.way.classes
+    tops, totals, masses, gaps = weighted_statistics(x, _factors(a, x), seen, terms, kept)
+    # target logit and class weight
+    out_of_bounds = see_targets(a, x, row, tops, totals)
+    # loss
+    tops, totals = load(a.rows.top, row, 1, x.count, 0.0), load(a.rows.total, row, 1, x.count, 1.0)
+    valid = load_classes(a.target, row, 1, x.count, a.ignore_index, tops) > -1
+    kept_mass = a.smoothing.keep * load(a.rows.row_weight, row, 1, x.count, 0.0)
+    log_total = log(totals)
+    nll = log_total - (load(a.loss, row, 1, x.count, 0.0) - tops)
+    store(a.loss, row, 1, x.count, select(valid, kept_mass * nll + weighted_loss(masses, log_total, gaps), 0.0))
+    store(a.rows.mass, row, 1, x.count, select(valid, masses + kept_mass, 0.0))
+    return out_of_bounds
 
 
-@region(_FORWARD_BACKWARD)
-def _forward_backward(a: Any) -> None:
-    (logits, target, zero, weight, loss, row_weight, mass, top, total, dloss, dlogits, terms,
-     keep, spread, kept, ignore_index, w_class, dloss_stride, past_caches, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD_BACKWARD)  # fmt: skip
-    lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
-    terms = block_of(terms, next_worker(a) * kept)
-    all_blocks = all_kept(terms, kept, classes, tile)
-    task = next_task(a)
+@njit(**INLINE)
+def _gradient(a: Any, x: Any, dx: Any, row: Any, terms: Any, kept: Any) -> None:
+    """Write the gradients of the rows at x."""
+    # row numbers
+    r, of_mass = row_numbers(a, a.rows.row_weight, x, row), row_numbers(a, a.rows.mass, x, row)
+    g = load_numbers(a.dloss, a.dloss_stride, row, x, 0.0)
+    # gradient
+    if x.tile == 1 and r.y_row == a.ignore_index:
+        write_zeros(dx, 0, a.way.classes, a.past_caches)
+    else:
+        numbers = WeightedNumbers(r.top, g, of_mass.scale, r.y, r.y_row, a.smoothing.keep * r.g)
+        weighted_gradient_of_row(x, dx, _factors(a, x), a.way.classes, terms, kept, numbers, a.past_caches)
+
+
+@region(Forward)
+def _forward(block: Any) -> None:
+    a = arguments(block)
+    terms = block_of(a.terms, next_worker(block))
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            dx = offset(dlogits, b * to_batch + p * to_position)
-            # statistics
-            seen = 0 if tile == 1 and target[row] == ignore_index else classes
-            tops, totals, masses, gaps = weighted_statistics(
-                x, zero, weight, keep, spread, seen, class_stride, lane_stride, 0, 0, w_class, w_lane, tile, count, terms, all_blocks
-            )
-            if see_targets(
-                x, tops, totals, target, ignore_index, weight, w_class, loss, row_weight, top, total,
-                row, tile, count, classes, class_stride, lane_stride,
-            ):  # fmt: skip
-                raise_flag(a)
-            _write_loss(target, ignore_index, keep, loss, row_weight, mass, top, total, row, count, masses, gaps)
-            # gradient
-            tops, y, g, g_y, scale = _row_numbers(
-                target, ignore_index, keep, row_weight, mass, top, total, dloss, dloss_stride, row, tile, count
-            )
-            if tile == 1 and target[row] == ignore_index:
-                write_zeros(dx, 0, classes, to_class, past_caches)
-            else:
-                weighted_gradient_of_row(
-                    x, dx, classes, class_stride, lane_stride, to_class, to_lane, zero, 0, 0, weight, w_class, w_lane, keep, spread,
-                    tile, count, terms, all_blocks, tops, scale, g, y, target[row], g_y, past_caches,
-                )  # fmt: skip
-        task = next_task(a)
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            if _see_row(a, lanes_at(a.logits, a.way.strides, t, a.way), t.row, terms, 0):
+                raise_flag(block)
+        task = next_task(block)
+
+
+@region(Backward)
+def _backward(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            x, dx = lanes_at(a.logits, a.way.strides, t, a.way), lanes_at(a.dlogits, a.dstrides, t, a.way)
+            _gradient(a, x, dx, t.row, a.rows.top, 0)
+        task = next_task(block)
+
+
+@region(ForwardBackward)
+def _forward_backward(block: Any) -> None:
+    a = arguments(block)
+    terms = block_of(a.terms, next_worker(block) * a.kept)
+    keep = all_kept(terms, a.kept, a.way)
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            x, dx = lanes_at(a.logits, a.way.strides, t, a.way), lanes_at(a.dlogits, a.dstrides, t, a.way)
+            if _see_row(a, x, t.row, terms, keep):
+                raise_flag(block)
+            _gradient(a, x, dx, t.row, terms, keep)
+        task = next_task(block)

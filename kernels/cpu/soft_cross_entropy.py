@@ -4,185 +4,207 @@ k_c = w_c (keep q_c + spread)      mass = sum k      loss = sum_c k_c (-log p_c)
 dlogits = dloss (mass p - k)       dtarget = dloss keep w_c (-log p_c)
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import njit
 from torch import Tensor
 
 from ..groups import Rows, Smoothing
+from .arguments import Computed, Stored, arguments
 from .blocks import all_kept, block_of, blocks_kept, scratch
-from .launch import next_task, next_worker, region, unpack
+from .launch import next_task, next_worker, region
 from .math import INLINE, log
-from .memory import load, offset, store
-from .rows import WALK, advance, bypass_caches, last_tile, rows_of, strides_of, walk
+from .memory import load, store
+from .rows import Strides, Walk, advance, bypass_caches, lanes_at, last_tile, load_at, load_numbers, store_at, strides_of, tile_of, walk
 from .simd import lane_numbers, lanes_of, splat
-from .weighted import weighted_gradient_of_row, weighted_loss, weighted_statistics
+from .weighted import WeightedNumbers, factors_of, weighted_gradient_of_row, weighted_loss, weighted_statistics
 
-_FORWARD = "TTCCCCCCxxnnnn" + WALK
-_BACKWARD = "TTCCCCCTxxnnnnnnnnn" + WALK
-_FORWARD_BACKWARD = "TTCCCCCCTCxxnnnnnnnnnn" + WALK
-_TARGET_BACKWARD = "TCCCCTxnnnnn" + WALK
+
+class Forward(NamedTuple):
+    logits: Stored
+    target: Stored
+    target_strides: Strides
+    weight: Computed
+    weight_stride: int
+    smoothing: Smoothing
+    loss: Computed
+    rows: Rows
+    terms: Computed
+    way: Walk
+
+
+class Backward(NamedTuple):
+    logits: Stored
+    target: Stored
+    target_strides: Strides
+    weight: Computed
+    weight_stride: int
+    smoothing: Smoothing
+    rows: Rows
+    dloss: Computed
+    dloss_stride: int
+    dlogits: Stored
+    dstrides: Strides
+    past_caches: int
+    way: Walk
+
+
+class ForwardBackward(NamedTuple):
+    logits: Stored
+    target: Stored
+    target_strides: Strides
+    weight: Computed
+    weight_stride: int
+    smoothing: Smoothing
+    dloss: Computed
+    dloss_stride: int
+    loss: Computed
+    rows: Rows
+    dlogits: Stored
+    dstrides: Strides
+    terms: Computed
+    kept: int  # blocks that there is room for in `terms`
+    past_caches: int
+    way: Walk
+
+
+class TargetBackward(NamedTuple):
+    logits: Stored
+    weight: Computed
+    weight_stride: int
+    keep: float
+    rows: Rows
+    dloss: Computed
+    dloss_stride: int
+    dtarget: Stored
+    dstrides: Strides
+    way: Walk
 
 
 def soft_cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, loss: Tensor, rows: Rows) -> None:
-    (keep, spread), (_, mass, top, total) = smoothing, rows
-    way, terms = walk(logits), scratch(1)
-    _forward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), mass.data_ptr(), top.data_ptr(), total.data_ptr(),
-        terms.data_ptr(), keep, spread, weight.stride(0), *strides_of(target), *way,
-    )  # fmt: skip
+    way = walk(logits)
+    _forward(way.tasks, Forward(
+        logits=logits, target=target, target_strides=strides_of(target), weight=weight, weight_stride=weight.stride(0),
+        smoothing=smoothing, loss=loss, rows=rows, terms=scratch(1, logits), way=way,
+    ))  # fmt: skip
 
 
 def soft_cross_entropy_backward(
     logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, rows: Rows, dloss: Tensor, dlogits: Tensor
 ) -> None:
-    (keep, spread), (_, mass, top, total) = smoothing, rows
     way = walk(logits)
-    _backward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), mass.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(),
-        dlogits.data_ptr(), keep, spread, weight.stride(0), dloss.stride(0), bypass_caches(logits, dlogits),
-        *strides_of(target), *strides_of(dlogits), *way,
-    )  # fmt: skip
+    _backward(way.tasks, Backward(
+        logits=logits, target=target, target_strides=strides_of(target), weight=weight, weight_stride=weight.stride(0),
+        smoothing=smoothing, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0), dlogits=dlogits, dstrides=strides_of(dlogits),
+        past_caches=bypass_caches(logits, dlogits), way=way,
+    ))  # fmt: skip
 
 
 def soft_cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> None:
-    (keep, spread), (_, mass, top, total) = smoothing, rows
     way = walk(logits)
     kept = blocks_kept(way, logits)
-    terms = scratch(kept)
-    _forward_backward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), target.data_ptr(), weight.data_ptr(), loss.data_ptr(), mass.data_ptr(), top.data_ptr(), total.data_ptr(),
-        dloss.data_ptr(), dlogits.data_ptr(), terms.data_ptr(), keep, spread, kept, weight.stride(0), dloss.stride(0),
-        bypass_caches(logits, dlogits), *strides_of(target), *strides_of(dlogits), *way,
-    )  # fmt: skip
+    _forward_backward(way.tasks, ForwardBackward(
+        logits=logits, target=target, target_strides=strides_of(target), weight=weight, weight_stride=weight.stride(0),
+        smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows, dlogits=dlogits,
+        dstrides=strides_of(dlogits), terms=scratch(kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
+    ))  # fmt: skip
 
 
 def soft_cross_entropy_target_backward(logits: Tensor, weight: Tensor, keep: float, rows: Rows, dloss: Tensor, dtarget: Tensor) -> None:
-    _, _, top, total = rows
     way = walk(logits)
-    _target_backward(
-        logits.dtype, way.tasks,
-        logits.data_ptr(), weight.data_ptr(), top.data_ptr(), total.data_ptr(), dloss.data_ptr(), dtarget.data_ptr(),
-        keep, weight.stride(0), dloss.stride(0), *strides_of(dtarget), *way,
-    )  # fmt: skip
+    _target_backward(way.tasks, TargetBackward(
+        logits=logits, weight=weight, weight_stride=weight.stride(0), keep=keep, rows=rows, dloss=dloss,
+        dloss_stride=dloss.stride(0), dtarget=dtarget, dstrides=strides_of(dtarget), way=way,
+    ))  # fmt: skip
 
 
 @njit(**INLINE)
-def _write_loss(loss: Any, mass: Any, top: Any, total: Any, row: Any, count: Any, tops: Any, totals: Any, masses: Any, gaps: Any) -> None:
-    store(top, row, 1, count, tops)
-    store(total, row, 1, count, totals)
-    store(mass, row, 1, count, masses)
-    store(loss, row, 1, count, weighted_loss(masses, log(totals), gaps))
-
-
-@region(_FORWARD)
-def _forward(a: Any) -> None:
-    (logits, target, weight, loss, mass, top, total, terms, keep, spread, w_class, q_batch, q_class, q_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
-    lane_stride, q_lane, w_lane = (position_stride, q_position, 0) if tile > 1 else (class_stride, q_class, w_class)
-    terms = block_of(terms, next_worker(a))
-    task = next_task(a)
-    while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            q = offset(target, b * q_batch + p * q_position)
-            statistics = weighted_statistics(
-                x, q, weight, keep, spread, classes, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count, terms, 0
-            )
-            _write_loss(loss, mass, top, total, row, count, *statistics)
-        task = next_task(a)
+def _factors(a: Any, x: Any, t: Any) -> Any:
+    return factors_of(x, lanes_at(a.target, a.target_strides, t, a.way), a.weight, a.weight_stride, a.smoothing)
 
 
 @njit(**INLINE)
-def _row_numbers(mass: Any, top: Any, total: Any, dloss: Any, dloss_stride: Any, row: Any, tile: Any, count: Any) -> Any:
-    """top, g = dloss and g mass / total, one for each lane, or the row's in every lane."""
-    across, n = (1, count) if tile > 1 else (0, lanes_of(top))
-    g = load(dloss, row * dloss_stride, across * dloss_stride, n, 0.0)
-    return load(top, row, across, n, 0.0), g, g * load(mass, row, across, n, 0.0) / load(total, row, across, n, 1.0)
+def _see_row(a: Any, x: Any, t: Any, terms: Any, kept: Any) -> None:
+    """Write the losses and the numbers of the rows at x."""
+    # statistics
+    tops, totals, masses, gaps = weighted_statistics(x, _factors(a, x, t), a.way.classes, terms, kept)
+    # loss
+    store(a.rows.top, t.row, 1, t.count, tops)
+    store(a.rows.total, t.row, 1, t.count, totals)
+    store(a.rows.mass, t.row, 1, t.count, masses)
+    store(a.loss, t.row, 1, t.count, weighted_loss(masses, log(totals), gaps))
 
 
-@region(_BACKWARD)
-def _backward(a: Any) -> None:
-    (logits, target, weight, mass, top, total, dloss, dlogits, keep, spread, w_class, dloss_stride, past_caches,
-     q_batch, q_class, q_position, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
-    q_lane, w_lane = (q_position, 0) if tile > 1 else (q_class, w_class)
-    y, nothing = lane_numbers(splat(0.0, logits)), splat(0.0, logits)
-    task = next_task(a)
+@njit(**INLINE)
+def _gradient(a: Any, x: Any, t: Any, terms: Any, kept: Any) -> None:
+    """Write the gradients of the rows at x."""
+    # row numbers
+    top, g = load_numbers(a.rows.top, 1, t.row, x, 0.0), load_numbers(a.dloss, a.dloss_stride, t.row, x, 0.0)
+    scale = g * load_numbers(a.rows.mass, 1, t.row, x, 0.0) / load_numbers(a.rows.total, 1, t.row, x, 1.0)
+    y, nothing = lane_numbers(splat(0.0, a.logits)), splat(0.0, a.logits)  # no class is the target
+    # gradient
+    dx = lanes_at(a.dlogits, a.dstrides, t, a.way)
+    numbers = WeightedNumbers(top, g, scale, y, -1, nothing)
+    weighted_gradient_of_row(x, dx, _factors(a, x, t), a.way.classes, terms, kept, numbers, a.past_caches)
+
+
+@region(Forward)
+def _forward(block: Any) -> None:
+    a = arguments(block)
+    terms = block_of(a.terms, next_worker(block))
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            q = offset(target, b * q_batch + p * q_position)
-            dx = offset(dlogits, b * to_batch + p * to_position)
-            tops, g, scale = _row_numbers(mass, top, total, dloss, dloss_stride, row, tile, count)
-            weighted_gradient_of_row(
-                x, dx, classes, class_stride, lane_stride, to_class, to_lane, q, q_class, q_lane, weight, w_class, w_lane, keep, spread,
-                tile, count, top, 0, tops, scale, g, y, -1, nothing, past_caches,
-            )  # fmt: skip
-        task = next_task(a)
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            _see_row(a, lanes_at(a.logits, a.way.strides, t, a.way), t, terms, 0)
+        task = next_task(block)
 
 
-@region(_FORWARD_BACKWARD)
-def _forward_backward(a: Any) -> None:
-    (logits, target, weight, loss, mass, top, total, dloss, dlogits, terms, keep, spread, kept, w_class, dloss_stride, past_caches,
-     q_batch, q_class, q_position, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD_BACKWARD)  # fmt: skip
-    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
-    q_lane, w_lane = (q_position, 0) if tile > 1 else (q_class, w_class)
-    terms = block_of(terms, next_worker(a) * kept)
-    all_blocks = all_kept(terms, kept, classes, tile)
-    y, nothing = lane_numbers(splat(0.0, logits)), splat(0.0, logits)
-    task = next_task(a)
+@region(Backward)
+def _backward(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            q = offset(target, b * q_batch + p * q_position)
-            dx = offset(dlogits, b * to_batch + p * to_position)
-            # statistics
-            statistics = weighted_statistics(
-                x, q, weight, keep, spread, classes, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count, terms,
-                all_blocks,
-            )  # fmt: skip
-            _write_loss(loss, mass, top, total, row, count, *statistics)
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            _gradient(a, lanes_at(a.logits, a.way.strides, t, a.way), t, a.rows.top, 0)
+        task = next_task(block)
+
+
+@region(ForwardBackward)
+def _forward_backward(block: Any) -> None:
+    a = arguments(block)
+    terms = block_of(a.terms, next_worker(block) * a.kept)
+    keep = all_kept(terms, a.kept, a.way)
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            x = lanes_at(a.logits, a.way.strides, t, a.way)
+            _see_row(a, x, t, terms, keep)
+            _gradient(a, x, t, terms, keep)
+        task = next_task(block)
+
+
+@region(TargetBackward)
+def _target_backward(block: Any) -> None:
+    a = arguments(block)
+    lanes, classes = lanes_of(a.logits), a.way.classes
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            x, dq = lanes_at(a.logits, a.way.strides, t, a.way), lanes_at(a.dtarget, a.dstrides, t, a.way)
+            w_lane = 0 if x.tile > 1 else a.weight_stride
+            # row numbers
+            top, log_total = load_numbers(a.rows.top, 1, t.row, x, 0.0), log(load_numbers(a.rows.total, 1, t.row, x, 1.0))
+            g = load_numbers(a.dloss, a.dloss_stride, t.row, x, 0.0) * a.keep
             # gradient
-            tops, g, scale = _row_numbers(mass, top, total, dloss, dloss_stride, row, tile, count)
-            weighted_gradient_of_row(
-                x, dx, classes, class_stride, lane_stride, to_class, to_lane, q, q_class, q_lane, weight, w_class, w_lane, keep, spread,
-                tile, count, terms, all_blocks, tops, scale, g, y, -1, nothing, past_caches,
-            )  # fmt: skip
-        task = next_task(a)
-
-
-@region(_TARGET_BACKWARD)
-def _target_backward(a: Any) -> None:
-    (logits, weight, top, total, dloss, dtarget, keep, w_class, dloss_stride, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _TARGET_BACKWARD)  # fmt: skip
-    lanes, across = lanes_of(logits), 1 if tile > 1 else 0
-    lane_stride, to_lane, w_lane = (position_stride, to_position, 0) if tile > 1 else (class_stride, to_class, w_class)
-    task = next_task(a)
-    while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, row, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            dq = offset(dtarget, b * to_batch + p * to_position)
-            # row numbers: one for each lane, or the row's in every lane
-            size = count if tile > 1 else lanes
-            tops = load(top, row, across, size, 0.0)
-            log_total = log(load(total, row, across, size, 1.0))
-            g = load(dloss, row * dloss_stride, across * dloss_stride, size, 0.0) * keep
-            # gradient
-            c, n = 0, count if tile > 1 else min(lanes, classes)
+            c, n = 0, x.count if x.tile > 1 else min(lanes, classes)
             while c < classes:
-                nll = log_total - (load(x, c * class_stride, lane_stride, n, 0.0) - tops)
-                store(dq, c * to_class, to_lane, n, g * load(weight, c * w_class, w_lane, n, 0.0) * nll)
-                c, n = advance(c, n, classes, tile, lanes)
-        task = next_task(a)
+                nll = log_total - (load_at(x, c, n, 0.0) - top)
+                store_at(dq, c, n, g * load(a.weight, c * a.weight_stride, w_lane, n, 0.0) * nll)
+                c, n = advance(x, c, n, classes)
+        task = next_task(block)

@@ -4,232 +4,237 @@ p = exp(x - top) / total               dlogits = p (dp - sum_c dp_c p_c)
 log p = (x - top) - log total          dlogits = d - p sum_c d_c
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from numba import njit
 from torch import Tensor
 
-from .blocks import (
-    all_kept,
-    block_of,
-    block_size,
-    block_statistics,
-    blocks_kept,
-    kept_top,
-    row_statistics,
-    scratch,
-    term,
-)
-from .launch import next_task, next_worker, region, unpack
+from .arguments import Computed, Stored, arguments
+from .blocks import Block, all_kept, block_of, block_size, block_statistics, blocks_kept, kept_top, row_statistics, scratch, term
+from .launch import next_task, next_worker, region
 from .math import INLINE, exp, log
-from .memory import load, offset, prefetch, store, stream
+from .memory import load, prefetch, stream
 from .rows import (
     AHEAD,
-    WALK,
+    Strides,
+    Walk,
     advance,
     bypass_caches,
     first_vector,
+    lanes_at,
     last_tile,
-    rows_of,
+    load_at,
+    one_row,
+    store_at,
     strides_of,
+    tile_of,
     walk,
     whole_vectors,
 )
 from .simd import fma, lane_sum, lanes_of, splat
 
-_FORWARD = "TTCnnnnn" + WALK
-_BACKWARD = "TTTnnnnnnn" + WALK
 _CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
 
 
+class Forward(NamedTuple):
+    logits: Stored
+    prob: Stored  # or its logarithm
+    prob_strides: Strides
+    terms: Computed
+    kept: int  # blocks that there is room for in `terms`
+    past_caches: int
+    way: Walk
+
+
+class Backward(NamedTuple):
+    prob: Stored  # or its logarithm
+    dprob: Stored
+    d_strides: Strides
+    dlogits: Stored
+    to_strides: Strides
+    past_caches: int
+    way: Walk
+
+
 def softmax_forward(logits: Tensor, prob: Tensor) -> None:
-    _forward(_softmax, logits, prob)
+    _run_forward(_softmax, logits, prob)
 
 
 def log_softmax_forward(logits: Tensor, log_prob: Tensor) -> None:
-    _forward(_log_softmax, logits, log_prob)
+    _run_forward(_log_softmax, logits, log_prob)
 
 
 def softmax_backward(prob: Tensor, dprob: Tensor, dlogits: Tensor) -> None:
-    _backward(_softmax_backward, prob, dprob, dlogits)
+    _run_backward(_softmax_backward, prob, dprob, dlogits)
 
 
 def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -> None:
-    _backward(_log_softmax_backward, log_prob, dlog_prob, dlogits)
+    _run_backward(_log_softmax_backward, log_prob, dlog_prob, dlogits)
 
 
-def _forward(run: Any, logits: Tensor, result: Tensor) -> None:
+def _run_forward(run: Any, logits: Tensor, result: Tensor) -> None:
     way = walk(logits)
     kept = blocks_kept(way, logits)
-    terms = scratch(kept)
-    pointers = logits.data_ptr(), result.data_ptr(), terms.data_ptr()
-    run(logits.dtype, way.tasks, *pointers, kept, bypass_caches(logits, result), *strides_of(result), *way)
+    run(way.tasks, Forward(
+        logits=logits, prob=result, prob_strides=strides_of(result), terms=scratch(kept, logits), kept=kept,
+        past_caches=bypass_caches(logits, result), way=way,
+    ))  # fmt: skip
 
 
-def _backward(run: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> None:
+def _run_backward(run: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> None:
     way = walk(result)
-    pointers = result.data_ptr(), dresult.data_ptr(), dlogits.data_ptr()
-    past_caches = bypass_caches(result, dlogits)
-    run(result.dtype, way.tasks, *pointers, past_caches, *strides_of(dresult), *strides_of(dlogits), *way)
+    run(way.tasks, Backward(
+        prob=result, dprob=dresult, d_strides=strides_of(dresult), dlogits=dlogits, to_strides=strides_of(dlogits),
+        past_caches=bypass_caches(result, dlogits), way=way,
+    ))  # fmt: skip
 
 
-@region(_FORWARD)
-def _softmax(a: Any) -> None:
-    (logits, prob, terms, kept, past_caches, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
-    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
-    terms = block_of(terms, next_worker(a) * kept)
-    size, keep = block_size(terms, tile), all_kept(terms, kept, classes, tile)
-    task = next_task(a)
+@region(Forward)
+def _softmax(block: Any) -> None:
+    a = arguments(block)
+    terms = block_of(a.terms, next_worker(block) * a.kept)
+    size, keep, classes = block_size(terms, a.way.tile), all_kept(terms, a.kept, a.way), a.way.classes
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, _, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            out = offset(prob, b * to_batch + p * to_position)
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            x, out = lanes_at(a.logits, a.way.strides, t, a.way), lanes_at(a.prob, a.prob_strides, t, a.way)
             # statistics
-            top, total = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, keep)
+            top, total = row_statistics(x, classes, terms, keep)
             # probabilities
             for first in range(0, classes, size):
-                block, last = block_of(terms, first // size * keep), min(classes, first + size)
+                mine, last = block_of(terms, first // size * keep), min(classes, first + size)
                 if not keep:
-                    block_statistics(x, first, last, class_stride, lane_stride, tile, count, block)
-                factor = exp(kept_top(block) - top) * (1.0 / total)
-                _probabilities(x, block, out, first, last, to_class, to_lane, tile, count, factor, past_caches)
-        task = next_task(a)
+                    block_statistics(x, first, last, mine)
+                factor = exp(kept_top(mine) - top) * (1.0 / total)
+                _probabilities(out, Block(first, last, factor, mine, 1), factor, a.past_caches)
+        task = next_task(block)
 
 
 @njit(**INLINE)
-def _probabilities(
-    x: Any, terms: Any, out: Any, first: Any, last: Any, to_class: Any, to_lane: Any, tile: Any, count: Any, factor: Any, past_caches: Any
-) -> None:
-    """term * factor of classes first .. last - 1."""
-    lanes = lanes_of(out)
-    c, n = first, first_vector(offset(out, first * to_class), last - first, tile, count, past_caches)
+def _probabilities(out: Any, block: Any, factor: Any, past_caches: Any) -> None:
+    """term * factor."""
+    lanes, last = lanes_of(out.at), block.last
+    consecutive = out.tile == 1 and out.class_ == 1
+    c, n = block.first, first_vector(out, block.first, last, past_caches)
     while c < last:
-        stop = whole_vectors(c, n, last, tile, lanes) if to_class == 1 else c
+        stop = whole_vectors(c, n, last, lanes) if consecutive else c
         for k in range(c, stop, lanes):
-            stream(out, k, term(x, factor, 1, 1, terms, 1, first, k, 1, lanes) * factor, past_caches)
+            stream(out.at, k, term(one_row(out.at), block, k, lanes) * factor, past_caches)
         if stop > c:
             c, n = stop, last - stop
         else:
-            store(out, c * to_class, to_lane, n, term(x, factor, 1, 1, terms, 1, first, c, tile, n) * factor)
-            c, n = advance(c, n, last, tile, lanes)
+            store_at(out, c, n, term(out, block, c, n) * factor)
+            c, n = advance(out, c, n, last)
 
 
-@region(_FORWARD)
-def _log_softmax(a: Any) -> None:
-    (logits, log_prob, terms, kept, past_caches, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _FORWARD)  # fmt: skip
-    lane_stride, to_lane = (position_stride, to_position) if tile > 1 else (class_stride, to_class)
-    lanes, consecutive = lanes_of(logits), class_stride == to_class == 1
-    terms = block_of(terms, next_worker(a) * kept)
-    task = next_task(a)
+@region(Forward)
+def _log_softmax(block: Any) -> None:
+    a = arguments(block)
+    lanes, classes = lanes_of(a.logits), a.way.classes
+    consecutive = a.way.tile == a.way.strides.class_ == a.prob_strides.class_ == 1
+    terms = block_of(a.terms, next_worker(block) * a.kept)
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, _, count = rows_of(number, positions, tile)
-            x = offset(logits, b * batch_stride + p * position_stride)
-            out = offset(log_prob, b * to_batch + p * to_position)
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            x, out = lanes_at(a.logits, a.way.strides, t, a.way), lanes_at(a.prob, a.prob_strides, t, a.way)
             # statistics
-            top, total = row_statistics(x, classes, class_stride, lane_stride, tile, count, terms, 0)
+            top, total = row_statistics(x, classes, terms, 0)
             log_total = log(total)
             # log-probabilities
-            c, n = 0, first_vector(out, classes, tile, count, past_caches)
+            c, n = 0, first_vector(out, 0, classes, a.past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                stop = whole_vectors(c, n, classes, lanes) if consecutive else c
                 for k in range(c, stop, lanes):
-                    stream(out, k, (load(x, k, 1, lanes, 0.0) - top) - log_total, past_caches)
+                    stream(out.at, k, (load(x.at, k, 1, lanes, 0.0) - top) - log_total, a.past_caches)
                 if stop > c:
                     c, n = stop, classes - stop
                 else:
-                    store(out, c * to_class, to_lane, n, (load(x, c * class_stride, lane_stride, n, 0.0) - top) - log_total)
-                    c, n = advance(c, n, classes, tile, lanes)
-        task = next_task(a)
+                    store_at(out, c, n, (load_at(x, c, n, 0.0) - top) - log_total)
+                    c, n = advance(out, c, n, classes)
+        task = next_task(block)
 
 
-@region(_BACKWARD)
-def _softmax_backward(a: Any) -> None:
-    (prob, dprob, dlogits, past_caches, d_batch, d_class, d_position, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    lane_stride, d_lane, to_lane = (position_stride, d_position, to_position) if tile > 1 else (class_stride, d_class, to_class)
-    lanes, consecutive = lanes_of(dlogits), class_stride == d_class == to_class == 1
-    task = next_task(a)
+@region(Backward)
+def _softmax_backward(block: Any) -> None:
+    a = arguments(block)
+    lanes, classes = lanes_of(a.dlogits), a.way.classes
+    consecutive = a.way.tile == a.way.strides.class_ == a.d_strides.class_ == a.to_strides.class_ == 1
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, _, count = rows_of(number, positions, tile)
-            y = offset(prob, b * batch_stride + p * position_stride)
-            dy = offset(dprob, b * d_batch + p * d_position)
-            dx = offset(dlogits, b * to_batch + p * to_position)
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            y, dy = lanes_at(a.prob, a.way.strides, t, a.way), lanes_at(a.dprob, a.d_strides, t, a.way)
+            dx = lanes_at(a.dlogits, a.to_strides, t, a.way)
             # sum of dp p
-            dot = splat(0.0, y)
+            dot = splat(0.0, y.at)
             for first in range(0, classes, _CHUNK):
-                subtotal = splat(0.0, y)
+                subtotal = splat(0.0, y.at)
                 last = min(classes, first + _CHUNK)
-                c, n = first, count if tile > 1 else min(lanes, last - first)
+                c, n = first, y.count if y.tile > 1 else min(lanes, last - first)
                 while c < last:
-                    _prefetch_both(y, c * class_stride, dy, c * d_class, tile)
-                    subtotal = fma(load(y, c * class_stride, lane_stride, n, 0.0), load(dy, c * d_class, d_lane, n, 0.0), subtotal)
-                    c, n = advance(c, n, last, tile, lanes)
+                    _prefetch_both(y, dy, c)
+                    subtotal = fma(load_at(y, c, n, 0.0), load_at(dy, c, n, 0.0), subtotal)
+                    c, n = advance(y, c, n, last)
                 dot = dot + subtotal
-            if tile == 1:
-                dot = splat(lane_sum(dot), y)
+            if y.tile == 1:
+                dot = splat(lane_sum(dot), y.at)
             # gradient
-            c, n = 0, first_vector(dx, classes, tile, count, past_caches)
+            c, n = 0, first_vector(dx, 0, classes, a.past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                stop = whole_vectors(c, n, classes, lanes) if consecutive else c
                 for k in range(c, stop, lanes):
-                    stream(dx, k, load(y, k, 1, lanes, 0.0) * (load(dy, k, 1, lanes, 0.0) - dot), past_caches)
+                    stream(dx.at, k, load(y.at, k, 1, lanes, 0.0) * (load(dy.at, k, 1, lanes, 0.0) - dot), a.past_caches)
                 if stop > c:
                     c, n = stop, classes - stop
                 else:
-                    value = load(y, c * class_stride, lane_stride, n, 0.0) * (load(dy, c * d_class, d_lane, n, 0.0) - dot)
-                    store(dx, c * to_class, to_lane, n, value)
-                    c, n = advance(c, n, classes, tile, lanes)
-        task = next_task(a)
+                    store_at(dx, c, n, load_at(y, c, n, 0.0) * (load_at(dy, c, n, 0.0) - dot))
+                    c, n = advance(dx, c, n, classes)
+        task = next_task(block)
 
 
-@region(_BACKWARD)
-def _log_softmax_backward(a: Any) -> None:
-    (log_prob, dlog_prob, dlogits, past_caches, d_batch, d_class, d_position, to_batch, to_class, to_position,
-     batch, classes, positions, batch_stride, class_stride, position_stride, tile, grain) = unpack(a, _BACKWARD)  # fmt: skip
-    lane_stride, d_lane, to_lane = (position_stride, d_position, to_position) if tile > 1 else (class_stride, d_class, to_class)
-    lanes, consecutive = lanes_of(dlogits), class_stride == d_class == to_class == 1
-    task = next_task(a)
+@region(Backward)
+def _log_softmax_backward(block: Any) -> None:
+    a = arguments(block)
+    lanes, classes = lanes_of(a.dlogits), a.way.classes
+    consecutive = a.way.tile == a.way.strides.class_ == a.d_strides.class_ == a.to_strides.class_ == 1
+    task = next_task(block)
     while task >= 0:
-        for number in range(task * grain, last_tile(task, grain, batch, positions, tile)):
-            b, p, _, count = rows_of(number, positions, tile)
-            y = offset(log_prob, b * batch_stride + p * position_stride)
-            dy = offset(dlog_prob, b * d_batch + p * d_position)
-            dx = offset(dlogits, b * to_batch + p * to_position)
+        for number in range(task * a.way.grain, last_tile(task, a.way)):
+            t = tile_of(number, a.way)
+            y, dy = lanes_at(a.prob, a.way.strides, t, a.way), lanes_at(a.dprob, a.d_strides, t, a.way)
+            dx = lanes_at(a.dlogits, a.to_strides, t, a.way)
             # sum of d
-            dot = splat(0.0, y)
+            dot = splat(0.0, y.at)
             for first in range(0, classes, _CHUNK):
-                subtotal = splat(0.0, y)
+                subtotal = splat(0.0, y.at)
                 last = min(classes, first + _CHUNK)
-                c, n = first, count if tile > 1 else min(lanes, last - first)
+                c, n = first, y.count if y.tile > 1 else min(lanes, last - first)
                 while c < last:
-                    _prefetch_both(y, c * class_stride, dy, c * d_class, tile)
-                    subtotal = subtotal + load(dy, c * d_class, d_lane, n, 0.0)
-                    c, n = advance(c, n, last, tile, lanes)
+                    _prefetch_both(y, dy, c)
+                    subtotal = subtotal + load_at(dy, c, n, 0.0)
+                    c, n = advance(y, c, n, last)
                 dot = dot + subtotal
-            if tile == 1:
-                dot = splat(lane_sum(dot), y)
+            if y.tile == 1:
+                dot = splat(lane_sum(dot), y.at)
             # gradient
-            c, n = 0, first_vector(dx, classes, tile, count, past_caches)
+            c, n = 0, first_vector(dx, 0, classes, a.past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, tile, lanes) if consecutive else c
+                stop = whole_vectors(c, n, classes, lanes) if consecutive else c
                 for k in range(c, stop, lanes):
-                    stream(dx, k, load(dy, k, 1, lanes, 0.0) - exp(load(y, k, 1, lanes, 0.0)) * dot, past_caches)
+                    stream(dx.at, k, load(dy.at, k, 1, lanes, 0.0) - exp(load(y.at, k, 1, lanes, 0.0)) * dot, a.past_caches)
                 if stop > c:
                     c, n = stop, classes - stop
                 else:
-                    prob = exp(load(y, c * class_stride, lane_stride, n, 0.0))
-                    store(dx, c * to_class, to_lane, n, load(dy, c * d_class, d_lane, n, 0.0) - prob * dot)
-                    c, n = advance(c, n, classes, tile, lanes)
-        task = next_task(a)
+                    prob = exp(load_at(y, c, n, 0.0))
+                    store_at(dx, c, n, load_at(dy, c, n, 0.0) - prob * dot)
+                    c, n = advance(dx, c, n, classes)
+        task = next_task(block)
 
 
 @njit(**INLINE)
-def _prefetch_both(y: Any, at: Any, dy: Any, d_at: Any, tile: Any) -> None:
-    if tile == 1:
-        prefetch(y, at + AHEAD)
-        prefetch(dy, d_at + AHEAD)
+def _prefetch_both(y: Any, dy: Any, c: Any) -> None:
+    if y.tile == 1:
+        prefetch(y.at, c * y.class_ + AHEAD)
+        prefetch(dy.at, c * dy.class_ + AHEAD)

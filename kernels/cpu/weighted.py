@@ -4,64 +4,88 @@ gap = sum k (top - x). Then sum_c k_c (-log p_c) = mass log total + gap, without
 The gradient of such a loss is dloss (mass p - k), less something at the target if there is a class index too.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-from .blocks import BLOCK, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
+from .blocks import BLOCK, Block, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
 from .math import INLINE, exp
-from .memory import load, offset, prefetch, store, stream
-from .rows import advance, first_vector, whole_vectors
+from .memory import prefetch, stream
+from .rows import Lanes, advance, first_vector, load_at, one_row, store_at, whole_vectors
 from .simd import fma, lane_sum, lanes_of, larger, lowest, select, splat
 from .targets import less_at
 
 
+class Factors(NamedTuple):
+    """k_c of the rows of a tile. Both are `Lanes`, with steps of 0 where one number serves all."""
+
+    q: Any  # class probabilities
+    weight: Any
+    smoothing: Any
+
+
+class WeightedNumbers(NamedTuple):
+    """What a gradient wants of a row: one number for each lane, or the row's in every lane."""
+
+    top: Any
+    g: Any  # dloss
+    scale: Any  # g mass / total
+    y: Any  # the target where the lanes are rows; -1 for one that does not count
+    y_row: int  # the target where the lanes are one row
+    g_y: Any  # what there is less at class y
+
+
 @njit(**INLINE)
-def _factor(q: Any, at_q: Any, q_lane: Any, weight: Any, at_w: Any, w_lane: Any, n: Any, keep: Any, spread: Any) -> Any:
+def factors_of(x: Any, q: Any, weight: Any, weight_stride: Any, smoothing: Any) -> Any:
+    """The factors of the rows at x whose class probabilities are at q."""
+    return Factors(q, Lanes(weight, weight_stride, 0 if x.tile > 1 else weight_stride, x.tile, x.count), smoothing)
+
+
+@njit(**INLINE)
+def _factor(k: Any, c: Any, n: Any) -> Any:
     """k of the classes in the lanes, 0 in lanes not in use."""
-    return load(weight, at_w, w_lane, n, 0.0) * fma(load(q, at_q, q_lane, n, 0.0), keep, spread)
+    return load_at(k.weight, c, n, 0.0) * fma(load_at(k.q, c, n, 0.0), k.smoothing.keep, k.smoothing.spread)
 
 
 @njit(**INLINE)
-def _masses(
-    x: Any, top: Any, q: Any, weight: Any, keep: Any, spread: Any, first: Any, last: Any,
-    class_stride: Any, lane_stride: Any, q_class: Any, q_lane: Any, w_class: Any, w_lane: Any, tile: Any, count: Any,
-) -> Any:  # fmt: skip
-    lanes = lanes_of(x)
-    step, n = (1, count) if tile > 1 else (lanes, lanes)
-    mass, gap, c = splat(0.0, x), splat(0.0, x), first
+def _side_by_side(k: Any, q_class: Any) -> Any:
+    """The factors of one row, with steps that the compiler knows."""
+    return Factors(Lanes(k.q.at, q_class, q_class, 1, 1), one_row(k.weight.at), k.smoothing)
+
+
+@njit(**INLINE)
+def _masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
+    lanes = lanes_of(x.at)
+    step, n = (1, x.count) if x.tile > 1 else (lanes, lanes)
+    mass, gap, c = splat(0.0, x.at), splat(0.0, x.at), first
     while c + 4 * step <= last:
         # sums of sums lose fewer digits
-        four_mass, four_gap = splat(0.0, x), splat(0.0, x)
+        four_mass, four_gap = splat(0.0, x.at), splat(0.0, x.at)
         for i in range(c, c + 4 * step, step):
-            if tile == 1:
-                prefetch(q, i * q_class + BLOCK * lanes)
-            k = _factor(q, i * q_class, q_lane, weight, i * w_class, w_lane, n, keep, spread)
-            four_mass = four_mass + k
-            four_gap = fma(k, top - load(x, i * class_stride, lane_stride, n, 0.0), four_gap)
+            if x.tile == 1:
+                prefetch(k.q.at, i * k.q.class_ + BLOCK * lanes)
+            factor = _factor(k, i, n)
+            four_mass = four_mass + factor
+            four_gap = fma(factor, top - load_at(x, i, n, 0.0), four_gap)
         mass, gap, c = mass + four_mass, gap + four_gap, c + 4 * step
     while c < last:
-        n = count if tile > 1 else last - c
-        k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
-        mass, gap, c = mass + k, fma(k, top - load(x, c * class_stride, lane_stride, n, 0.0), gap), c + step
-    if tile == 1:
-        mass, gap = splat(lane_sum(mass), x), splat(lane_sum(gap), x)
+        n = x.count if x.tile > 1 else last - c
+        factor = _factor(k, c, n)
+        mass, gap, c = mass + factor, fma(factor, top - load_at(x, c, n, 0.0), gap), c + step
+    if x.tile == 1:
+        mass, gap = splat(lane_sum(mass), x.at), splat(lane_sum(gap), x.at)
     return mass, gap
 
 
 @njit(**INLINE)
-def _block_masses(
-    x: Any, top: Any, q: Any, weight: Any, keep: Any, spread: Any, first: Any, last: Any,
-    class_stride: Any, lane_stride: Any, q_class: Any, q_lane: Any, w_class: Any, w_lane: Any, tile: Any, count: Any,
-) -> Any:  # fmt: skip
+def _block_masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
     """`mass` and `gap` of classes first .. last - 1 whose largest logit is `top`: see `blocks.block_statistics`."""
-    lanes = lanes_of(x)
-    if tile == 1 and class_stride == q_class == w_class == 1:
-        return _masses(x, top, q, weight, keep, spread, first, last, 1, 1, 1, 1, 1, 1, 1, lanes)
-    if tile == 1 and class_stride == w_class == 1 and q_class == 0:
-        return _masses(x, top, q, weight, keep, spread, first, last, 1, 1, 0, 0, 1, 1, 1, lanes)
-    return _masses(x, top, q, weight, keep, spread, first, last, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count)
+    if x.tile == 1 and x.class_ == k.q.class_ == k.weight.class_ == 1:
+        return _masses(one_row(x.at), top, _side_by_side(k, 1), first, last)
+    if x.tile == 1 and x.class_ == k.weight.class_ == 1 and k.q.class_ == 0:
+        return _masses(one_row(x.at), top, _side_by_side(k, 0), first, last)
+    return _masses(x, top, k, first, last)
 
 
 @njit(**INLINE)
@@ -82,20 +106,15 @@ def weighted_loss(mass: Any, log_total: Any, gap: Any) -> Any:
 
 
 @njit(**INLINE)
-def weighted_statistics(
-    x: Any, q: Any, weight: Any, keep: Any, spread: Any, classes: Any,
-    class_stride: Any, lane_stride: Any, q_class: Any, q_lane: Any, w_class: Any, w_lane: Any, tile: Any, count: Any, terms: Any, kept: Any,
-) -> Any:  # fmt: skip
+def weighted_statistics(x: Any, k: Any, classes: Any, terms: Any, kept: Any) -> Any:
     """`top`, `total`, `mass` and `gap` of the rows in the lanes, or of one row, block by block in order. The terms of every block are
     kept (`kept` = 1), or each block's take the place of the last one's (0)."""
-    size = block_size(terms, tile)
-    top, total, mass, gap = lowest(x), splat(0.0, x), splat(0.0, x), splat(0.0, x)
+    size = block_size(terms, x.tile)
+    top, total, mass, gap = lowest(x.at), splat(0.0, x.at), splat(0.0, x.at), splat(0.0, x.at)
     for first in range(0, classes, size):
         last = min(classes, first + size)
-        top2, total2 = block_statistics(x, first, last, class_stride, lane_stride, tile, count, block_of(terms, first // size * kept))
-        mass2, gap2 = _block_masses(
-            x, top2, q, weight, keep, spread, first, last, class_stride, lane_stride, q_class, q_lane, w_class, w_lane, tile, count
-        )
+        top2, total2 = block_statistics(x, first, last, block_of(terms, first // size * kept))
+        mass2, gap2 = _block_masses(x, top2, k, first, last)
         if first == 0:
             top, total, mass, gap = top2, total2, mass2, gap2
         else:
@@ -104,73 +123,54 @@ def weighted_statistics(
 
 
 @njit(**INLINE)
-def weighted_gradient_of_row(
-    x: Any, dx: Any, classes: Any, class_stride: Any, lane_stride: Any, to_class: Any, to_lane: Any, q: Any, q_class: Any, q_lane: Any,
-    weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any, tile: Any, count: Any, terms: Any, kept: Any,
-    tops: Any, scale: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
-) -> None:  # fmt: skip
-    """scale exp(x - tops) - g k, less g_y at class y; zero where y is -1, a row that does not count. Where the lanes are one row, its class
-    is `y_row`. `terms` has the terms of all blocks (`kept` = 1), or none (0)."""
-    size = block_size(tops, tile)
+def weighted_gradient_of_row(x: Any, dx: Any, k: Any, classes: Any, terms: Any, kept: Any, r: Any, past_caches: Any) -> None:
+    """scale exp(x - top) - g k, less g_y at class y; zero where y is -1, a row that does not count. `terms` has the terms of all blocks
+    (`kept` = 1), or none (0)."""
+    size = block_size(terms, x.tile)
     for first in range(0, classes, size):
         last = min(classes, first + size)
         if kept:
-            block = block_of(terms, first // size)
-            top = kept_top(block)
-            _gradient_of_block(
-                x, top, class_stride, lane_stride, block, 1, dx, first, last, to_class, to_lane, q, q_class, q_lane,
-                weight, w_class, w_lane, keep, spread, tile, count, exp(top - tops) * scale, g, y, y_row, g_y, past_caches,
-            )  # fmt: skip
+            mine = block_of(terms, first // size)
+            top = kept_top(mine)
+            _gradient_of_block(x, dx, k, Block(first, last, top, mine, 1), exp(top - r.top) * r.scale, r, past_caches)
         else:
-            top = block_top(x, first, last, class_stride, lane_stride, tile, count)
-            _gradient_of_block(
-                x, top, class_stride, lane_stride, terms, 0, dx, first, last, to_class, to_lane, q, q_class, q_lane,
-                weight, w_class, w_lane, keep, spread, tile, count, exp(top - tops) * scale, g, y, y_row, g_y, past_caches,
-            )  # fmt: skip
+            top = block_top(x, first, last)
+            _gradient_of_block(x, dx, k, Block(first, last, top, terms, 0), exp(top - r.top) * r.scale, r, past_caches)
 
 
 @njit(**INLINE)
-def _gradient_of_block(
-    x: Any, top: Any, class_stride: Any, lane_stride: Any, terms: Any, kept: Any, dx: Any, first: Any, last: Any,
-    to_class: Any, to_lane: Any, q: Any, q_class: Any, q_lane: Any, weight: Any, w_class: Any, w_lane: Any, keep: Any, spread: Any,
-    tile: Any, count: Any, factor: Any, g: Any, y: Any, y_row: Any, g_y: Any, past_caches: Any,
-) -> None:  # fmt: skip
-    """The same for classes first .. last - 1: their terms times `factor`, less g k."""
-    lanes = lanes_of(x)
-    if tile > 1:
-        for c in range(first, last):
-            k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, count, keep, spread)
-            d = term(x, top, class_stride, lane_stride, terms, kept, first, c, tile, count) * factor - g * k
-            store(dx, c * to_class, to_lane, count, select(y > -1, select(y == c, d - g_y, d), 0.0))
+def _gradient_of_block(x: Any, dx: Any, k: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
+    """The same for one block: its terms times `factor`, less g k."""
+    lanes, last = lanes_of(x.at), block.last
+    if x.tile > 1:
+        for c in range(block.first, last):
+            d = term(x, block, c, x.count) * factor - r.g * _factor(k, c, x.count)
+            store_at(dx, c, x.count, select(r.y > -1, select(r.y == c, d - r.g_y, d), 0.0))
         return
-    consecutive = class_stride == to_class == w_class == 1 and 0 <= q_class <= 1
-    c, n = first, first_vector(offset(dx, first * to_class), last - first, tile, count, past_caches)
+    consecutive = x.class_ == dx.class_ == k.weight.class_ == 1 and 0 <= k.q.class_ <= 1
+    c, n = block.first, first_vector(dx, block.first, last, past_caches)
     while c < last:
-        stop = whole_vectors(c, n, last, tile, lanes) if consecutive else c
-        if c <= y_row < stop:
-            stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
-        if q_class == 1:
-            _stream(x, top, terms, kept, dx, first, c, stop, q, 1, weight, keep, spread, factor, g, past_caches)
+        stop = whole_vectors(c, n, last, lanes) if consecutive else c
+        if c <= r.y_row < stop:
+            stop = c + (r.y_row - c) // lanes * lanes  # the target's vector goes by itself
+        if k.q.class_ == 1:
+            _stream(one_row(x.at), dx, _side_by_side(k, 1), block, c, stop, factor, r.g, past_caches)
         else:
-            _stream(x, top, terms, kept, dx, first, c, stop, q, 0, weight, keep, spread, factor, g, past_caches)
+            _stream(one_row(x.at), dx, _side_by_side(k, 0), block, c, stop, factor, r.g, past_caches)
         if stop > c:
             c, n = stop, min(lanes, last - stop)
         else:
-            k = _factor(q, c * q_class, q_lane, weight, c * w_class, w_lane, n, keep, spread)
-            d = term(x, top, class_stride, class_stride, terms, kept, first, c, 1, n) * factor - g * k
-            store(dx, c * to_class, to_lane, n, less_at(d, y_row - c, g_y))
-            c, n = advance(c, n, last, tile, lanes)
+            d = term(x, block, c, n) * factor - r.g * _factor(k, c, n)
+            store_at(dx, c, n, less_at(d, r.y_row - c, r.g_y))
+            c, n = advance(x, c, n, last)
 
 
 @njit(**INLINE)
-def _stream(
-    x: Any, top: Any, terms: Any, kept: Any, dx: Any, first: Any, c: Any, stop: Any, q: Any, q_class: Any, weight: Any,
-    keep: Any, spread: Any, factor: Any, g: Any, past_caches: Any,
-) -> None:  # fmt: skip
+def _stream(x: Any, dx: Any, k: Any, block: Any, c: Any, stop: Any, factor: Any, g: Any, past_caches: Any) -> None:
     """Whole vectors of one row."""
-    lanes = lanes_of(x)
+    lanes = lanes_of(x.at)
     for i in range(c, stop, lanes):
-        if not kept:
-            prefetch(q, i * q_class + BLOCK * lanes)
-        k = _factor(q, i * q_class, q_class, weight, i, 1, lanes, keep, spread)
-        stream(dx, i, term(x, top, 1, 1, terms, kept, first, i, 1, lanes) * factor - g * k, past_caches)
+        if not block.kept:
+            prefetch(k.q.at, i * k.q.class_ + BLOCK * lanes)
+        d = term(x, block, i, lanes) * factor - g * _factor(k, i, lanes)
+        stream(dx.at, i, d, past_caches)

@@ -1,0 +1,122 @@
+"""The gradient of rows with class indices as targets: scale exp(x - top), less g at the target."""
+
+from typing import Any, NamedTuple
+
+from numba import njit
+
+from .blocks import Block, block_of, block_size, block_top, kept_top, term
+from .math import INLINE, exp, exp_for
+from .memory import load, load_classes, offset, store, stream, to_alignment
+from .rows import SHORT_ROW, advance, first_vector, load_numbers, one_row, store_at, whole_tile
+from .simd import lane_numbers, lanes_of, pick, select, splat
+from .targets import less_at
+
+
+class RowNumbers(NamedTuple):
+    """What a gradient wants of a row: one number for each lane, or the row's in every lane."""
+
+    top: Any
+    y: Any  # the target where the lanes are rows; -1 for one that does not count
+    y_row: int  # the target where the lanes are one row
+    g: Any  # dloss w_y
+    scale: Any  # g / total
+
+
+@njit(**INLINE)
+def gradient_of_row(x: Any, dx: Any, begin: Any, end: Any, classes: Any, terms: Any, kept: Any, r: Any, past_caches: Any) -> None:
+    """dlogits of classes begin .. end - 1, whole blocks: scale exp(x - top), less g at the target. `terms` has the terms of all blocks
+    (`kept` = 1), or none (0)."""
+    size = block_size(terms, x.tile)
+    for first in range(begin, end, size):
+        last = min(end, first + size)
+        mine, top, factor = terms, r.top, r.scale  # the top of the only block is the row's
+        if kept:
+            mine = block_of(terms, first // size)
+        if classes > size:
+            top = kept_top(mine) if kept else block_top(x, first, last)
+            factor = exp(top - r.top) * r.scale
+        if kept:
+            _gradient_of_block(x, dx, Block(first, last, top, mine, 1), factor, r, past_caches)
+        else:
+            _gradient_of_block(x, dx, Block(first, last, top, mine, 0), factor, r, past_caches)
+
+
+@njit(**INLINE)
+def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
+    """term * factor, less g at the target."""
+    lanes, first, last = lanes_of(x.at), block.first, block.last
+    if x.tile > 1 and x.lane == dx.lane == 1 and x.count == lanes:
+        aligned = to_alignment(dx.at) == to_alignment(offset(dx.at, dx.class_)) == 0
+        for c in range(first, last):
+            d = term(whole_tile(x), block, c, lanes) * factor
+            stream(dx.at, c * dx.class_, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0), past_caches if aligned else 0)
+    elif x.tile > 1:
+        for c in range(first, last):
+            d = term(x, block, c, x.count) * factor
+            store_at(dx, c, x.count, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0))
+    elif x.class_ == dx.class_ == 1:
+        # whole vectors, aligned, with what is left over before and behind them; the one with the target by itself
+        x, dx = one_row(x.at), one_row(dx.at)
+        begin = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
+        end = begin + (last - begin) // lanes * lanes
+        middle = begin + (r.y_row - begin) // lanes * lanes if begin <= r.y_row < end else end
+        if begin > first:
+            store_at(dx, first, begin - first, near_target(x, block, first, begin - first, factor, r))
+        for c in range(begin, middle, lanes):
+            stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)
+        if middle < end:
+            stream(dx.at, middle, near_target(x, block, middle, lanes, factor, r), past_caches)
+        for c in range(middle + lanes, end, lanes):
+            stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)
+        if end < last:
+            store_at(dx, end, last - end, near_target(x, block, end, last - end, factor, r))
+    else:
+        for c in range(first, last, lanes):
+            store_at(dx, c, last - c, near_target(x, block, c, last - c, factor, r))
+
+
+@njit(**INLINE)
+def near_target(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
+    """The gradient of n classes of one row from c on, one of which may be the target."""
+    return less_at(term(x, block, c, n) * factor, r.y_row - c, r.g)
+
+
+@njit(**INLINE)
+def row_numbers(a: Any, factor: Any, x: Any, row: Any) -> Any:
+    """The numbers of the rows at x, the first of which is `row`; g is dloss times `factor`, which is w_y where nothing else is said."""
+    top = load_numbers(a.rows.top, 1, row, x, 0.0)
+    if x.tile > 1:
+        y = load_classes(a.target, row, 1, x.count, a.ignore_index, top)
+    else:
+        y = load_classes(a.target, row, 0, lanes_of(x.at), a.ignore_index, top)
+    g = load_numbers(a.dloss, a.dloss_stride, row, x, 0.0) * load_numbers(factor, 1, row, x, 0.0)
+    return RowNumbers(top, y, a.target[row], g, g / load_numbers(a.rows.total, 1, row, x, 1.0))
+
+
+@njit(**INLINE)
+def write_zeros(dx: Any, first: Any, last: Any, past_caches: Any) -> None:
+    """The gradient of one row that does not count."""
+    c, n = first, first_vector(dx, first, last, past_caches)
+    while c < last:
+        store_at(dx, c, n, splat(0.0, dx.at))
+        c, n = advance(dx, c, n, last)
+
+
+@njit(**INLINE)
+def gapless(x: Any, dx: Any, classes: Any) -> Any:
+    """Whether a whole tile of short rows, of logits and of gradients, lies in one piece of memory."""
+    whole = classes <= SHORT_ROW and x.tile > 1 and x.count == lanes_of(x.at)
+    return whole and x.class_ == dx.class_ == 1 and x.lane == dx.lane == classes
+
+
+@njit(**INLINE)
+def gradient_of_short_rows(x: Any, dx: Any, classes: Any, r: Any) -> None:
+    """Rows that follow one another without a gap: the lanes go over their numbers as they lie in memory, and each picks its row's."""
+    lanes = lanes_of(x.at)
+    for v in range(classes):
+        number = lane_numbers(r.top) + v * lanes
+        row = (number * ((1 << 20) // classes + 1)) >> 20  # number // classes, exact up to 255 classes
+        prob = exp_for(x.at, load(x.at, v * lanes, 1, lanes, 0.0) - pick(r.top, row)) * pick(r.scale, row)
+        y_row = pick(r.y, row)
+        prob = select(y_row == number - row * classes, prob - pick(r.g, row), prob)
+        store(dx.at, v * lanes, 1, lanes, select(y_row > -1, prob, 0.0))

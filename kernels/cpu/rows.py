@@ -83,7 +83,7 @@ class Tile(NamedTuple):
     b: int
     p: int  # of the first row, as `row` is
     row: int
-    count: int  # rows
+    count: int  # type: ignore[assignment]  # rows
 
 
 class Lanes(NamedTuple):
@@ -93,7 +93,7 @@ class Lanes(NamedTuple):
     class_: int
     lane: int
     tile: int  # rows in a vector: 1 is row by row
-    count: int  # of these, rows that there are
+    count: int  # type: ignore[assignment]  # of these, rows that there are
 
 
 @njit(**INLINE)

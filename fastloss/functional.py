@@ -308,12 +308,12 @@ def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma
         misfit = loss.misfit(t, o)
     way = route(misfit, input)
     if way.path == "torch":
-        return served_by_torch("sigmoid_focal_loss", way, _composed_focal_loss(input, target, alpha, gamma, reduction))
+        return served_by_torch("sigmoid_focal_loss", way, composed_focal_loss(input, target, alpha, gamma, reduction))
     return _serve(way, loss, t, o)
 
 
-def _composed_focal_loss(input: Tensor, target: Tensor, alpha: float, gamma: float, reduction: str) -> Tensor:
-    """In torch operations, as torchvision has it."""
+def composed_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
+    """`sigmoid_focal_loss` in torch operations, as torchvision has it."""
     p = torch.sigmoid(input)
     loss = F.binary_cross_entropy_with_logits(input, target, reduction="none")
     loss = loss * (1 - (p * target + (1 - p) * (1 - target))) ** gamma

@@ -93,21 +93,21 @@ def _top(x: Any, first: Any, last: Any) -> Any:
 @njit(**INLINE)
 def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     lanes = lanes_of(x.at)
-    step = 1 if x.tile > 1 else lanes
+    step, n = (1, x.count) if x.tile > 1 else (lanes, lanes)
     top = _top(x, first, last)
     keep_top(terms, top)
     total, c = splat(0.0, x.at), first
     while c + 4 * step <= last:
-        total = total + four_terms(x, top, c, terms, (c - first) // step * lanes)
+        total = total + four_terms(x, top, c, n, terms, (c - first) // step * lanes)
         c += 4 * step
     return top, sum_with_rest(x, top, total, first, c, last, terms)
 
 
 @njit(**INLINE)
-def four_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
-    """The terms of four vectors from class c on, written to `terms` from element `at` on, and their sum."""
+def four_terms(x: Any, top: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
+    """The terms of four vectors of n lanes from class c on, written to `terms` from element `at` on, and their sum."""
     lanes = lanes_of(x.at)
-    step, n = (1, x.count) if x.tile > 1 else (lanes, lanes)
+    step = 1 if x.tile > 1 else lanes
     if x.tile == 1:
         ahead = c * x.class_ + BLOCK * lanes
         prefetch(x.at, ahead)
@@ -143,8 +143,10 @@ def block_statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     one row, in every lane. The terms of the sum are written to `terms`, vector after vector, and `top` behind them."""
     if x.tile == 1 and x.class_ == 1:
         return _statistics(one_row(x.at), first, last, terms)
-    if x.tile > 1 and x.lane == 1 and x.count == lanes_of(x.at):
-        return _statistics(whole_tile(x), first, last, terms)
+    if x.tile > 1 and x.count == lanes_of(x.at):
+        if x.lane == 1:
+            return _statistics(whole_tile(x, 1), first, last, terms)
+        return _statistics(whole_tile(x, x.lane), first, last, terms)
     return _statistics(x, first, last, terms)
 
 
@@ -177,8 +179,10 @@ def block_top(x: Any, first: Any, last: Any) -> Any:
     """`top` alone, as `block_statistics` has it."""
     if x.tile == 1 and x.class_ == 1:
         return _top(one_row(x.at), first, last)
-    if x.tile > 1 and x.lane == 1 and x.count == lanes_of(x.at):
-        return _top(whole_tile(x), first, last)
+    if x.tile > 1 and x.count == lanes_of(x.at):
+        if x.lane == 1:
+            return _top(whole_tile(x, 1), first, last)
+        return _top(whole_tile(x, x.lane), first, last)
     return _top(x, first, last)
 
 

@@ -132,7 +132,7 @@ def _statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_te
         if k > first:
             store_at(dx, first, k - first, near_target(x, other, first, k - first, factor, r))
         while c + 4 * lanes <= last and k + 4 * lanes <= last:
-            here_total = here_total + four_terms(x, here_top, c, mine, c - first)
+            here_total = here_total + four_terms(x, here_top, c, lanes, mine, c - first)
             if k <= r.y_row < k + 4 * lanes:
                 for i in range(k, k + 4 * lanes, lanes):
                     stream(dx.at, i, near_target(x, other, i, lanes, factor, r), past_caches)
@@ -141,7 +141,7 @@ def _statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_te
                     stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
             c, k = c + 4 * lanes, k + 4 * lanes
         if c + 4 * lanes <= last:  # k was ahead by less than a vector
-            here_total, c = here_total + four_terms(x, here_top, c, mine, c - first), c + 4 * lanes
+            here_total, c = here_total + four_terms(x, here_top, c, lanes, mine, c - first), c + 4 * lanes
         here_total = sum_with_rest(x, here_top, here_total, first, c, last, mine)
         while k < last:
             n = min(lanes, last - k)

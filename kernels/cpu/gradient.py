@@ -48,7 +48,7 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
     if x.tile > 1 and x.lane == dx.lane == 1 and x.count == lanes:
         aligned = to_alignment(dx.at) == to_alignment(offset(dx.at, dx.class_)) == 0
         for c in range(first, last):
-            d = term(whole_tile(x), block, c, lanes) * factor
+            d = term(whole_tile(x, 1), block, c, lanes) * factor
             stream(dx.at, c * dx.class_, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0), past_caches if aligned else 0)
     elif x.tile > 1:
         for c in range(first, last):
@@ -84,11 +84,16 @@ def near_target(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
 @njit(**INLINE)
 def row_numbers(a: Any, factor: Any, x: Any, row: Any) -> Any:
     """The numbers of the rows at x, the first of which is `row`; g is dloss times `factor`, which is w_y where nothing else is said."""
+    if x.tile == 1:
+        return _row_numbers(a, factor, one_row(x.at), row)
+    return _row_numbers(a, factor, x, row)
+
+
+@njit(**INLINE)
+def _row_numbers(a: Any, factor: Any, x: Any, row: Any) -> Any:
     top = load_numbers(a.rows.top, 1, row, x, 0.0)
-    if x.tile > 1:
-        y = load_classes(a.target, row, 1, x.count, a.ignore_index, top)
-    else:
-        y = load_classes(a.target, row, 0, lanes_of(x.at), a.ignore_index, top)
+    across, n = (1, x.count) if x.tile > 1 else (0, lanes_of(x.at))
+    y = load_classes(a.target, row, across, n, a.ignore_index, top)
     g = load_numbers(a.dloss, a.dloss_stride, row, x, 0.0) * load_numbers(factor, 1, row, x, 0.0)
     return RowNumbers(top, y, a.target[row], g, g / load_numbers(a.rows.total, 1, row, x, 1.0))
 

@@ -134,10 +134,10 @@ def one_row(at: Any) -> Any:
 
 
 @njit(**INLINE)
-def whole_tile(x: Any) -> Any:
-    """Rows that lie side by side and fill the lanes: the compiler knows all but the distance of the classes."""
+def whole_tile(x: Any, lane: Any) -> Any:
+    """Rows that fill the lanes, `lane` apart; the fewer questions are left in a loop, the surer LLVM takes them all out of it."""
     lanes = lanes_of(x.at)
-    return Lanes(x.at, x.class_, 1, lanes, lanes)
+    return Lanes(x.at, x.class_, lane, lanes, lanes)
 
 
 @njit(**INLINE)

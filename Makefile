@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 OUT := bench/out
 MEASURED := docs/measured
 
-.PHONY: help bench test test-cuda-kernels test-all-else test-all matrix lint docs measure clean
+.PHONY: help bench test test-one-half test-other-half test-all matrix lint docs measure clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -21,14 +21,17 @@ bench: $(VENV)/.bench ## check fastloss against torch, then time both on large b
 	$(BIN)/python bench/run.py --preset $(PRESET) --json $(OUT)/bench.json --csv $(OUT)/bench.csv
 	$(BIN)/python bench/report.py $(OUT)/bench.json --out $(OUT)
 
-test: $(VENV)/.dev ## all tests but the long ones, those of the CUDA kernels beside the others
-	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-cuda-kernels test-all-else
+# in two halves of about the same length, side by side
+ONE_HALF := tests/cuda $(wildcard tests/test_[a-bd-fu-z]*.py)
 
-test-cuda-kernels: $(VENV)/.dev
-	$(BIN)/pytest -m "not long" tests/cuda
+test: $(VENV)/.dev ## all tests but the long ones
+	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-one-half test-other-half
 
-test-all-else: $(VENV)/.dev
-	$(BIN)/pytest -m "not long" --ignore tests/cuda
+test-one-half: $(VENV)/.dev
+	$(BIN)/pytest -m "not long" $(ONE_HALF)
+
+test-other-half: $(VENV)/.dev
+	$(BIN)/pytest -m "not long" $(addprefix --ignore ,$(ONE_HALF))
 
 test-all: $(VENV)/.dev ## all tests
 	$(BIN)/pytest

@@ -9,6 +9,7 @@ from .functional import (
     cross_entropy,
     log_softmax,
     nll_loss,
+    sigmoid_focal_loss,
     softmax,
 )
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
@@ -34,6 +35,7 @@ __all__ = [
     "memory",
     "nll_loss",
     "set_backend",
+    "sigmoid_focal_loss",
     "softmax",
     "use_backend",
 ]

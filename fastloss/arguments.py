@@ -101,7 +101,8 @@ def elementwise_misfit(logits: Tensor, target: Tensor, *weights: Tensor | None) 
     for weight in weights:
         if weight is None:
             continue
-        if weight.requires_grad or not weight.dtype.is_floating_point:  # torch computes with integers: 0 - 1 is 255 for some
+        # torch computes with the weight's own integers, and unsigned ones wrap: 0 - 1 is 255
+        if weight.requires_grad or weight.dtype.is_complex or not weight.dtype.is_signed:
             return f"a weight is {weight.dtype} or requires a gradient"
         missing = logits.dim() - weight.dim()
         if missing < 0 or any(w not in (1, s) for w, s in zip(weight.shape, logits.shape[missing:], strict=True)):

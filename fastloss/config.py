@@ -11,7 +11,7 @@ foresight_max_bytes: int = 4 << 30
 """Gradients on CPU up to this size are computed in the forward where the upstream gradient can be foreseen (`fastloss.foresight`), and
 wait in memory for the backward. 0: none is."""
 
-foresight_waiting_bytes: int = 1 << 26
+foresight_waiting_bytes: int = 1 << 22
 """So many bytes of such gradients may wait at a time before the next forward computes none; the first one may be larger."""
 
 pool_max_bytes: int = 2 << 30

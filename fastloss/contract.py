@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol, get_type_hints
 
 from torch import Tensor
 
-from .kernels.groups import Smoothing
+from .kernels.groups import Focus, Smoothing
 from .kinds import (
     AnyIndices,
     ClassWeight,
@@ -212,6 +212,18 @@ class Kernels(Protocol):
         self, prob: Elements, target: LikeLogits, weight: ElementNumbers, dloss: ElementNumbers, dprob: Gradient
     ) -> None:
         """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
+
+    def sigmoid_focal_loss_forward(self, logits: Elements, target: LikeLogits, focus: Focus, loss: ElementResults) -> None:
+        """loss = a q^gamma bce, a = positive y + negative (1 - y), q = y sigmoid(-x) + (1 - y) sigmoid(x),
+        bce = (1 - y) x + softplus(-x)."""
+
+    def sigmoid_focal_loss_sum(self, logits: Elements, target: LikeLogits, focus: Focus, total: Total) -> None:
+        """total [1] = the sum of these losses, in one fixed order."""
+
+    def sigmoid_focal_loss_backward(
+        self, logits: Elements, target: LikeLogits, focus: Focus, dloss: ElementNumbers, dlogits: Gradient
+    ) -> None:
+        """dlogits = dloss a q^gamma ((sigmoid(x) - y) + gamma (1 - 2 y) sigmoid(x) sigmoid(-x) / q bce)."""
 
     def sum_rows(self, values: Numbers, total: Total) -> None:
         """total [1] = the sum of values [N] (compute dtype), accumulated in float64 in one fixed order."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import losses
-from .arguments import is_int64, reduction_misfit, refuse_inplace, tensors_misfit
+from .arguments import REDUCTIONS, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
 from .loss import COMPUTE, Loss
 from .operation import apply
 from .ops import OPS
@@ -273,6 +273,53 @@ def binary_cross_entropy(
     if way.path == "torch":
         return served_by_torch("binary_cross_entropy", way, F.binary_cross_entropy(*arguments))
     return _serve(way, loss, t, o)
+
+
+def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
+    """Sigmoid cross-entropy of each element, times (1 - p_t)^gamma: what is predicted well already counts for little.
+
+    Source: torchvision.ops.sigmoid_focal_loss, with torch's names for the arguments; Lin et al., arXiv 1708.02002.
+
+    Args:
+        input: logits x of any shape, float32, float64, bfloat16 or float16, any strides.
+        target: y, shape and dtype of `input`: 1 for the positive class, 0 for the negative one, or between.
+        alpha: in [0, 1], weight of the positive class, 1 - alpha that of the negative one; negative: both weigh 1.
+        gamma: not negative; 0 is cross-entropy.
+        reduction: 'none', 'mean' over the elements, or 'sum'.
+
+    Returns:
+        The loss, () or the shape of `input`, in the dtype of `input` (float32 for half precision under autocast).
+
+    Raises:
+        ValueError: another reduction.
+        Whatever torch raises for tensors that do not fit.
+
+    >>> sigmoid_focal_loss(torch.tensor([-4.0, 0.0, 4.0]), torch.tensor([0.0, 1.0, 1.0]))
+    tensor([4.4037e-06, 4.3322e-02, 1.4679e-06])
+    """
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+    loss: Any = losses.sigmoid_focal_loss
+    t: Any = None
+    o: Any = None
+    misfit = tensors_misfit(input, target)
+    if misfit is None:
+        t, o = loss.tensors(input, target), loss.options(alpha, gamma, reduction, _result_dtype(input))
+        misfit = loss.misfit(t, o)
+    way = route(misfit, input)
+    if way.path == "torch":
+        return served_by_torch("sigmoid_focal_loss", way, composed_focal_loss(input, target, alpha, gamma, reduction))
+    return _serve(way, loss, t, o)
+
+
+def composed_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
+    """`sigmoid_focal_loss` in torch operations, as torchvision has it."""
+    p = torch.sigmoid(input)
+    loss = F.binary_cross_entropy_with_logits(input, target, reduction="none")
+    loss = loss * (1 - (p * target + (1 - p) * (1 - target))) ** gamma
+    if alpha >= 0:
+        loss = (alpha * target + (1 - alpha) * (1 - target)) * loss
+    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
 
 
 def _serve(way: Route, loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Tensor:

@@ -81,8 +81,11 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
 
     def gradient(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """What `backward` computes, in torch operations that can be differentiated again."""
-        t = self.tensors(*(getattr(s, field) for field in fields(self.tensors)))
-        return _derivative(self, t, o, dloss, needed)
+        return _derivative(self, self.given(s), o, dloss, needed)
+
+    def given(self, s: Any) -> Any:
+        """The tensors, from what was saved of them."""
+        return self.tensors(*(getattr(s, field) for field in fields(self.tensors)))
 
     def allocate(self, t: Tensors, o: Options) -> Any:
         """Uninitialised tensors for what `outputs` declares, as `results`."""

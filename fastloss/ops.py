@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .loss import Loss, fields
+from .kinds import present
+from .loss import COMPUTE, Loss, fields
 from .losses import LOSSES
 
 AnyLoss = Loss[Any, Any, Any]
@@ -83,11 +84,18 @@ class _Arguments:
 
     def forward(self, *arguments: Any) -> Any:
         t, o = self.of_forward(arguments)
+        self._refuse_missing(t)
         self._refuse(self.loss.misfit(t, o))
         return _one_or_all(self.loss.forward(t, o))
 
     def backward(self, dloss: Tensor, *arguments: Any) -> Any:
         s, o, needed = self.of_backward(arguments)
+        self._refuse_missing(s, dloss)
+        t = self.loss.given(s)
+        self._refuse(self.loss.misfit(t, o))
+        expected = tuple(self.loss.outputs(t, o)[0].shape)
+        if tuple(dloss.shape) != expected:
+            self._refuse(f"dloss has shape {tuple(dloss.shape)}, the result had {expected}")
         found = self.loss.backward(dloss, s, o, needed, None)
         return _one_or_all(tuple(dloss.new_empty(0) if gradient is None else gradient for gradient in found))
 
@@ -95,14 +103,30 @@ class _Arguments:
         if misfit is not None:
             raise RuntimeError(f"fastloss::{self.loss.name}: {misfit}")
 
+    def _refuse_missing(self, named: Any, dloss: Tensor | None = None) -> None:
+        """Tensors without their memory, on different devices, or of a dtype that nothing is computed in."""
+        for field, tensor in (("dloss", dloss), *zip(named._fields, named, strict=True)):
+            if tensor is not None:
+                present(tensor, f"fastloss::{self.loss.name}: {field}")
+        self._refuse_devices(named, dloss)
+        if named[0].dtype not in COMPUTE:
+            self._refuse(f"{named._fields[0]} is {named[0].dtype}, which has no kernels")
+
+    def _refuse_devices(self, named: Any, dloss: Tensor | None = None) -> None:
+        for field, tensor in (("dloss", dloss), *zip(named._fields, named, strict=True)):
+            if tensor is not None and tensor.device != named[0].device:
+                self._refuse(f"{field} is on {tensor.device}, {named._fields[0]} on {named[0].device}")
+
     # ---- shapes and dtypes, for tracing without data
 
     def fake_forward(self, *arguments: Any) -> Any:
         t, o = self.of_forward(arguments)
+        self._refuse_devices(t)
         return _one_or_all(tuple(spec.empty(t[0].device) for spec in self.loss.outputs(t, o)))
 
     def fake_backward(self, dloss: Tensor, *arguments: Any) -> Any:
         s, _, needed = self.of_backward(arguments)
+        self._refuse_devices(s, dloss)
         return _one_or_all(tuple(torch.empty_like(s[i]) if wanted else dloss.new_empty(0) for i, wanted in enumerate(needed)))
 
     # ---- derivatives

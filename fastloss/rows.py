@@ -97,9 +97,7 @@ def row_losses(loss: Tensor, logits: Tensor, reduction: str) -> Tensor:
 
 def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
     """The gradient of every row's loss, [N] with stride 1 or 0, from that of the reduced loss."""
-    compute, rows = compute_dtype(logits), rows_in(logits)
-    if dloss.dtype is not compute:
-        dloss = present(dloss, "the upstream gradient").to(compute)
+    dloss, rows = present(dloss, "the upstream gradient").to(compute_dtype(logits)), rows_in(logits)
     if divisor.numel():
         dloss = dloss / divisor
     if dloss.dim() == 0:

@@ -21,3 +21,11 @@ class Smoothing(NamedTuple):
 
     keep: float
     spread: float
+
+
+class Focus(NamedTuple):
+    """Sigmoid focal loss: the weights of positives and negatives, and the power of how wrong a prediction is."""
+
+    positive: float
+    negative: float
+    gamma: float

@@ -224,6 +224,7 @@ def op_samples() -> Iterator[Sample]:
             row = torch.rand(4).to(dtype)
             yield f"bce {name}", losses.bce_with_logits, (a.transpose(0, 1), b.transpose(0, 1), None, row, reduction, dtype)
             yield f"prob {name}", losses.binary_cross_entropy, (a, b, row, reduction)
+            yield f"focal {name}", losses.sigmoid_focal_loss, (a.transpose(0, 1), b.transpose(0, 1), 0.25, 2.0, reduction, dtype)
         for way in (losses.softmax, losses.log_softmax):
             yield f"{way.name} {dtype} {tuple(shape)}", way, (logits, 1)
             yield f"{way.name} strided {dtype} {tuple(shape)}", way, (logits.transpose(0, 1).contiguous().transpose(0, 1), 0)

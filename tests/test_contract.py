@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastloss import contract, kinds
 from fastloss.backends import kernels
-from fastloss.kernels.groups import Rows, Smoothing
+from fastloss.kernels.groups import Focus, Rows, Smoothing
 
 ROWS = [f"rows.{name}" for name in Rows._fields]
 LAUNCHERS = [name for name in vars(contract.Kernels) if not name.startswith("_")]
@@ -71,11 +71,12 @@ def kind_of(hint: Any) -> Any:
 def arguments_of(launcher: str) -> dict[str, Any]:
     hints = get_type_hints(getattr(contract.Kernels, launcher), include_extras=True)
     hints.pop("return")
-    if launcher.startswith(("bce", "binary")):
+    if launcher.startswith(("bce", "binary", "sigmoid")):
         made = {**MADE, "_LikeLogits": MADE["_Elements"], "_Gradient": MADE["_ElementResults"]}
     else:
         made = MADE
-    numbers = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "rows": Rows(None, None, None, None)}
+    numbers: dict[str, Any] = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "focus": Focus(0.3, 0.7, 2.0)}
+    numbers["rows"] = Rows(None, None, None, None)
     arguments = {name: numbers[name] if name in numbers else made[type(kind_of(hint)).__name__]() for name, hint in hints.items()}
     for name, kind in kinds_of(launcher).items():
         if "." in name:
@@ -172,4 +173,10 @@ def test_the_watch_sees_results_in_the_memory_of_arguments() -> None:
 def test_every_tensor_of_every_launcher_has_a_kind() -> None:
     for launcher in LAUNCHERS:
         parameters = inspect.signature(getattr(contract.Kernels, launcher)).parameters
-        assert {name.partition(".")[0] for name in kinds_of(launcher)} == set(parameters) - {"self", "ignore_index", "keep", "smoothing"}
+        assert {name.partition(".")[0] for name in kinds_of(launcher)} == set(parameters) - {
+            "self",
+            "focus",
+            "ignore_index",
+            "keep",
+            "smoothing",
+        }

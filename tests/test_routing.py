@@ -196,7 +196,7 @@ LAYERS = {
     "losses": {"arguments", "backends", "elements", "kernels.groups", "loss", "memory", "rows"},
     "foresight": {"config"},
     "operation": {"arguments", "foresight", "loss"},
-    "ops": {"loss", "losses"},
+    "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
     "functional": {"arguments", "loss", "losses", "operation", "ops", "routing"},
     "modules": {"functional"},

@@ -1,11 +1,9 @@
 """Is it right? Every provider against float64, at full size, before it is timed."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .cases import Case, Inputs
@@ -41,7 +39,7 @@ class Error:
 def truth(case: Case, one: Inputs) -> Truth:
     """float64 by torch, in pieces of dim 0 so that the whole never is in memory."""
     spec = case.spec
-    function: Callable[..., Tensor] = getattr(F, spec.function)
+    function = spec.in_torch
     options = {name: value.double() if isinstance(value, Tensor) else value for name, value in one.options.items()}
     divisor = spec.divisor(one.target, one.options, case.shape) if spec.scalar else 1.0
     if spec.scalar:

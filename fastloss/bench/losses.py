@@ -8,12 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional import composed_focal_loss
+
 Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Loss:
-    """One loss with one set of options. `function` is its name in torch.nn.functional and in fastloss."""
+    """One loss with one set of options. `function` is its name in fastloss and, if it is there, in torch.nn.functional."""
 
     name: str
     function: str
@@ -28,13 +30,19 @@ class Loss:
     prepare: Callable[[Tensor], Tensor] = field(default=lambda logits: logits)
     """From normal noise to a valid input."""
 
+    @property
+    def in_torch(self) -> Callable[..., Tensor]:
+        """torch's function, or what people write where torch has none."""
+        function: Callable[..., Tensor] = getattr(F, self.function, composed_focal_loss)
+        return function
+
     def call(self, function: Callable[..., Tensor], input: Tensor, target: Tensor | None, options: Options) -> Tensor:
         return function(input, **options) if target is None else function(input, target, **options)
 
     def divisor(self, target: Tensor | None, options: Options, shape: tuple[int, ...]) -> float:
         """What 'mean' divides by, in float64."""
         rows = torch.Size(shape).numel() // shape[1]
-        if self.function.startswith("binary"):
+        if self.function.startswith(("binary", "sigmoid")):
             return float(rows * shape[1])
         if "weight" in options and target is not None and not target.is_floating_point():
             return float(options["weight"].double()[target].sum())
@@ -97,6 +105,7 @@ LOSSES: dict[str, Loss] = {
             lambda classes, dtype: {"pos_weight": torch.rand(classes).add_(0.5).to(dtype)},
         ),
         Loss("binary_cross_entropy", "binary_cross_entropy", 5, _labels, prepare=lambda x: x.sigmoid_()),
+        Loss("sigmoid_focal_loss", "sigmoid_focal_loss", 5, _labels, lambda classes, dtype: {"reduction": "mean"}),
         Loss("nll_loss", "nll_loss", 1, _indices, prepare=lambda x: _in_place(lambda part: F.log_softmax(part, 1), x)),
         Loss("softmax", "softmax", 5, _nothing, lambda classes, dtype: {"dim": 1}, scalar=False),
         Loss("log_softmax", "log_softmax", 5, _nothing, lambda classes, dtype: {"dim": 1}, scalar=False),
@@ -110,6 +119,7 @@ ALIASES = {
     "bce": "binary_cross_entropy_with_logits",
     "bce-pos": "binary_cross_entropy_with_logits, pos_weight",
     "bce-prob": "binary_cross_entropy",
+    "focal": "sigmoid_focal_loss",
     "nll": "nll_loss",
     "softmax": "softmax",
     "log-softmax": "log_softmax",

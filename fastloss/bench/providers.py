@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 import fastloss
@@ -64,8 +63,7 @@ def _fastloss_inplace(loss: Loss) -> Function:
 
 
 def _eager(loss: Loss) -> Function:
-    function: Function = getattr(F, loss.function)
-    return function
+    return loss.in_torch
 
 
 def _compiled(loss: Loss) -> Function:

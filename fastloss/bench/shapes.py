@@ -16,6 +16,7 @@ SHAPES = {
     "coco-multilabel": Case("binary_cross_entropy_with_logits, pos_weight", (256, 80)),
     "xmc": Case("binary_cross_entropy_with_logits", (4096, 32000)),
     "mask-head": Case("binary_cross_entropy_with_logits", (16, 1, 1024, 1024)),
+    "retinanet": Case("sigmoid_focal_loss", (8, 120087, 80)),
     "attention": Case("softmax", (12 * 1024, 1024)),
     "speech-ctc": Case("log_softmax", (16 * 1500, 32)),
 }

@@ -52,6 +52,9 @@ class Softmax(Loss[Tensors, Options, Saved]):
         (kernels.log_softmax_backward if self.name == "log_softmax" else kernels.softmax_backward)(found, upstream, written)
         return (rows.settle(dinput, written),)
 
+    def given(self, s: Saved) -> Tensors:
+        return Tensors(s.result)  # like the logits, of which nothing was saved
+
     def gradient(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """By the formula, in which the result stands for the logits."""
         with torch.enable_grad():

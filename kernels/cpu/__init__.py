@@ -1,4 +1,4 @@
-"""The launchers of the Numba kernels; `fastloss.backends.Kernels` says what each does."""
+"""The launchers of the Numba kernels; `fastloss.contract.Kernels` says what each does."""
 
 from .bce_with_logits import (
     bce_with_logits_backward,
@@ -11,6 +11,7 @@ from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import cross_entropy_forward_backward
 from .nll_loss import nll_loss_backward, nll_loss_forward
 from .reduction import sum_rows, sum_weights
+from .sigmoid_focal_loss import sigmoid_focal_loss_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_sum
 from .smoothed_cross_entropy import (
     smoothed_cross_entropy_backward,
     smoothed_cross_entropy_forward,
@@ -39,6 +40,9 @@ __all__ = [
     "log_softmax_forward",
     "nll_loss_backward",
     "nll_loss_forward",
+    "sigmoid_focal_loss_backward",
+    "sigmoid_focal_loss_forward",
+    "sigmoid_focal_loss_sum",
     "smoothed_cross_entropy_backward",
     "smoothed_cross_entropy_forward",
     "smoothed_cross_entropy_forward_backward",

@@ -105,7 +105,8 @@ def bce_with_logits_sum_backward(
 
 
 @njit(**INLINE)
-def _loss(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
+def loss_of(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
+    """w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x))."""
     negative = 1.0 - y
     high = negative * x
     # 0 * high: an infinite x makes the loss NaN where torch's does
@@ -147,7 +148,7 @@ def _prefetch(e: Any, k: Any) -> None:
 
 @njit(**INLINE)
 def _loss_at(e: Any, k: Any, n: Any) -> Any:
-    return _loss(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
+    return loss_of(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
 
 
 @njit(**INLINE)

@@ -1,5 +1,5 @@
 """The kernels in Triton, twins of those in `fastloss.kernels.cpu`. Each launcher fills the buffers it is given and returns None;
-what they compute and what their arguments mean is written once, in `fastloss.backends.Kernels`."""
+what they compute and what their arguments mean is written once, in `fastloss.contract.Kernels`."""
 
 from .bce_with_logits import (
     bce_with_logits_backward,
@@ -12,6 +12,7 @@ from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import cross_entropy_forward_backward
 from .nll_loss import nll_loss_backward, nll_loss_forward, sum_weights
 from .reduction import sum_rows
+from .sigmoid_focal_loss import sigmoid_focal_loss_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_sum
 from .smoothed_cross_entropy import (
     smoothed_cross_entropy_backward,
     smoothed_cross_entropy_forward,
@@ -40,6 +41,9 @@ __all__ = [
     "log_softmax_forward",
     "nll_loss_backward",
     "nll_loss_forward",
+    "sigmoid_focal_loss_backward",
+    "sigmoid_focal_loss_forward",
+    "sigmoid_focal_loss_sum",
     "smoothed_cross_entropy_backward",
     "smoothed_cross_entropy_forward",
     "smoothed_cross_entropy_forward_backward",

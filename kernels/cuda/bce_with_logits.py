@@ -4,45 +4,80 @@ loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)),    softplus(-x) = 
 dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import _at, _elements_of, _number_at
+from .elements import _at, _elements_of, _load_at, _number_at
 from .launch import launch
-from .math import _exp, _log1p, _wide
-from .plan import elements
+from .math import _exp, _log1p
+from .plan import Elements, ElementsPlan, ElementStrides, elements
 from .reduction import sum_rows
+
+
+class Inputs(NamedTuple):
+    """All tensors are [A, B, P]."""
+
+    logits: Tensor
+    strides: ElementStrides
+    target: Tensor
+    target_strides: ElementStrides
+    weight: Tensor
+    weight_strides: ElementStrides
+    pos_weight: Tensor
+    pos_weight_strides: ElementStrides
+
+
+class Forward(NamedTuple):
+    inputs: Inputs
+    loss: Tensor
+    loss_strides: ElementStrides
+    way: Elements
+
+
+class Sum(NamedTuple):
+    inputs: Inputs
+    partial: Tensor  # [programs]
+    way: Elements
+
+
+class Backward(NamedTuple):
+    inputs: Inputs
+    dloss: Tensor
+    dloss_strides: ElementStrides
+    dlogits: Tensor
+    dstrides: ElementStrides
+    way: Elements
+
+
+def _inputs(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, e: ElementsPlan) -> Inputs:
+    return Inputs(logits, e.strides[0], target, e.strides[1], weight, e.strides[2], pos_weight, e.strides[3])
 
 
 def bce_with_logits_forward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, loss: Tensor) -> None:
     e = elements(logits.shape, logits.stride(), target.stride(), weight.stride(), pos_weight.stride(), loss.stride())
-    launch(
-        _bce_with_logits_forward, e.programs, 4, logits,
-        logits, e.strides[0], target, e.strides[1], weight, e.strides[2], pos_weight, e.strides[3], loss, e.strides[4],
-        e.shape[1], e.shape[2], BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P,
-    )  # fmt: skip
+    a = Forward(inputs=_inputs(logits, target, weight, pos_weight, e), loss=loss, loss_strides=e.strides[4], way=e.way)
+    launch(_bce_with_logits_forward, e.programs, 4, logits, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
 def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, total: Tensor) -> None:
     e = elements(logits.shape, logits.stride(), target.stride(), weight.stride(), pos_weight.stride())
-    parts = torch.empty(e.programs, dtype=torch.float64, device=logits.device)
-    launch(
-        _bce_with_logits_sum, e.programs, 4, logits,
-        logits, e.strides[0], target, e.strides[1], weight, e.strides[2], pos_weight, e.strides[3], parts,
-        e.shape[1], e.shape[2], BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P,
-    )  # fmt: skip
-    sum_rows(parts, total)
+    partial = torch.empty(e.programs, dtype=torch.float64, device=logits.device)
+    a = Sum(inputs=_inputs(logits, target, weight, pos_weight, e), partial=partial, way=e.way)
+    launch(_bce_with_logits_sum, e.programs, 4, logits, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
+    sum_rows(partial, total)
 
 
 def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor) -> None:
     e = elements(logits.shape, logits.stride(), target.stride(), weight.stride(), pos_weight.stride(), dloss.stride(), dlogits.stride())
-    launch(
-        _bce_with_logits_backward, e.programs, 4, logits,
-        logits, e.strides[0], target, e.strides[1], weight, e.strides[2], pos_weight, e.strides[3], dloss, e.strides[4],
-        dlogits, e.strides[5], e.shape[1], e.shape[2], BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P,
+    a = Backward(
+        inputs=_inputs(logits, target, weight, pos_weight, e), dloss=dloss, dloss_strides=e.strides[4],
+        dlogits=dlogits, dstrides=e.strides[5], way=e.way,
     )  # fmt: skip
+    launch(_bce_with_logits_backward, e.programs, 4, logits, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
 def bce_with_logits_sum_backward(
@@ -54,54 +89,50 @@ def bce_with_logits_sum_backward(
 
 
 @triton.jit
+def _softplus(x):
+    """Of -x."""
+    return _log1p(_exp(-tl.abs(x))) + tl.where(x < 0.0, -x, 0.0)
+
+
+@triton.jit
 def _loss(x, y, w, pos_weight):
-    softplus = _log1p(_exp(-tl.abs(x))) + tl.where(x < 0.0, -x, 0.0)
+    softplus = _softplus(x)
     return w * ((1.0 - y) * x + (1.0 + (pos_weight - 1.0) * y) * softplus)
 
 
 @triton.jit
-def _bce_with_logits_forward(
-    logits_ptr, strides, target_ptr, target_strides, weight_ptr, weight_strides, pos_weight_ptr, pos_weight_strides,
-    loss_ptr, loss_strides, B, P, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """All tensors [A, B, P]. One program: BLOCK_B by BLOCK_P elements."""
-    a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
-    x = _wide(tl.load(_at(logits_ptr, strides, a, b, p), mask=inside, other=0.0))
-    y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
-    pos_weight = _number_at(pos_weight_ptr, pos_weight_strides, a, b, p, inside)
-    tl.store(_at(loss_ptr, loss_strides, a, b, p), _loss(x, y, w, pos_weight), mask=inside)
+def _inputs_at(inputs, piece):
+    x = _load_at(inputs.logits, inputs.strides, piece, 0.0)
+    y = _load_at(inputs.target, inputs.target_strides, piece, 0.0)
+    w = _number_at(inputs.weight, inputs.weight_strides, piece)
+    return x, y, w, _number_at(inputs.pos_weight, inputs.pos_weight_strides, piece)
 
 
 @triton.jit
-def _bce_with_logits_sum(
-    logits_ptr, strides, target_ptr, target_strides, weight_ptr, weight_strides, pos_weight_ptr, pos_weight_strides,
-    parts_ptr, B, P, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """All tensors [A, B, P], but parts [programs]. One program: the sum over BLOCK_B by BLOCK_P elements."""
-    a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
-    x = _wide(tl.load(_at(logits_ptr, strides, a, b, p), mask=inside, other=0.0))
-    y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
-    pos_weight = _number_at(pos_weight_ptr, pos_weight_strides, a, b, p, inside)
-    loss = tl.where(inside, _loss(x, y, w, pos_weight), 0.0)
-    tl.store(parts_ptr + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
+def _bce_with_logits_forward(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """One program: BLOCK_B by BLOCK_P elements."""
+    piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
+    x, y, w, pos_weight = _inputs_at(a.inputs, piece)
+    tl.store(_at(a.loss, a.loss_strides, piece), _loss(x, y, w, pos_weight), mask=piece[3])
 
 
 @triton.jit
-def _bce_with_logits_backward(
-    logits_ptr, strides, target_ptr, target_strides, weight_ptr, weight_strides, pos_weight_ptr, pos_weight_strides,
-    dloss_ptr, dloss_strides, dlogits_ptr, dstrides, B, P, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """All tensors [A, B, P]. One program: BLOCK_B by BLOCK_P elements."""
-    a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
-    x = _wide(tl.load(_at(logits_ptr, strides, a, b, p), mask=inside, other=0.0))
-    y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
-    pos_weight = _number_at(pos_weight_ptr, pos_weight_strides, a, b, p, inside)
-    g = _number_at(dloss_ptr, dloss_strides, a, b, p, inside)
+def _bce_with_logits_sum(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """One program: the sum over BLOCK_B by BLOCK_P elements."""
+    piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
+    x, y, w, pos_weight = _inputs_at(a.inputs, piece)
+    loss = tl.where(piece[3], _loss(x, y, w, pos_weight), 0.0)
+    tl.store(a.partial + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
+
+
+@triton.jit
+def _bce_with_logits_backward(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """One program: BLOCK_B by BLOCK_P elements."""
+    piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
+    x, y, w, pos_weight = _inputs_at(a.inputs, piece)
+    g = _number_at(a.dloss, a.dloss_strides, piece)
     # sigmoid(-x) without overflow: e / (1 + e) or 1 / (1 + e)
     e = _exp(-tl.abs(x))
     rest = tl.where(x < 0.0, 1.0, e) / (1.0 + e)
     d = g * w * ((1.0 - y) - (1.0 + (pos_weight - 1.0) * y) * rest)
-    tl.store(_at(dlogits_ptr, dstrides, a, b, p), d, mask=inside)
+    tl.store(_at(a.dlogits, a.dstrides, piece), d, mask=piece[3])

@@ -3,45 +3,77 @@
 loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))      dprob = dloss w (p - y) / max((1 - p) p, 1e-12)
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from .elements import _at, _elements_of, _number_at
+from .elements import _at, _elements_of, _load_at, _number_at
 from .launch import launch
-from .math import _log_of_rest, _wide
-from .plan import elements
+from .math import _log_of_rest
+from .plan import Elements, ElementsPlan, ElementStrides, elements
 from .reduction import sum_rows
+
+
+class Inputs(NamedTuple):
+    """All tensors are [A, B, P]."""
+
+    prob: Tensor
+    strides: ElementStrides
+    target: Tensor
+    target_strides: ElementStrides
+    weight: Tensor
+    weight_strides: ElementStrides
+
+
+class Forward(NamedTuple):
+    inputs: Inputs
+    loss: Tensor
+    loss_strides: ElementStrides
+    way: Elements
+
+
+class Sum(NamedTuple):
+    inputs: Inputs
+    partial: Tensor  # [programs]
+    way: Elements
+
+
+class Backward(NamedTuple):
+    inputs: Inputs
+    dloss: Tensor
+    dloss_strides: ElementStrides
+    dprob: Tensor
+    dstrides: ElementStrides
+    way: Elements
+
+
+def _inputs(prob: Tensor, target: Tensor, weight: Tensor, e: ElementsPlan) -> Inputs:
+    return Inputs(prob, e.strides[0], target, e.strides[1], weight, e.strides[2])
 
 
 def binary_cross_entropy_forward(prob: Tensor, target: Tensor, weight: Tensor, loss: Tensor) -> None:
     e = elements(prob.shape, prob.stride(), target.stride(), weight.stride(), loss.stride())
-    launch(
-        _binary_cross_entropy_forward, e.programs, 4, prob,
-        prob, e.strides[0], target, e.strides[1], weight, e.strides[2], loss, e.strides[3],
-        e.shape[1], e.shape[2], BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P,
-    )  # fmt: skip
+    a = Forward(inputs=_inputs(prob, target, weight, e), loss=loss, loss_strides=e.strides[3], way=e.way)
+    launch(_binary_cross_entropy_forward, e.programs, 4, prob, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
 def binary_cross_entropy_sum(prob: Tensor, target: Tensor, weight: Tensor, total: Tensor) -> None:
     e = elements(prob.shape, prob.stride(), target.stride(), weight.stride())
-    parts = torch.empty(e.programs, dtype=torch.float64, device=prob.device)
-    launch(
-        _binary_cross_entropy_sum, e.programs, 4, prob,
-        prob, e.strides[0], target, e.strides[1], weight, e.strides[2], parts,
-        e.shape[1], e.shape[2], BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P,
-    )  # fmt: skip
-    sum_rows(parts, total)
+    partial = torch.empty(e.programs, dtype=torch.float64, device=prob.device)
+    a = Sum(inputs=_inputs(prob, target, weight, e), partial=partial, way=e.way)
+    launch(_binary_cross_entropy_sum, e.programs, 4, prob, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
+    sum_rows(partial, total)
 
 
 def binary_cross_entropy_backward(prob: Tensor, target: Tensor, weight: Tensor, dloss: Tensor, dprob: Tensor) -> None:
     e = elements(prob.shape, prob.stride(), target.stride(), weight.stride(), dloss.stride(), dprob.stride())
-    launch(
-        _binary_cross_entropy_backward, e.programs, 4, prob,
-        prob, e.strides[0], target, e.strides[1], weight, e.strides[2], dloss, e.strides[3], dprob, e.strides[4],
-        e.shape[1], e.shape[2], BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P,
-    )  # fmt: skip
+    a = Backward(
+        inputs=_inputs(prob, target, weight, e), dloss=dloss, dloss_strides=e.strides[3], dprob=dprob, dstrides=e.strides[4], way=e.way
+    )
+    launch(_binary_cross_entropy_backward, e.programs, 4, prob, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
 @triton.jit
@@ -56,41 +88,33 @@ def _loss(prob, y, w):
 
 
 @triton.jit
-def _binary_cross_entropy_forward(
-    prob_ptr, strides, target_ptr, target_strides, weight_ptr, weight_strides, loss_ptr, loss_strides, B, P,
-    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """All tensors [A, B, P]. One program: BLOCK_B by BLOCK_P elements."""
-    a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
-    prob = _wide(tl.load(_at(prob_ptr, strides, a, b, p), mask=inside, other=0.5))
-    y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
-    tl.store(_at(loss_ptr, loss_strides, a, b, p), _loss(prob, y, w), mask=inside)
+def _inputs_at(inputs, piece):
+    prob = _load_at(inputs.prob, inputs.strides, piece, 0.5)
+    y = _load_at(inputs.target, inputs.target_strides, piece, 0.0)
+    return prob, y, _number_at(inputs.weight, inputs.weight_strides, piece)
 
 
 @triton.jit
-def _binary_cross_entropy_sum(
-    prob_ptr, strides, target_ptr, target_strides, weight_ptr, weight_strides, parts_ptr, B, P,
-    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """All tensors [A, B, P], but parts [programs]. One program: the sum over BLOCK_B by BLOCK_P elements."""
-    a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
-    prob = _wide(tl.load(_at(prob_ptr, strides, a, b, p), mask=inside, other=0.5))
-    y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
-    loss = tl.where(inside, _loss(prob, y, w), 0.0)
-    tl.store(parts_ptr + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
+def _binary_cross_entropy_forward(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """One program: BLOCK_B by BLOCK_P elements."""
+    piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
+    prob, y, w = _inputs_at(a.inputs, piece)
+    tl.store(_at(a.loss, a.loss_strides, piece), _loss(prob, y, w), mask=piece[3])
 
 
 @triton.jit
-def _binary_cross_entropy_backward(
-    prob_ptr, strides, target_ptr, target_strides, weight_ptr, weight_strides, dloss_ptr, dloss_strides, dprob_ptr, dstrides, B, P,
-    BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    """All tensors [A, B, P]. One program: BLOCK_B by BLOCK_P elements."""
-    a, b, p, inside = _elements_of(tl.program_id(0), B, P, BLOCK_B, BLOCK_P)
-    prob = _wide(tl.load(_at(prob_ptr, strides, a, b, p), mask=inside, other=0.5))
-    y = _wide(tl.load(_at(target_ptr, target_strides, a, b, p), mask=inside, other=0.0))
-    w = _number_at(weight_ptr, weight_strides, a, b, p, inside)
-    g = _number_at(dloss_ptr, dloss_strides, a, b, p, inside)
-    tl.store(_at(dprob_ptr, dstrides, a, b, p), g * w * (prob - y) / _at_least((1.0 - prob) * prob, 1e-12), mask=inside)
+def _binary_cross_entropy_sum(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """One program: the sum over BLOCK_B by BLOCK_P elements."""
+    piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
+    prob, y, w = _inputs_at(a.inputs, piece)
+    loss = tl.where(piece[3], _loss(prob, y, w), 0.0)
+    tl.store(a.partial + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
+
+
+@triton.jit
+def _binary_cross_entropy_backward(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
+    """One program: BLOCK_B by BLOCK_P elements."""
+    piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
+    prob, y, w = _inputs_at(a.inputs, piece)
+    g = _number_at(a.dloss, a.dloss_strides, piece)
+    tl.store(_at(a.dprob, a.dstrides, piece), g * w * (prob - y) / _at_least((1.0 - prob) * prob, 1e-12), mask=piece[3])

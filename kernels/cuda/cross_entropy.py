@@ -5,6 +5,8 @@
 One visit to the logits going forward, one coming back; all else happens on [N] vectors.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -13,167 +15,162 @@ from torch import Tensor
 from ..groups import Rows
 from .launch import device_of, launch
 from .math import _exp, _wide
-from .plan import backward_rows, class_stride, forward_rows, has_long_rows, power_of_two_from, reading_tiles, tiles, view
+from .plan import Strides, Walk, backward_rows, class_stride, forward_rows, has_long_rows, power_of_two_from, reading_tiles, tiles, view
 from .rows import _blocks_of, _body_of, _edges_of, _lanes_at, _merge, _no_statistics, _row_of, _row_statistics, _see, _tile_of, _weight_of
 
 
+class Forward(NamedTuple):
+    logits: Tensor  # [B, C, P]
+    target: Tensor  # [B * P], as `loss` and `rows`
+    weight: Tensor  # [C]
+    weight_stride: int | None
+    ignore_index: int
+    loss: Tensor
+    rows: Rows
+    way: Walk
+
+
+class Parts(NamedTuple):
+    """The statistics of the parts of a row."""
+
+    tops: Tensor  # [B * P, splits], as `totals`
+    totals: Tensor
+    splits: int
+    chunk: int  # classes in a part
+
+
+class Backward(NamedTuple):
+    logits: Tensor  # [B, C, P]
+    target: Tensor  # [B * P], as `rows` and `dloss`
+    ignore_index: int
+    rows: Rows
+    dloss: Tensor
+    dloss_stride: int
+    dlogits: Tensor  # [B, C, P]
+    dstrides: Strides
+    way: Walk
+
+
 def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, rows: Rows) -> None:
-    row_weight, _, top, total = rows
     v = view(logits.shape, logits.stride())
-    numbers = (target, ignore_index, weight, class_stride(weight.stride(0)), loss, row_weight, top, total)
+    a = Forward(
+        logits=logits, target=target, weight=weight, weight_stride=class_stride(weight.stride(0)), ignore_index=ignore_index,
+        loss=loss, rows=rows, way=v.way,
+    )  # fmt: skip
     if not has_long_rows(v):
         t = reading_tiles(v, device_of(logits))
-        launch(
-            _cross_entropy_forward_tiles, t.programs, t.num_warps, logits,
-            logits, v.strides[0], *numbers, v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
-        )  # fmt: skip
+        launch(_cross_entropy_forward_tiles, t.programs, t.num_warps, logits, a, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C)
         return
     r = forward_rows(v, logits.element_size(), device_of(logits))
     if r.splits == 1:
-        launch(
-            _cross_entropy_forward_rows, r.programs, r.num_warps, logits,
-            logits, v.strides[0], *numbers, v.classes, v.positions, VEC=r.VEC, BLOCK_C=r.BLOCK_C,
-        )  # fmt: skip
+        launch(_cross_entropy_forward_rows, r.programs, r.num_warps, logits, a, VEC=r.VEC, BLOCK_C=r.BLOCK_C)
         return
-    parts = torch.empty(2, r.programs, dtype=top.dtype, device=top.device)
-    launch(
-        _statistics_of_parts, r.programs, r.num_warps, logits,
-        logits, v.strides[0], target, ignore_index, parts[0], parts[1], v.classes, v.positions, r.splits, r.chunk,
-        VEC=r.VEC, BLOCK_C=r.BLOCK_C,
-    )  # fmt: skip
-    launch(
-        _cross_entropy_forward_parts, r.rows, 1, logits,
-        logits, v.strides[0], parts[0], parts[1], *numbers, v.classes, v.positions, r.splits, SPLITS=power_of_two_from(r.splits),
-    )  # fmt: skip
+    tops, totals = torch.empty(2, r.programs, dtype=loss.dtype, device=loss.device)
+    parts = Parts(tops, totals, r.splits, r.chunk)
+    launch(_statistics_of_parts, r.programs, r.num_warps, logits, a, parts, VEC=r.VEC, BLOCK_C=r.BLOCK_C)
+    launch(_cross_entropy_forward_parts, r.rows, 1, logits, a, parts, SPLITS=power_of_two_from(r.splits))
 
 
 def cross_entropy_backward(logits: Tensor, target: Tensor, ignore_index: int, rows: Rows, dloss: Tensor, dlogits: Tensor) -> None:
-    row_weight, _, top, total = rows
     v = view(logits.shape, logits.stride(), dlogits.stride())
-    numbers = (target, ignore_index, row_weight, top, total, dloss, dloss.stride(0))
+    a = Backward(
+        logits=logits, target=target, ignore_index=ignore_index, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0),
+        dlogits=dlogits, dstrides=v.strides[1], way=v.way,
+    )  # fmt: skip
     if has_long_rows(v):
         r = backward_rows(v, logits.element_size(), device_of(logits))
         launch(
-            _cross_entropy_backward_rows, r.programs, r.num_warps, logits,
-            logits, v.strides[0], *numbers, dlogits, v.strides[1], v.classes, v.positions, r.splits, r.chunk, VEC=r.VEC, BLOCK_C=r.BLOCK_C,
+            _cross_entropy_backward_rows, r.programs, r.num_warps, logits, a, r.splits, r.chunk, VEC=r.VEC, BLOCK_C=r.BLOCK_C
         )  # fmt: skip
     else:
         t = tiles(v, device_of(logits))
-        launch(
-            _cross_entropy_backward_tiles, t.elementwise_programs, t.num_warps, logits,
-            logits, v.strides[0], *numbers, dlogits, v.strides[1], v.classes, v.positions, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C,
-        )  # fmt: skip
+        launch(_cross_entropy_backward_tiles, t.elementwise_programs, t.num_warps, logits, a, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C)
 
 
 @triton.jit
-def _write_loss(
-    x_ptr, class_stride, row, inside, y, ignore_index, weight_ptr, weight_stride, top, total,
-    loss_ptr, row_weight_ptr, top_ptr, total_ptr, C,
-):  # fmt: skip
+def _write_loss(a, x_ptr, row, inside, y, top, total):
     """The numbers of rows whose first classes x_ptr points to."""
-    is_row = y != ignore_index
-    is_class = inside & is_row & (y >= 0) & (y < C)
+    is_row = y != a.ignore_index
+    is_class = inside & is_row & (y >= 0) & (y < a.way.classes)
     # target logit and class weight
-    x_y = _wide(tl.load(x_ptr + y * class_stride, mask=is_class, other=0.0))
-    w_y = _weight_of(weight_ptr, weight_stride, y, is_class)
+    x_y = _wide(tl.load(x_ptr + y * a.way.strides.class_, mask=is_class, other=0.0))
+    w_y = _weight_of(a, y, is_class)
     # loss
     nll = tl.log(total) - (x_y - top)
-    tl.store(loss_ptr + row, tl.where(is_row, w_y * nll, 0.0), mask=inside)
-    tl.store(row_weight_ptr + row, tl.where(is_row, w_y, 0.0), mask=inside)
-    tl.store(top_ptr + row, tl.where(is_row, top, 0.0), mask=inside)
-    tl.store(total_ptr + row, tl.where(is_row, total, 1.0), mask=inside)
+    tl.store(a.loss + row, tl.where(is_row, w_y * nll, 0.0), mask=inside)
+    tl.store(a.rows.row_weight + row, tl.where(is_row, w_y, 0.0), mask=inside)
+    tl.store(a.rows.top + row, tl.where(is_row, top, 0.0), mask=inside)
+    tl.store(a.rows.total + row, tl.where(is_row, total, 1.0), mask=inside)
 
 
 @triton.jit
-def _cross_entropy_forward_rows(
-    logits_ptr, strides, target_ptr, ignore_index, weight_ptr, weight_stride, loss_ptr, row_weight_ptr, top_ptr, total_ptr, C, P,
-    VEC: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """logits [B, C, P] with class stride 1; target, loss, row_weight, top, total [B * P]; weight [C]. One program: one row."""
+def _cross_entropy_forward_rows(a, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the class stride is 1. One program: one row."""
     row = tl.program_id(0)
-    y = tl.load(target_ptr + row)
-    start = _row_of(row, P, strides)
+    y = tl.load(a.target + row)
+    start = _row_of(row, a.way.positions, a.way.strides)
     # statistics
-    top, total = _row_statistics(logits_ptr, start, tl.where(y == ignore_index, 0, C), VEC, BLOCK_C)
-    _write_loss(
-        logits_ptr + start, 1, row, row >= 0, y, ignore_index, weight_ptr, weight_stride, top, total,
-        loss_ptr, row_weight_ptr, top_ptr, total_ptr, C,
-    )  # fmt: skip
+    top, total = _row_statistics(a.logits, start, tl.where(y == a.ignore_index, 0, a.way.classes), VEC, BLOCK_C)
+    _write_loss(a, a.logits + start, row, row >= 0, y, top, total)
 
 
 @triton.jit
-def _statistics_of_parts(
-    logits_ptr, strides, target_ptr, ignore_index, tops_ptr, totals_ptr, C, P, splits, chunk, VEC: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """logits [B, C, P] with class stride 1; target [B * P]; tops, totals [B * P, splits]. One program: `chunk` classes of a row."""
+def _statistics_of_parts(a, parts, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the class stride is 1. One program: `chunk` classes of a row."""
     number = tl.program_id(0)
-    row, first = number // splits, number % splits * chunk
-    count = tl.where(tl.load(target_ptr + row) == ignore_index, 0, tl.minimum(chunk, C - first))
-    top, total = _row_statistics(logits_ptr, _row_of(row, P, strides) + first, count, VEC, BLOCK_C)
-    tl.store(tops_ptr + number, top)
-    tl.store(totals_ptr + number, total)
+    row, first = number // parts.splits, number % parts.splits * parts.chunk
+    count = tl.where(tl.load(a.target + row) == a.ignore_index, 0, tl.minimum(parts.chunk, a.way.classes - first))
+    top, total = _row_statistics(a.logits, _row_of(row, a.way.positions, a.way.strides) + first, count, VEC, BLOCK_C)
+    tl.store(parts.tops + number, top)
+    tl.store(parts.totals + number, total)
 
 
 @triton.jit
-def _cross_entropy_forward_parts(
-    logits_ptr, strides, tops_ptr, totals_ptr, target_ptr, ignore_index, weight_ptr, weight_stride,
-    loss_ptr, row_weight_ptr, top_ptr, total_ptr, C, P, splits, SPLITS: tl.constexpr,
-):  # fmt: skip
-    """tops, totals [B * P, splits] from `_statistics_of_parts`; the others as there. One program: one row, merging its parts."""
+def _cross_entropy_forward_parts(a, parts, SPLITS: tl.constexpr):
+    """After `_statistics_of_parts`. One program: one row, merging its parts."""
     row = tl.program_id(0)
-    y = tl.load(target_ptr + row)
+    y = tl.load(a.target + row)
     part = tl.arange(0, SPLITS)
     # statistics
-    tops = tl.load(tops_ptr + row * splits + part, mask=part < splits, other=float("-inf"))
-    top, total = _merge(tops, tl.load(totals_ptr + row * splits + part, mask=part < splits, other=0.0), 0)
-    _write_loss(
-        logits_ptr + _row_of(row, P, strides), 1, row, row >= 0, y, ignore_index, weight_ptr, weight_stride, top, total,
-        loss_ptr, row_weight_ptr, top_ptr, total_ptr, C,
-    )  # fmt: skip
+    tops = tl.load(parts.tops + row * parts.splits + part, mask=part < parts.splits, other=float("-inf"))
+    top, total = _merge(tops, tl.load(parts.totals + row * parts.splits + part, mask=part < parts.splits, other=0.0), 0)
+    _write_loss(a, a.logits + _row_of(row, a.way.positions, a.way.strides), row, row >= 0, y, top, total)
 
 
 @triton.jit
-def _cross_entropy_forward_tiles(
-    logits_ptr, strides, target_ptr, ignore_index, weight_ptr, weight_stride, loss_ptr, row_weight_ptr, top_ptr, total_ptr, C, P,
-    BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """logits [B, C, P]; target, loss, row_weight, top, total [B * P]; weight [C]. One program: all classes of BLOCK_N positions."""
-    b, p, row, inside = _tile_of(tl.program_id(0), P, BLOCK_N)
-    y = tl.load(target_ptr + row, mask=inside, other=0)
+def _cross_entropy_forward_tiles(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program: all classes of BLOCK_N positions."""
+    strides = a.way.strides
+    b, p, row, inside = _tile_of(tl.program_id(0), a.way.positions, BLOCK_N)
+    y = tl.load(a.target + row, mask=inside, other=0)
     # statistics
-    tops, totals = _no_statistics([BLOCK_N, BLOCK_C], top_ptr.dtype.element_ty)
-    for first in tl.range(0, C, BLOCK_C):
+    tops, totals = _no_statistics([BLOCK_N, BLOCK_C], a.rows.top.dtype.element_ty)
+    for first in tl.range(0, a.way.classes, BLOCK_C):
         c = first + tl.arange(0, BLOCK_C)
-        x = tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=inside[:, None] & (c < C)[None, :], other=float("-inf"))
+        lanes = inside[:, None] & (c < a.way.classes)[None, :]
+        x = tl.load(_lanes_at(a.logits, strides, b, p, c), mask=lanes, other=float("-inf"))
         tops, totals = _see(tops, totals, _wide(x))
     top, total = _merge(tops, totals, 1)
-    _write_loss(
-        logits_ptr + b * strides.batch + p * strides.position, strides.class_, row, inside, y, ignore_index, weight_ptr, weight_stride,
-        top, total, loss_ptr, row_weight_ptr, top_ptr, total_ptr, C,
-    )  # fmt: skip
+    _write_loss(a, a.logits + b * strides.batch + p * strides.position, row, inside, y, top, total)
 
 
 @triton.jit
-def _cross_entropy_backward_rows(
-    logits_ptr, strides, target_ptr, ignore_index, row_weight_ptr, top_ptr, total_ptr, dloss_ptr, dloss_stride, dlogits_ptr, dstrides,
-    C, P, splits, chunk, VEC: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """logits, dlogits [B, C, P] with class stride 1 and rows that start alike modulo VEC; the others [B * P].
-    One program: `chunk` classes of a row."""
+def _cross_entropy_backward_rows(a, splits, chunk, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the class strides are 1 and rows start alike modulo VEC. One program: `chunk` classes of a row."""
     LANES: tl.constexpr = BLOCK_C // VEC
     number = tl.program_id(0)
     row, part = number // splits, number % splits * chunk
-    count = tl.minimum(chunk, C - part)
-    start, to = _row_of(row, P, strides) + part, _row_of(row, P, dstrides) + part
+    count = tl.minimum(chunk, a.way.classes - part)
+    start, to = _row_of(row, a.way.positions, a.way.strides) + part, _row_of(row, a.way.positions, a.dstrides) + part
     head, vectors, first = _body_of(start, count, VEC)
-    x_ptr, dx_ptr = logits_ptr + first, dlogits_ptr + (to + (VEC - 1)) // VEC * VEC
+    x_ptr, dx_ptr = a.logits + first, a.dlogits + (to + (VEC - 1)) // VEC * VEC
     # row numbers: an ignored row is not read, its logits count as 0, and its scale is 0
-    y = tl.load(target_ptr + row)
-    is_row = y != ignore_index
+    y = tl.load(a.target + row)
+    is_row = y != a.ignore_index
     y = tl.where((y >= part) & (y < part + count), y - part, -1).to(tl.int32)
-    g = tl.where(is_row, tl.load(dloss_ptr + row * dloss_stride) * tl.load(row_weight_ptr + row), 0.0)
-    top = tl.where(is_row, tl.load(top_ptr + row), 0.0)
-    scale = tl.where(is_row, g / tl.load(total_ptr + row), 0.0)
+    g = tl.where(is_row, tl.load(a.dloss + row * a.dloss_stride) * tl.load(a.rows.row_weight + row), 0.0)
+    top = tl.where(is_row, tl.load(a.rows.top + row), 0.0)
+    scale = tl.where(is_row, g / tl.load(a.rows.total + row), 0.0)
     # gradient
     lane = tl.arange(0, LANES)
     offset = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
@@ -188,29 +185,26 @@ def _cross_entropy_backward_rows(
         tl.store(dx_ptr + (v * VEC + offset), d, mask=inside)
     # edges
     c, at_edge = _edges_of(head, vectors, count, VEC)
-    edges = tl.load(logits_ptr + start + c, mask=at_edge & is_row, other=0.0)
+    edges = tl.load(a.logits + start + c, mask=at_edge & is_row, other=0.0)
     dedges = _exp(_wide(edges) - top) * scale
-    tl.store(dlogits_ptr + to + c, tl.where(c == y, dedges - g, dedges), mask=at_edge)
+    tl.store(a.dlogits + to + c, tl.where(c == y, dedges - g, dedges), mask=at_edge)
 
 
 @triton.jit
-def _cross_entropy_backward_tiles(
-    logits_ptr, strides, target_ptr, ignore_index, row_weight_ptr, top_ptr, total_ptr, dloss_ptr, dloss_stride, dlogits_ptr, dstrides,
-    C, P, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """logits, dlogits [B, C, P]; the others [B * P]. One program: BLOCK_C classes of BLOCK_N positions."""
-    blocks = _blocks_of(C, BLOCK_C)
-    b, p, row, inside = _tile_of(tl.program_id(0) // blocks, P, BLOCK_N)
+def _cross_entropy_backward_tiles(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """One program: BLOCK_C classes of BLOCK_N positions."""
+    blocks = _blocks_of(a.way.classes, BLOCK_C)
+    b, p, row, inside = _tile_of(tl.program_id(0) // blocks, a.way.positions, BLOCK_N)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     # row numbers
-    y = tl.load(target_ptr + row, mask=inside, other=ignore_index)
-    is_row = y != ignore_index
-    g = tl.load(dloss_ptr + row * dloss_stride, mask=is_row, other=0.0) * tl.load(row_weight_ptr + row, mask=is_row, other=0.0)
-    top = tl.load(top_ptr + row, mask=is_row, other=0.0)
-    scale = g / tl.load(total_ptr + row, mask=is_row, other=1.0)
+    y = tl.load(a.target + row, mask=inside, other=a.ignore_index)
+    is_row = y != a.ignore_index
+    g = tl.load(a.dloss + row * a.dloss_stride, mask=is_row, other=0.0) * tl.load(a.rows.row_weight + row, mask=is_row, other=0.0)
+    top = tl.load(a.rows.top + row, mask=is_row, other=0.0)
+    scale = g / tl.load(a.rows.total + row, mask=is_row, other=1.0)
     # gradient
-    lanes = inside[:, None] & (c < C)[None, :]
-    x = _wide(tl.load(_lanes_at(logits_ptr, strides, b, p, c), mask=lanes, other=0.0))
+    lanes = inside[:, None] & (c < a.way.classes)[None, :]
+    x = _wide(tl.load(_lanes_at(a.logits, a.way.strides, b, p, c), mask=lanes, other=0.0))
     d = _exp(x - top[:, None]) * scale[:, None]
     d = tl.where(c[None, :] == y[:, None], d - g[:, None], d)
-    tl.store(_lanes_at(dlogits_ptr, dstrides, b, p, c), tl.where(is_row[:, None], d, 0.0), mask=lanes)
+    tl.store(_lanes_at(a.dlogits, a.dstrides, b, p, c), tl.where(is_row[:, None], d, 0.0), mask=lanes)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from .math import _wide
 from .rows import _blocks_of
 
 
@@ -17,16 +18,23 @@ def _elements_of(number, B, P, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
 
 
 @triton.jit
-def _at(ptr, strides, a, b, p):
-    """Pointers [BLOCK_B, BLOCK_P] to elements of a tensor [A, B, P]."""
+def _at(ptr, strides, piece):
+    """Pointers [BLOCK_B, BLOCK_P] to the elements `piece`, as `_elements_of` gives them, of a tensor [A, B, P]."""
+    a, b, p, _inside = piece
     return ptr + a * strides[0] + b * strides[1] + p * strides[2]
 
 
 @triton.jit
-def _number_at(ptr, strides, a, b, p, inside):
+def _load_at(ptr, strides, piece, other):
+    """[BLOCK_B, BLOCK_P], widened; `other` where there is no element."""
+    return _wide(tl.load(_at(ptr, strides, piece), mask=piece[3], other=other))
+
+
+@triton.jit
+def _number_at(ptr, strides, piece):
     """What comes with each element: [BLOCK_B, BLOCK_P], or one number for all where there are no strides."""
     if strides is None:
         number = tl.load(ptr)
     else:
-        number = tl.load(_at(ptr, strides, a, b, p), mask=inside, other=0.0)
+        number = tl.load(_at(ptr, strides, piece), mask=piece[3], other=0.0)
     return number

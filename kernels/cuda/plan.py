@@ -35,6 +35,14 @@ class Strides(NamedTuple):
     position: int
 
 
+class Walk(NamedTuple):
+    """What a kernel knows of the way over the logits."""
+
+    classes: int
+    positions: int
+    strides: Strides  # of the logits
+
+
 class View(NamedTuple):
     """The one shape of a launch's tensors, and the strides of each."""
 
@@ -46,6 +54,10 @@ class View(NamedTuple):
     @property
     def rows(self) -> int:
         return self.batch * self.positions
+
+    @property
+    def way(self) -> Walk:
+        return Walk(self.classes, self.positions, self.strides[0])
 
 
 def view(shape: Sequence[int], *strides: Sequence[int]) -> View:
@@ -197,12 +209,22 @@ def _tiles_of(v: View, device: Device, block_n: int, block_c: int) -> TilesPlan:
     return TilesPlan(programs, ceil_div(v.classes, block_c), block_n, block_c, warps(min(128, block_n * block_c // 2), device))
 
 
+ElementStrides = tuple[int, int, int] | None  # None: one number for all elements
+
+
+class Elements(NamedTuple):
+    """What an elementwise kernel knows of the way over [A, B, P]."""
+
+    b: int
+    p: int
+
+
 @dataclass(frozen=True)
 class ElementsPlan:
     """An elementwise launch over [A, B, P] with as much as possible in P: one program for each BLOCK_B by BLOCK_P elements."""
 
     shape: tuple[int, int, int]
-    strides: tuple[tuple[int, int, int] | None, ...]  # None: one number for all elements
+    strides: tuple[ElementStrides, ...]
     BLOCK_B: int
     BLOCK_P: int
 
@@ -210,6 +232,10 @@ class ElementsPlan:
     def programs(self) -> int:
         a, b, p = self.shape
         return a * ceil_div(b, self.BLOCK_B) * ceil_div(p, self.BLOCK_P)
+
+    @property
+    def way(self) -> Elements:
+        return Elements(self.shape[1], self.shape[2])
 
 
 def elements(shape: Sequence[int], *strides: Sequence[int]) -> ElementsPlan:

@@ -1,4 +1,5 @@
 """Where a program's rows lie, and what is learned from one visit to them. Device code shared by the kernels.
+`a` is a kernel's block of arguments.
 
 `top` starts at the lowest finite number: exp(-inf - top) is then 0, also in a block of nothing but -inf. A row with +inf ends with
 a `total` of NaN, because the lane that met it is scaled by exp(inf - inf) when the lanes are merged.
@@ -38,22 +39,22 @@ def _lanes_at(ptr, strides, b, p, c):
 
 
 @triton.jit
-def _class_weights(weight_ptr, weight_stride, c, C):
+def _class_weights(a, c):
     """[1, BLOCK_C], 0 beyond the classes. Without a stride one number serves all: nothing is loaded for each class."""
-    if weight_stride is None:
-        w = tl.where(c < C, tl.load(weight_ptr), 0.0)
+    if a.weight_stride is None:
+        w = tl.where(c < a.way.classes, tl.load(a.weight), 0.0)
     else:
-        w = tl.load(weight_ptr + c.to(tl.int64) * weight_stride, mask=c < C, other=0.0)
+        w = tl.load(a.weight + c.to(tl.int64) * a.weight_stride, mask=c < a.way.classes, other=0.0)
     return w[None, :]
 
 
 @triton.jit
-def _weight_of(weight_ptr, weight_stride, y, is_class):
+def _weight_of(a, y, is_class):
     """w_y. Outside [0, C) a target is no index: its weight, and with it the loss, is NaN."""
-    if weight_stride is None:
-        w_y = tl.where(is_class, tl.load(weight_ptr), float("nan"))
+    if a.weight_stride is None:
+        w_y = tl.where(is_class, tl.load(a.weight), float("nan"))
     else:
-        w_y = tl.load(weight_ptr + y * weight_stride, mask=is_class, other=float("nan"))
+        w_y = tl.load(a.weight + y * a.weight_stride, mask=is_class, other=float("nan"))
     return w_y
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastloss.kernels.groups import Rows, Smoothing
+from fastloss.kernels.groups import Focus, Rows, Smoothing
 
 MARGIN = 64  # poisoned elements on both sides of an output
 # |error| <= RELATIVE |truth| + ABSOLUTE * the largest number that entered it
@@ -268,6 +268,25 @@ def binary_cross_entropy(k: Any, p: Tensor, y: Tensor, w: Tensor) -> None:
     finite = torch.finfo(p.dtype).max
     want = torch.where(want.abs() > finite, want.sign() * torch.inf, want)
     assert_close(dprob, want, what="dprob")
+    assert_inside(total)
+
+
+def sigmoid_focal_loss(k: Any, x: Tensor, y: Tensor, alpha: float, gamma: float) -> None:
+    """Elements [A, B, P]: forward, sum, backward."""
+    positive, negative = (alpha, 1 - alpha) if alpha >= 0 else (1.0, 1.0)
+    x64, y64, focus = x.double().requires_grad_(), y.double(), Focus(positive, negative, gamma)
+    q = y64 * torch.sigmoid(-x64) + (1 - y64) * torch.sigmoid(x64)
+    bce = (1 - y64) * x64 - torch.nn.functional.logsigmoid(x64)
+    want = (positive * y64 + negative * (1 - y64)) * q**gamma * bce
+    loss, total = poisoned(x, real(x.dtype)), poisoned(x.new_empty(1), real(x.dtype))
+    k.sigmoid_focal_loss_forward(x, y, focus, loss)
+    assert_close(loss, want.detach(), scale=x.abs().max().item(), what="loss")
+    k.sigmoid_focal_loss_sum(x, y, focus, total)
+    assert_close(total[0], want.detach().sum(), scale=want.detach().abs().sum().item(), what="total")
+    dloss, dlogits = torch.randn_like(loss), poisoned(x)
+    k.sigmoid_focal_loss_backward(x, y, focus, dloss, dlogits)
+    (slope,) = torch.autograd.grad(want, x64, dloss.double())
+    assert_close(dlogits, slope, scale=8.0 * (1 + gamma), what="dlogits")
     assert_inside(total)
 
 

@@ -13,7 +13,7 @@ from triton_compiler import Launch, compiling
 
 import fastloss.kernels.cuda as k
 from fastloss.kernels.cuda.plan import Device
-from fastloss.kernels.groups import Rows, Smoothing
+from fastloss.kernels.groups import Focus, Rows, Smoothing
 
 
 def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -65,6 +65,10 @@ def launch_elements(dtype: torch.dtype) -> None:
     k.binary_cross_entropy_forward(x, x, w, loss)
     k.binary_cross_entropy_sum(x, x, w, total)
     k.binary_cross_entropy_backward(x, x, w, loss, x)
+    focus = Focus(0.25, 0.75, 2.0)
+    k.sigmoid_focal_loss_forward(x, x, focus, loss)
+    k.sigmoid_focal_loss_sum(x, x, focus, total)
+    k.sigmoid_focal_loss_backward(x, x, focus, loss, x)
 
 
 def of_name(launches: list[Launch], name: str) -> Launch:

@@ -354,6 +354,19 @@ def test_binary_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     check.binary_cross_entropy(k, p, y, weight)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 1.0, 2.0, 2.5])
+@pytest.mark.parametrize("alpha", [0.25, -1.0])
+def test_sigmoid_focal_loss(k: Any, alpha: float, gamma: float, dtype: torch.dtype) -> None:
+    """Soft targets; and the surest logits, right and wrong."""
+    x = (torch.randn(1, 30, 40) * 8).to(dtype).transpose(1, 2)
+    y = torch.rand(1, 40, 30).to(dtype)
+    x[0, 0, :6] = torch.tensor([100.0, 100.0, -100.0, -100.0, 0.0, 0.0])
+    y[0, 0, :6] = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0, 1.0])
+    check.sigmoid_focal_loss(k, x, y, alpha, gamma)
+    check.sigmoid_focal_loss(k, torch.randn(1, 1, 2500).to(dtype), torch.randint(2, (1, 1, 2500)).to(dtype), alpha, gamma)
+
+
 @triton.jit
 def _where_tiles_lie(number, n, rows_ptr, inside_ptr, elements_ptr, exist_ptr, BLOCK: tl.constexpr):
     """A tile of n positions and an elementwise program of n elements."""

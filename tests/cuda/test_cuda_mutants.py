@@ -55,7 +55,7 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
         "d",
         lambda k: check.cross_entropy(k, torch.full((1, 5), torch.nan), torch.tensor([-100])),
     ),
-    ("cross_entropy.py", "number % splits * chunk\n    count = tl.where", "0 * chunk\n    count = tl.where", HUGE),
+    ("cross_entropy.py", "number % parts.splits * parts.chunk\n    count = tl.where", "0 * parts.chunk\n    count = tl.where", HUGE),
     ("cross_entropy.py", "(x_y - top)", "(x_y)", FEW),
     ("cross_entropy.py", "tl.where(is_row, w_y * nll, 0.0)", "w_y * nll", FEW),
     ("smoothed_cross_entropy.py", "_gap_of(gaps, weights, tops", "_gap_of(gaps, weights * 0, tops", index_targets((5, 300), 0.1)),
@@ -68,6 +68,9 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("nll_loss.py", 'float("nan"), 0.0)\n    d', "0.0, 0.0)\n    d", NO_CLASS),
     ("math.py", "p * x - 4.999989265e-1", "p * x - 4.9e-1", elements),
     ("bce_with_logits.py", "tl.where(x < 0.0, 1.0, e)", "e", elements),
+    ("sigmoid_focal_loss.py", "(1.0 - y - y)", "(1.0 - y)", lambda k: focal(k)),
+    ("sigmoid_focal_loss.py", "if fraction > 0.0", "if fraction > 1.0", lambda k: focal(k)),
+    ("sigmoid_focal_loss.py", "negative.to(y.dtype) * (1.0 - y)", "negative.to(y.dtype)", lambda k: focal(k)),
     ("elements.py", "p * strides[2]", "p", lambda k: elements_transposed(k)),
     ("reduction.py", "mask=i < count", "mask=i <= count", lambda k: check.sum_rows(k, torch.randn(40000)[:20000])),
 ]
@@ -76,6 +79,10 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
 def elements_transposed(k: Any) -> None:
     x = torch.randn(1, 30, 40).transpose(1, 2)
     check.bce_with_logits(k, x, torch.rand(1, 40, 30), torch.rand(1, 40, 30), torch.ones(1, 1, 1).expand(1, 40, 30))
+
+
+def focal(k: Any) -> None:
+    check.sigmoid_focal_loss(k, torch.randn(1, 40, 30), torch.rand(1, 40, 30), 0.25, 2.5)
 
 
 def copy_of_kernels(folder: Path, name: str, file: str, old: str, new: str) -> Any:

@@ -86,12 +86,10 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
         middle = begin + (r.y_row - begin) // lanes * lanes if begin <= r.y_row < end else end
         if begin > first:
             store_at(dx, first, begin - first, near_target(x, block, first, begin - first, factor, r))
-        for c in range(begin, middle, lanes):
-            stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)
+        _stream_classes(x, dx, block, begin, middle, factor, past_caches)
         if middle < end:
             stream(dx.at, middle, near_target(x, block, middle, lanes, factor, r), past_caches)
-        for c in range(middle + lanes, end, lanes):
-            stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)
+        _stream_classes(x, dx, block, middle + lanes, end, factor, past_caches)
         if end < last:
             store_at(dx, end, last - end, near_target(x, block, end, last - end, factor, r))
     else:
@@ -104,6 +102,19 @@ def _stream_class(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, past
     """One class of rows that fill the lanes. Four in a row share the constants of exp, which LLVM may load again for every iteration."""
     d = term(x, block, c, x.rows) * factor
     stream(dx.at, c * dx.class_, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0), past_caches)
+
+
+@njit(**INLINE)
+def _stream_classes(x: Any, dx: Any, block: Any, begin: Any, end: Any, factor: Any, past_caches: Any) -> None:
+    """Whole vectors of one row without its target, by four for the same reason."""
+    lanes, c = lanes_of(x.at), begin
+    while c + 4 * lanes <= end:
+        for i in range(c, c + 4 * lanes, lanes):
+            stream(dx.at, i, term(x, block, i, lanes) * factor, past_caches)
+        c += 4 * lanes
+    while c < end:
+        stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)
+        c += lanes
 
 
 @njit(**INLINE)

@@ -40,9 +40,9 @@ def classes_of(logits: Tensor) -> int:
     return logits.shape[1] if logits.dim() > 1 else logits.shape[0]
 
 
-def vector(logits: Tensor, size: int) -> Spec:
-    """[size] in the compute dtype."""
-    return Spec((size,), compute_dtype(logits))
+def numbers_spec(logits: Tensor, count: int) -> Spec:
+    """So many numbers of every row, [count, N], of which kernels take one [N] each."""
+    return Spec((count, rows_in(logits)), compute_dtype(logits))
 
 
 def divisor_spec(logits: Tensor, reduction: str) -> Spec:

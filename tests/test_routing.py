@@ -198,7 +198,9 @@ LAYERS = {
     "operation": {"arguments", "foresight", "loss"},
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
-    "functional": {"arguments", "loss", "losses", "operation", "ops", "routing"},
+    "serving": {"arguments", "loss", "operation", "ops", "routing"},
+    "composed": set(),
+    "functional": {"arguments", "composed", "loss", "losses", "routing", "serving"},
     "modules": {"functional"},
 }
 

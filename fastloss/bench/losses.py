@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import composed_focal_loss
+from .. import composed
 
 Options = dict[str, Any]
 
@@ -33,7 +33,7 @@ class Loss:
     @property
     def in_torch(self) -> Callable[..., Tensor]:
         """torch's function, or what people write where torch has none."""
-        function: Callable[..., Tensor] = getattr(F, self.function, composed_focal_loss)
+        function: Callable[..., Tensor] = getattr(F, self.function, None) or getattr(composed, self.function)
         return function
 
     def call(self, function: Callable[..., Tensor], input: Tensor, target: Tensor | None, options: Options) -> Tensor:

@@ -86,7 +86,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         dlogits, numbers = rows.as_rows(dinput), _numbers(r.numbers)
         if o.reduction == "mean":
             kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
-        g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
+        g = rows.row_gradient_of(dloss, r.divisor, t.input)
         if o.label_smoothing > 0:
             kernels.smoothed_cross_entropy_forward_backward(
                 logits, target, weight.contiguous(), o.ignore_index, _smoothing(t, o), g, loss, numbers, dlogits
@@ -102,7 +102,9 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         g = rows.row_gradient(dloss, s.divisor, s.input)
         if o.label_smoothing > 0:
             weight = rows.dense_class_weight(s.weight, s.input)
-            kernels.smoothed_cross_entropy_backward(logits, target, weight, o.ignore_index, _smoothing(s, o), _numbers(s.numbers), g, dlogits)
+            kernels.smoothed_cross_entropy_backward(
+                logits, target, weight, o.ignore_index, _smoothing(s, o), _numbers(s.numbers), g, dlogits
+            )
         else:
             kernels.cross_entropy_backward(logits, target, o.ignore_index, _numbers(s.numbers), g, dlogits)
         return (rows.settle(dinput, dlogits),)

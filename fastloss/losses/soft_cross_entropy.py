@@ -88,8 +88,10 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         loss, dinput = rows.row_losses(r.loss, t.input, o.reduction), empty_like(t.input)
         dlogits = rows.as_rows(dinput)
         r.divisor.fill_(loss.numel())
-        g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
-        kernels_for(t.input).soft_cross_entropy_forward_backward(logits, target, weight, _smoothing(t, o), g, loss, _numbers(r.numbers), dlogits)
+        g = rows.row_gradient_of(dloss, r.divisor, t.input)
+        kernels_for(t.input).soft_cross_entropy_forward_backward(
+            logits, target, weight, _smoothing(t, o), g, loss, _numbers(r.numbers), dlogits
+        )
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return (rows.settle(dinput, dlogits),), tuple(r)
 

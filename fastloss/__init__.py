@@ -12,6 +12,7 @@ from .functional import (
     sigmoid_focal_loss,
     softmax,
 )
+from .linear import linear_cross_entropy
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 from .routing import Route, explain
 
@@ -31,6 +32,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "get_backend",
+    "linear_cross_entropy",
     "log_softmax",
     "memory",
     "nll_loss",

@@ -80,7 +80,7 @@ def linear_cross_entropy(
         x, y = _two_dimensional(input, linear_weight, target)
         products = _products(input)
         chunk_rows, sums, misfit = _wishes(options, products)
-        shared = logit_scale, logit_softcap or 0.0, chunk_rows, sums, products, reduction, _loss_dtype(input)
+        shared = logit_scale, logit_softcap or 0.0, chunk_rows, products, sums, reduction, _result_dtype(input)
         if y.is_floating_point():
             loss, o = losses.linear_soft_cross_entropy, losses.linear_soft_cross_entropy.options(label_smoothing, *shared)
             misfit = misfit or (None if ignore_index is None else f"ignore_index is {ignore_index!r} for class probabilities")

@@ -32,8 +32,8 @@ class Options(NamedTuple):
     logit_scale: float
     logit_softcap: float  # 0: none
     chunk_rows: int  # 0: by `config.linear_chunk_bytes`
-    sums: torch.dtype  # of the sums of half precision products over chunks
     products: torch.dtype  # of the matrix products
+    sums: torch.dtype  # of the sums of half precision products over chunks
     reduction: str
     dtype: torch.dtype  # of the loss
 

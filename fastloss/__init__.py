@@ -13,7 +13,7 @@ from .functional import (
     softmax,
 )
 from .linear import linear_cross_entropy
-from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
+from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 from .routing import Route, explain
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "BackendError",
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "NLLLoss",
     "Route",

@@ -90,7 +90,7 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class Chunks:
-    """To be gone through once: for each chunk, where its row numbers are among those of the chosen rows, and its logits [n, C] or [n, C, P].
+    """To be gone through once: for each chunk, which of the chosen rows' numbers are its own, and its logits [n, C] or [n, C, P].
 
     `chosen` are the rows of the input to take (None: all); the gradient of the others is zero. `needed` says for input, weight and bias
     whether there is to be a gradient. If any, the loop's body leaves the gradient of the logits in their place.

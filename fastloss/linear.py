@@ -65,7 +65,7 @@ def linear_cross_entropy(
     """
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be positive or None, got {logit_softcap!r}")
-    arguments = {
+    arguments: dict[str, Any] = {
         "linear_bias": linear_bias,
         "weight": weight,
         "reduction": reduction,

@@ -96,7 +96,7 @@ def _divide(t: Tensors, o: Options, divisor: Tensor) -> None:
         kernels_for(t.input).sum_weights(target, weight, o.ignore_index, divisor)
 
 
-def _visit(t: Any, o: Options, g: Tensor | None, r: Results | None, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def _visit(t: Any, o: Options, dloss: Tensor | None, r: Results | None, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Write the loss, if there is a place for it; the gradients of input, weight and bias for those of the rows' losses."""
     layer, logits, kernels, target = layer_of(t, o), stand_in(t, o.products), kernels_for(t.input), rows.as_indices(t.target)
     classes, positions = rows.classes_of(logits), layer.columns // rows.classes_of(logits)
@@ -105,18 +105,18 @@ def _visit(t: Any, o: Options, g: Tensor | None, r: Results | None, needed: tupl
     chosen = _not_ignored(target, o.ignore_index, positions)
     target = some_rows(target, chosen, positions)
     loss = memory.empty(target.shape, weight.dtype, target.device)
-    g = None if g is None else some_rows(g, chosen, positions)
+    dloss = None if dloss is None else some_rows(dloss, chosen, positions)
     chunks = Chunks(layer, needed, chosen)
     for at, x in chunks:
-        numbers = Rows(*(torch.empty_like(loss[at]) for _ in range(4)))
-        if o.label_smoothing > 0 and g is None:
-            kernels.smoothed_cross_entropy_forward(x, target[at], weight, o.ignore_index, smoothing, loss[at], numbers)
+        y, written, numbers = target[at], loss[at], Rows(*(torch.empty_like(loss[at]) for _ in range(4)))
+        if dloss is None and o.label_smoothing > 0:
+            kernels.smoothed_cross_entropy_forward(x, y, weight, o.ignore_index, smoothing, written, numbers)
+        elif dloss is None:
+            kernels.cross_entropy_forward(x, y, weight, o.ignore_index, written, numbers)
         elif o.label_smoothing > 0:
-            kernels.smoothed_cross_entropy_forward_backward(x, target[at], weight, o.ignore_index, smoothing, g[at], loss[at], numbers, x)
-        elif g is None:
-            kernels.cross_entropy_forward(x, target[at], weight, o.ignore_index, loss[at], numbers)
+            kernels.smoothed_cross_entropy_forward_backward(x, y, weight, o.ignore_index, smoothing, dloss[at], written, numbers, x)
         else:
-            kernels.cross_entropy_forward_backward(x, target[at], weight, o.ignore_index, g[at], loss[at], numbers, x)
+            kernels.cross_entropy_forward_backward(x, y, weight, o.ignore_index, dloss[at], written, numbers, x)
     if r is not None:
         _reduce(loss, chosen, positions, r, o, logits)
     return chunks.gradients()

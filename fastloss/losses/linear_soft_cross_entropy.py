@@ -91,7 +91,7 @@ class LinearSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return _visit(s, o, rows.row_gradient(dloss, s.divisor, stand_in(s, o.products)), None, needed)
 
 
-def _visit(t: Any, o: Options, g: Tensor | None, r: Results | None, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def _visit(t: Any, o: Options, dloss: Tensor | None, r: Results | None, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """Write the loss, if there is a place for it; the gradients of input, weight, bias and target for those of the rows' losses."""
     layer, logits, kernels, target = layer_of(t, o), stand_in(t, o.products), kernels_for(t.input), rows.as_rows(t.target.detach())
     positions, weight = layer.columns // rows.classes_of(logits), rows.dense_class_weight(t.weight, logits)
@@ -103,15 +103,15 @@ def _visit(t: Any, o: Options, g: Tensor | None, r: Results | None, needed: tupl
     for at, x in chunks:
         here = slice(at.start // positions, at.stop // positions)
         q, numbers = target[here].to(x.dtype), Rows(None, *(torch.empty_like(loss[at]) for _ in range(3)))
-        if written is not None and g is not None:  # before the logits are overwritten
+        if written is not None and dloss is not None:  # before the logits are overwritten
             kernels.soft_cross_entropy_forward(x, q, weight, smoothing, loss[at], numbers)
             found = torch.empty_like(x)
-            kernels.soft_cross_entropy_target_backward(x, weight, smoothing.keep, numbers, g[at], found)
+            kernels.soft_cross_entropy_target_backward(x, weight, smoothing.keep, numbers, dloss[at], found)
             written[here].copy_(found)
-        if g is None:
+        if dloss is None:
             kernels.soft_cross_entropy_forward(x, q, weight, smoothing, loss[at], numbers)
         elif any(needed[:3]):
-            kernels.soft_cross_entropy_forward_backward(x, q, weight, smoothing, g[at], loss[at], numbers, x)
+            kernels.soft_cross_entropy_forward_backward(x, q, weight, smoothing, dloss[at], loss[at], numbers, x)
     if r is not None:
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
     return *chunks.gradients(), None if dtarget is None or written is None else rows.settle(dtarget, written)

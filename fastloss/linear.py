@@ -115,8 +115,6 @@ def composed_linear_cross_entropy(
     """`linear_cross_entropy` by torch: its own where it has one that does this, else F.linear and F.cross_entropy."""
     rest: dict[str, Any] = {"weight": weight, "reduction": reduction, "label_smoothing": label_smoothing}
     scaled = isinstance(logit_scale, Tensor) or logit_scale != 1 or logit_softcap is not None
-    if not isinstance(input, Tensor) or not isinstance(linear_weight, Tensor) or not isinstance(target, Tensor):
-        raise TypeError("linear_cross_entropy(): input, linear_weight and target must be Tensors")
     if hasattr(F, "linear_cross_entropy") and not scaled and (input.dim() < 3 or linear_weight.dim() != 2):
         return F.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, ignore_index=ignore_index, options=options, **rest

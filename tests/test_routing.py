@@ -193,13 +193,15 @@ LAYERS = {
     "rows": {"backends", "kinds", "loss", "memory"},
     "elements": {"kinds", "loss", "rows"},
     "arguments": {"loss"},
-    "losses": {"arguments", "backends", "elements", "kernels.groups", "loss", "memory", "rows"},
+    "chunks": {"config", "loss", "memory", "rows"},
+    "losses": {"arguments", "backends", "chunks", "elements", "kernels.groups", "loss", "memory", "rows"},
     "foresight": {"config"},
     "operation": {"arguments", "foresight", "loss"},
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
     "functional": {"arguments", "loss", "losses", "operation", "ops", "routing"},
-    "modules": {"functional"},
+    "linear": {"arguments", "chunks", "functional", "loss", "losses", "routing"},
+    "modules": {"functional", "linear"},
 }
 
 

@@ -61,7 +61,7 @@ def linear_cross_entropy(
 
     >>> x, head = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
     >>> linear_cross_entropy(x, head, torch.tensor([2, 0]))
-    tensor(0.5633)
+    tensor(0.5627)
     """
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be positive or None, got {logit_softcap!r}")

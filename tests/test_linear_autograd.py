@@ -167,6 +167,15 @@ def test_exports_and_runs_without_data() -> None:
 
 
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
+def test_registered_ops_differentiate_twice(soft: bool) -> None:
+    loss: Any = losses.linear_soft_cross_entropy if soft else losses.linear_cross_entropy
+    inputs = [torch.rand(*shape, dtype=torch.float64).requires_grad_() for shape in ((2, 3), (4, 3), (4,), (2, 4))]
+    o = loss.options(*(() if soft else (-100,)), 0.1, 0.7, 2.0, 0, torch.float64, torch.float64, "mean", torch.float64)
+    rest = () if soft else (torch.tensor([3, 1]),)
+    assert torch.autograd.gradgradcheck(lambda *t: OPS[loss.name].forward(*t, *rest, None, *o)[0], inputs[: loss.differentiable])
+
+
+@pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_registered_ops(dtype: torch.dtype, soft: bool) -> None:
     loss: Any = losses.linear_soft_cross_entropy if soft else losses.linear_cross_entropy

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils.checkpoint import checkpoint
 
 import fastloss
@@ -268,3 +269,17 @@ def test_same_bits_on_every_run() -> None:
     t, target = leaves(), indices()
     runs = [torch.autograd.grad(loss_of(fastloss.linear_cross_entropy, t, target), t) for _ in range(3)]
     assert all(torch.equal(a, b) for run in runs for a, b in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:linear_cross_entropy")
+@pytest.mark.parametrize("op", [op for op in op_db if op.name.endswith("linear_cross_entropy")], ids=lambda op: op.variant_test_name)
+def test_torchs_own_samples(op: Any) -> None:
+    for dtype in (torch.float32, torch.float64):
+        for sample in op.sample_inputs("cpu", dtype, requires_grad=True):
+            call = (sample.input.detach(), *(a.detach() for a in sample.args))
+            torch.testing.assert_close(
+                fastloss.linear_cross_entropy(*call, **sample.kwargs), F.linear_cross_entropy(*call, **sample.kwargs), equal_nan=True
+            )
+    for error in op.error_inputs("cpu"):
+        with pytest.raises(error.error_type, match=error.error_regex):
+            fastloss.linear_cross_entropy(error.sample_input.input, *error.sample_input.args, **error.sample_input.kwargs)

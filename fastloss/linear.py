@@ -127,7 +127,10 @@ def composed_linear_cross_entropy(
     if input.dim() < 3:
         return F.cross_entropy(logits, target, **rest)
     if target.shape not in (logits.shape, logits.shape[:-1]):
-        raise ValueError(f"expected target of shape {tuple(logits.shape[:-1])} or {tuple(logits.shape)}, got {tuple(target.shape)}")
+        raise RuntimeError(
+            f"expected input with dimensionality 1 or 2, got {input.dim()}, with which target must have shape {tuple(logits.shape[:-1])} "
+            f"or {tuple(logits.shape)}, got {tuple(target.shape)}"
+        )
     loss = F.cross_entropy(logits.flatten(0, -2), target.reshape(-1, *target.shape[input.dim() - 1 :]), **rest)
     return loss.view(logits.shape[:-1]) if reduction == "none" else loss
 

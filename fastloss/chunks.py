@@ -173,6 +173,13 @@ def _multiply(a: Tensor, b: Tensor, factor: float, result: Tensor, added: Tensor
         torch.mm(a, b, out=result)
 
 
+def _add(total: Tensor, part: Tensor) -> None:
+    """total += part, of another dtype. torch on CPU makes a copy of `part` first: of some rows at a time it stays in the cache."""
+    rows = max(1, (1 << 20) // total.shape[1]) if total.device.type == "cpu" else len(total)
+    for some, more in zip(total.split(rows), part.split(rows), strict=True):
+        some.add_(more)
+
+
 def _in_dtype(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t if t.dtype is dtype else memory.empty(t.shape, dtype, t.device).copy_(t)
 
@@ -222,7 +229,7 @@ class _WeightGradient:
             if self.empty:
                 self.total.copy_(self.part)
             else:
-                self.total.add_(self.part)
+                _add(self.total, self.part)
         self.empty = False
 
     def result(self) -> Tensor:

@@ -118,7 +118,7 @@ def fuse(model: Any) -> None:
     if model.loss_function is not causal_lm_loss:
         _refuse_other_losses(model, "fuse")
     config = model.config.get_text_config()
-    options = {"logit_scale": _scale(config), "logit_softcap": getattr(config, "final_logit_softcapping", None)}
+    options: dict[str, Any] = {"logit_scale": _scale(config), "logit_softcap": getattr(config, "final_logit_softcapping", None)}
     if getattr(config, "output_router_logits", False):
         raise ValueError(f"fuse: the loss of a {type(model).__name__} must be that of its logits alone, got one with the routers' loss")
     _refuse_other_logits(model, options)
@@ -175,7 +175,7 @@ def _refuse_other_losses(model: Any, what: str) -> None:
 
 
 def _refuse_other_logits(model: Any, options: dict[str, Any]) -> None:
-    head, training = model.get_output_embeddings(), model.training
+    head, modes = model.get_output_embeddings(), {module: module.training for module in model.modules()}
     if type(head) is not torch.nn.Linear:
         raise ValueError(f"fuse: the output embeddings of a {type(model).__name__} must be an nn.Linear, got {type(head).__name__}")
     tokens = torch.tensor([[0, 1]], device=head.weight.device)
@@ -186,7 +186,8 @@ def _refuse_other_logits(model: Any, options: dict[str, Any]) -> None:
             hidden = model.base_model(input_ids=tokens, use_cache=False)[0]
             ours = all_logits(hidden, head.weight, head.bias, options["logit_scale"], options["logit_softcap"] or 0.0).float()
     finally:
-        model.train(training)
+        for module, training in modes.items():
+            module.training = training
     if ours.shape != theirs.shape or not torch.allclose(ours, theirs, rtol=2e-2, atol=2e-2 * float(theirs.abs().max())):
         raise ValueError(
             f"fuse: the logits of a {type(model).__name__} must be head(last hidden states), scaled and capped as its config says"

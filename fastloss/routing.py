@@ -59,14 +59,14 @@ def tiny(input: Any) -> bool:
     )
 
 
-def route(misfit: str | None, logits: Any, min_numel: int | None = None) -> Route:
+def route(misfit: str | None, logits: Any, min_numel: int | None = None, note: str = "") -> Route:
     """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; fewer than `min_numel` logits
-    (by default `config.min_numel`) go to torch."""
+    (by default `config.min_numel`) go to torch. `note` is what there is to say of a call that the kernels serve."""
     if torch.compiler.is_compiling():
         return _compiled(misfit, logits)
     found = _eager(misfit, logits, config.min_numel if min_numel is None else min_numel)
     if _explaining.get():
-        raise _Explained(found)
+        raise _Explained(found if found.path == "torch" else found._replace(reason=found.reason + note))
     return found
 
 

@@ -6,6 +6,7 @@ float32.
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,3 +167,21 @@ def picked(log_prob: Tensor, target: Tensor, weight: Tensor, ignore_index: int) 
     row_weight = weight[y].masked_fill(ignored, 0.0) if weight.numel() else log_prob.new_zeros(target.shape)
     found = log_prob.gather(1, y[:, None]).squeeze(1) if log_prob.shape[1] else row_weight
     return (-row_weight * found).masked_fill(ignored, 0.0), row_weight
+
+
+def index_loss(logits: Tensor, target: Tensor, weight: Tensor | None, o: Any) -> Tensor:
+    """Cross-entropy with class indices, of logits (C,), (N, C) or (N, C, d1, ...); `o` has ignore_index, label_smoothing, reduction."""
+    log_prob, target = torch.log_softmax(one_row_each(logits), 1), target.reshape(-1).long()
+    weight = log_prob.new_ones(log_prob.shape[1]) if weight is None else weight.to(log_prob.dtype)
+    loss, row_weight = picked(log_prob, target, weight, o.ignore_index)
+    if o.label_smoothing > 0:
+        smooth = -(log_prob * weight).sum(1).masked_fill(target == o.ignore_index, 0.0)
+        loss = (1 - o.label_smoothing) * loss + o.label_smoothing / max(1, log_prob.shape[1]) * smooth
+    return reduced_rows(loss, row_weight, o.reduction, logits)
+
+
+def soft_loss(logits: Tensor, target: Tensor, weight: Tensor | None, o: Any) -> Tensor:
+    """The same with class probabilities."""
+    q = (1 - o.label_smoothing) * one_row_each(target) + o.label_smoothing / max(1, classes_of(logits))
+    terms = -q * torch.log_softmax(one_row_each(logits), 1)
+    return reduced_rows((terms if weight is None else terms * weight).sum(1), None, o.reduction, logits)

@@ -87,7 +87,7 @@ def arguments_of(launcher: str) -> dict[str, Any]:
     else:
         made = MADE
     numbers: dict[str, Any] = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "focus": Focus(0.3, 0.7, 2.0)}
-    numbers |= {"rows": Rows(None, None, None, None), "reduction": Reduction(1.0, None, None)}
+    numbers |= {"rows": Rows(None, None, None, None), "reduction": Reduction(1.0, torch.empty(()), torch.empty(()))}
     arguments = {name: numbers[name] if name in numbers else made[type(kind_of(hint)).__name__]() for name, hint in hints.items()}
     for name, kind in kinds_of(launcher).items():
         if "." in name:

@@ -57,13 +57,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), numbers
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
-        log_prob, target = torch.log_softmax(rows.one_row_each(t.input), 1), t.target.reshape(-1).long()
-        weight = log_prob.new_ones(log_prob.shape[1]) if t.weight is None else t.weight.to(log_prob.dtype)
-        loss, row_weight = rows.picked(log_prob, target, weight, o.ignore_index)
-        if o.label_smoothing > 0:
-            smooth = -(log_prob * weight).sum(1).masked_fill(target == o.ignore_index, 0.0)
-            loss = (1 - o.label_smoothing) * loss + o.label_smoothing / max(1, log_prob.shape[1]) * smooth
-        return rows.reduced_rows(loss, row_weight, o.reduction, t.input)
+        return rows.index_loss(t.input, t.target, t.weight, o)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)

@@ -59,9 +59,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), numbers
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
-        q = (1 - o.label_smoothing) * rows.one_row_each(t.target) + o.label_smoothing / max(1, rows.classes_of(t.input))
-        terms = -q * torch.log_softmax(rows.one_row_each(t.input), 1)
-        return rows.reduced_rows((terms if t.weight is None else terms * t.weight).sum(1), None, o.reduction, t.input)
+        return rows.soft_loss(t.input, t.target, t.weight, o)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         r, logits, target, weight = (

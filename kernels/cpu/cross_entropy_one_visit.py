@@ -42,7 +42,6 @@ from .simd import lanes_of, splat
 from .targets import refuse_out_of_bounds
 
 SUM, MEAN = 1, 2
-_NO_REDUCTION = Reduction(0.0, None, None)
 
 
 class ForwardBackward(NamedTuple):
@@ -106,7 +105,7 @@ def _arguments(
         dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
         dlogits=dlogits, dstrides=dstrides, layout=layout_of(way, dstrides),
         terms=scratch(2 * kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
-        alone=0, reduction=_NO_REDUCTION,
+        alone=0, reduction=Reduction(0.0, loss, loss),
     )  # fmt: skip
 
 

@@ -25,7 +25,10 @@ def as_rows(logits: Tensor, dim: int = 1) -> Tensor:
         return logits if dim in (1, -1) else logits.unsqueeze(0)
     if dim in (-1, logits.dim() - 1):
         return logits.flatten(0, -2)
-    return logits.flatten(0, dim - 1).flatten(2) if dim > 0 else logits.flatten(1).unsqueeze(0)
+    rows = logits.flatten(0, dim - 1) if dim > 0 else logits.unsqueeze(0)
+    if rows.dim() > 3 and rows.stride(1) < rows.stride(-1):
+        return rows.movedim(1, -1).flatten(1, -2).movedim(-1, 1)  # classes side by side stay that, also in a copy
+    return rows.flatten(2)
 
 
 def positions(logits: Tensor) -> tuple[int, ...]:

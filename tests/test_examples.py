@@ -56,3 +56,12 @@ def test_training_loop_learns_as_with_torch(example, dtype):
     assert found["fastloss without logits"] == pytest.approx(found["torch"], rel=0.02)
     assert all(math.isfinite(loss) for loss in found["fastloss"])
     assert found["fastloss"][-1] < found["fastloss"][0] - 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_language_model_learns(example, precision, monkeypatch, tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed (pip install lightning)")
+    monkeypatch.chdir(tmp_path)
+    losses = example("lightning_language_model").main(["--epochs", "4", "--precision", precision])
+    assert losses[0] == pytest.approx(math.log(2000), rel=0.05)
+    assert losses[-1] < losses[0] - 1

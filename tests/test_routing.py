@@ -202,7 +202,7 @@ LAYERS = {
     "serving": {"arguments", "loss", "operation", "ops", "routing"},
     "composed": {"chunks"},
     "functional": {"arguments", "composed", "loss", "losses", "routing", "serving"},
-    "linear": {"arguments", "chunks", "composed", "loss", "losses", "routing", "serving"},
+    "linear": {"arguments", "chunks", "composed", "config", "loss", "losses", "routing", "serving"},
     "modules": {"functional", "linear"},
 }
 

@@ -12,8 +12,9 @@ from .functional import (
     sigmoid_focal_loss,
     softmax,
 )
-from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
+from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax, SparseSoftCrossEntropyLoss
 from .routing import Route, explain
+from .sparse_targets import sparse_soft_cross_entropy
 
 __all__ = [
     "BCELoss",
@@ -24,6 +25,7 @@ __all__ = [
     "NLLLoss",
     "Route",
     "Softmax",
+    "SparseSoftCrossEntropyLoss",
     "__version__",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -37,5 +39,6 @@ __all__ = [
     "set_backend",
     "sigmoid_focal_loss",
     "softmax",
+    "sparse_soft_cross_entropy",
     "use_backend",
 ]

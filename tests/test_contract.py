@@ -23,6 +23,9 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_OnlyGradient": lambda: torch.empty(N, C),
     "_Indices": lambda: torch.randint(C, (N,)),
     "_AnyIndices": lambda: torch.randint(C, (N,)),
+    "_EntryIndices": lambda: torch.randint(C, (N, 2)),
+    "_EntryNumbers": lambda: torch.rand(N, 2),
+    "_EntryResults": lambda: torch.empty(N, 2),
     "_ClassWeight": lambda: torch.rand(C),
     "_WeightAlone": lambda: torch.rand(C),
     "_RowNumbers": lambda: torch.rand(N) + 0.5,
@@ -56,11 +59,23 @@ DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
     "one for all": lambda t: t[..., :1].expand(t.shape) if t.dim() else t,
 }
 # what a kind allows beyond its plain form
-_STRIDED = {"_Logits", "_LikeLogits", "_ClassWeight", "_WeightAlone", "_Elements", "_ElementNumbers", "_ElementResults", "_Total"}
+_STRIDED = {
+    *(
+        "_Logits",
+        "_LikeLogits",
+        "_ClassWeight",
+        "_WeightAlone",
+        "_Elements",
+        "_ElementNumbers",
+        "_ElementResults",
+        "_EntryNumbers",
+        "_Total",
+    )
+}
 ALLOWED = {
     "apart": {*_STRIDED, "_Gradient", "_OnlyGradient"},
     "one for all": {*_STRIDED, "_RowGradient"},
-    "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient"},  # nothing tells how long they should be
+    "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient", "_EntryIndices"},  # nothing tells how long they should be
 }
 
 

@@ -70,7 +70,7 @@ def sparse_soft_cross_entropy_forward(
     logits: Tensor, indices: Tensor, prob: Tensor, weight: Tensor, smoothing: Smoothing, loss: Tensor, rows: Rows
 ) -> None:
     v = view(logits.shape, logits.stride())
-    t = reading_tiles(v, device_of(logits), TILE // 2)
+    t = reading_tiles(v, device_of(logits), TILE // 4 if smoothing.spread > 0 else TILE // 2)
     a = Forward(
         logits=logits, entries=_entries_of(indices, prob), weight=weight, weight_stride=class_stride(weight.stride(0)),
         loss=loss, rows=rows, way=v.way,

@@ -1,73 +1,21 @@
 """Sparse soft targets against `cross_entropy` with the dense target that they stand for, in float64 and in the same dtype."""
 
 import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors, assert_no_worse, copy_of, kernel_call
+from entries import PAD, check, dense, make, results, sparse
+from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors
 from torch import Tensor
 
 import fastloss
 from fastloss import foresight
 from fastloss.kernels.cpu import rows
 
-PAD = -100
 # rows in lanes and one by one, some of a partial vector, several blocks, images
 SHAPES = {(1, 5): 3, (40, 10): 2, (16, 48): 1, (3, 70): 5, (2, 60, 5): 3, (3, 2500): 64, (1, 20011): 7, (2, 5, 3, 4): 2, (9, 33): 0}
-
-
-def by_entry(probabilities: Tensor, indices: Tensor) -> Tensor:
-    """A (K,) tensor is one number for each entry, whatever the positions."""
-    if probabilities.dim() == 1 and indices.dim() > 2 and probabilities.shape[0] == indices.shape[1]:
-        probabilities = probabilities.view(-1, *(1,) * (indices.dim() - 2))
-    return probabilities.expand(indices.shape)
-
-
-def dense(input: Tensor, indices: Tensor, probabilities: Tensor, weight: Tensor | None = None, **options: Any) -> Tensor:
-    """What the entries stand for."""
-    prob = torch.where(indices == PAD, 0.0, by_entry(probabilities, indices)).to(input.dtype)
-    dim = min(1, input.dim() - 1)
-    target = torch.zeros_like(input).scatter_add(dim, indices.clamp(min=0), prob)
-    return F.cross_entropy(input, target, weight, **options)
-
-
-def sparse(**arguments: Any) -> Tensor:
-    return kernel_call("sparse_soft_cross_entropy", **arguments)
-
-
-def results(call: Callable[..., Tensor], tensors: Tensors, views: Any = None, **options: Any) -> list[Tensor]:
-    """Value and gradients of logits and probabilities, under a random upstream gradient."""
-    leaves = {k: None if t is None else copy_of(t).requires_grad_(k in ("input", "probabilities")) for k, t in tensors.items()}
-    value = call(**{k: None if t is None else (views or {}).get(k, lambda leaf: leaf)(t) for k, t in leaves.items()}, **options)
-    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value.dtype)
-    return [value.detach(), *torch.autograd.grad(value, [leaves["input"], leaves["probabilities"]], upstream)]
-
-
-def check(tensors: Tensors, views: Any = None, **options: Any) -> None:
-    """What cancels in a gradient is as large as dloss sum_k q_k."""
-    scale = 3.0 + tensors["indices"].shape[min(1, tensors["indices"].dim() - 1)]
-    wide = {k: t.double() if t is not None and t.is_floating_point() else t for k, t in tensors.items()}
-    found = (results(call, t, views, **options) for call, t in ((sparse, tensors), (dense, tensors), (dense, wide)))
-    for what, mine, other, truth in zip(("value", "dinput", "dprobabilities"), *found, strict=True):
-        assert_no_worse(mine, other, truth, f"{what} {options}", ulps=8, scale=scale if what == "dinput" else 0.0)
-
-
-def make(shape: tuple[int, ...], count: int, dtype: torch.dtype, weighted: bool = False) -> Tensors:
-    """Some entries are padding, some classes come twice, the last one comes."""
-    indices = torch.randint(shape[1], (shape[0], count, *shape[2:]))
-    indices[torch.rand(indices.shape) < 0.2] = PAD
-    indices.view(-1)[-1:] = shape[1] - 1
-    if count > 1:
-        indices[0, 1] = indices[0, 0]
-    return {
-        "input": (torch.randn(shape) * 3).to(dtype),
-        "indices": indices,
-        "probabilities": torch.rand(indices.shape).to(dtype),
-        "weight": (torch.rand(shape[1]) + 0.1).to(dtype) if weighted else None,
-    }
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -213,3 +161,132 @@ def test_same_bits_for_every_thread_count_and_way(shape: tuple[int, ...], monkey
             value.backward(torch.tensor(upstream))
             found.append((value.detach(), view(leaf.grad) / upstream))
         assert all(torch.equal(a, b) for one in found for a, b in zip(one, found[0], strict=True))
+
+
+# ---------------------------------------------------------------- derivatives, transforms, compilers
+
+
+def double(count: int = 3) -> Tensors:
+    return make((4, 5), count, torch.float64, weighted=True)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_derivatives_of_first_and_second_order(smoothing: float) -> None:
+    tensors = double()
+    leaves = [tensors[name].requires_grad_() for name in ("input", "probabilities")]
+
+    def call(input: Tensor, probabilities: Tensor) -> Tensor:
+        return fastloss.sparse_soft_cross_entropy(input, tensors["indices"], probabilities, tensors["weight"], label_smoothing=smoothing)
+
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_torch_func() -> None:
+    tensors = double()
+    names = "input", "indices", "probabilities"
+    ours, theirs = (
+        torch.func.vmap(torch.func.grad(lambda x, i, q, call=call: call(input=x, indices=i, probabilities=q), argnums=(0, 2)))(
+            *(tensors[name] for name in names)
+        )
+        for call in (fastloss.sparse_soft_cross_entropy, dense)
+    )
+    torch.testing.assert_close(ours, theirs)
+    _, tangent = torch.func.jvp(
+        lambda x: fastloss.sparse_soft_cross_entropy(x, tensors["indices"], tensors["probabilities"]),
+        (tensors["input"],),
+        (torch.ones_like(tensors["input"]),),
+    )
+    assert tangent.abs() < 1e-12  # what is the same for all classes changes nothing
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_compiles_in_one_graph(backend: str) -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(fastloss.sparse_soft_cross_entropy, fullgraph=True, backend=backend)
+    for shape in ((6, 7), (8, 7), (2, 7, 3)):
+        tensors = make(shape, 2, torch.float32)
+        for probabilities in (tensors["probabilities"], torch.tensor([0.3, 0.7])):
+            found = (results(call, {**tensors, "probabilities": probabilities}) for call in (compiled, dense))
+            for mine, other in zip(*found, strict=True):
+                torch.testing.assert_close(mine, other)
+
+
+# ---------------------------------------------------------------- who serves, and what is refused
+
+
+def test_explain_and_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch serves, the numbers and the errors are the same; also for masked classes."""
+    call, tensors = fastloss.sparse_soft_cross_entropy, make((40, 10), 2, torch.float32, weighted=True)
+    assert fastloss.explain(call, **tensors).path == "kernel"
+    kernels = results(sparse, tensors, label_smoothing=0.1)
+    tensors["indices"][0, 0] = 10
+    with fastloss.use_backend("torch"):
+        assert fastloss.explain(call, **tensors).reason == "backend 'torch' was chosen"
+        with pytest.raises(IndexError, match=r"Target 10 is out of bounds."):
+            call(**tensors)
+        tensors["indices"][0, 0] = PAD
+        composed = results(call, tensors, label_smoothing=0.1)
+    monkeypatch.setattr(fastloss.config, "min_numel", 1 << 20)
+    for other in (composed, results(call, tensors, label_smoothing=0.1)):
+        torch.testing.assert_close(other[0], results(dense, tensors, label_smoothing=0.1)[0])
+    assert kernels[0].shape == composed[0].shape
+    with fastloss.use_backend("numba"), pytest.raises(fastloss.BackendError, match="weight requires a gradient"):
+        call(**{**tensors, "weight": torch.rand(10, requires_grad=True)})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype: torch.dtype) -> None:
+    tensors = make((40, 10), 2, dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        value, dinput, _ = results(sparse, tensors)
+    assert (value.dtype, dinput.dtype) == (torch.float32, dtype)
+    torch.testing.assert_close(
+        value.double(), dense(**{k: t.double() if k != "indices" and t is not None else t for k, t in tensors.items()})
+    )
+
+
+@pytest.mark.parametrize("shape", [(40, 10), (3, 3000), (2, 21, 8)])
+def test_an_index_that_is_no_class(shape: tuple[int, ...]) -> None:
+    for wrong in (shape[1], -1, -101, 2**31, 2**63 - 1, -(2**63)):
+        tensors = make(shape, 3, torch.float32)
+        tensors["indices"][1, 2] = wrong
+        tensors["input"].requires_grad_()
+        with pytest.raises(IndexError, match=rf"Target {wrong} is out of bounds."):
+            sparse(**tensors)
+
+
+X, Y, Q = torch.randn(4, 5), torch.zeros(4, 2, dtype=torch.long), torch.rand(4, 2)
+REFUSED: dict[str, tuple[tuple[Any, ...], dict[str, Any], type[Exception], str]] = {
+    "reduction": ((X, Y, Q), {"reduction": "most"}, ValueError, "reduction must be one of none, mean, sum, got 'most'"),
+    "smoothing": ((X, Y, Q), {"label_smoothing": 1.5}, RuntimeError, "label_smoothing must be between 0.0 and 1.0, got 1.5"),
+    "a list": ((X, Y, [0.5, 0.5]), {}, TypeError, "probabilities must be a Tensor, got list"),
+    "int32": ((X, Y.int(), Q), {}, RuntimeError, "indices must be int64, got torch.int32"),
+    "integer probabilities": ((X, Y, Y), {}, RuntimeError, "probabilities must be floating point, got torch.int64"),
+    "rows": ((X, Y[:3], Q), {}, ValueError, r"indices must have shape \(4, K\) to match logits of shape \(4, 5\), got \(3, 2\)"),
+    "positions": ((X[:, :, None], Y, Q), {}, ValueError, r"indices must have shape \(4, K, 1\)"),
+    "no batch": ((X[0], Y, Q), {}, ValueError, r"indices must have shape \(K\) to match logits of shape \(5,\), got \(4, 2\)"),
+    "no classes": ((X[0, 0], Y, Q), {}, ValueError, "indices must have shape"),
+    "entries": ((X, Y, torch.rand(3)), {}, ValueError, r"probabilities must be broadcastable to indices of shape \(4, 2\), got \(3,\)"),
+    "weight": ((X, Y, Q, torch.rand(4)), {}, RuntimeError, r"weight must have shape \(5,\), one for each class, got \(4,\)"),
+}
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_does_not_fit_is_named(what: str) -> None:
+    arguments, options, kind, message = REFUSED[what]
+    with pytest.raises(kind, match=f"sparse_soft_cross_entropy: {message}"):
+        fastloss.sparse_soft_cross_entropy(*arguments, **options)
+
+
+def test_nothing_in_and_no_entries() -> None:
+    empty = fastloss.sparse_soft_cross_entropy(torch.randn(0, 5), torch.zeros(0, 2, dtype=torch.long), torch.rand(0, 2))
+    assert empty.isnan()
+    assert fastloss.sparse_soft_cross_entropy(torch.randn(4, 5), torch.zeros(4, 0, dtype=torch.long), torch.rand(4, 0)) == 0
+
+
+def test_the_module() -> None:
+    tensors = make((40, 10), 2, torch.float32, weighted=True)
+    module = fastloss.SparseSoftCrossEntropyLoss(tensors["weight"], reduction="sum", label_smoothing=0.1)
+    expected = dense(**tensors, reduction="sum", label_smoothing=0.1)
+    torch.testing.assert_close(module(tensors["input"], tensors["indices"], tensors["probabilities"]), expected)

@@ -199,7 +199,8 @@ LAYERS = {
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
     "functional": {"arguments", "loss", "losses", "operation", "ops", "routing"},
-    "modules": {"functional"},
+    "sparse_targets": {"arguments", "functional", "kernels.groups", "loss", "losses", "routing", "rows"},
+    "modules": {"functional", "sparse_targets"},
 }
 
 

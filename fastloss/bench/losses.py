@@ -88,10 +88,11 @@ def _probabilities(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def _entries(count: int) -> Callable[[tuple[int, ...], torch.dtype], Entries]:
-    """`count` different classes of each row, in no order."""
+    """`count` different classes of each row, or all, in no order."""
 
     def made(shape: tuple[int, ...], dtype: torch.dtype) -> Entries:
-        apart = torch.randperm(count) * (shape[1] // count)
+        here = min(count, shape[1])
+        apart = torch.randperm(here) * (shape[1] // here)
         indices = (torch.randint(shape[1], (shape[0], 1)) + apart) % shape[1]
         probabilities = torch.softmax(torch.randn(indices.shape), 1).to(dtype)
         return Entries(indices, probabilities, torch.zeros(shape, dtype=dtype).scatter_(1, indices, probabilities))

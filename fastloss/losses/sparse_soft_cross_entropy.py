@@ -14,8 +14,7 @@ from .. import rows
 from ..arguments import class_weight_misfit, smoothing_misfit
 from ..backends import kernels_for
 from ..kernels.groups import PAD, Rows, Smoothing
-from ..kinds import present
-from ..loss import COMPUTE, Loss, Spec, compute_dtype
+from ..loss import COMPUTE, Loss, Spec
 from ..memory import empty, empty_like
 
 
@@ -72,8 +71,8 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row, row, row, row
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
-        log_prob, indices = torch.log_softmax(rows.one_row_each(t.input), 1), _by_row(t.indices)
-        prob = _by_row(t.probabilities.to(log_prob.dtype).expand(t.indices.shape))
+        log_prob, indices = torch.log_softmax(rows.one_row_each(t.input), 1), rows.by_row(t.indices)
+        prob = rows.by_row(t.probabilities.to(log_prob.dtype).expand(t.indices.shape))
         weight = log_prob.new_ones(log_prob.shape[1]) if t.weight is None else t.weight.to(log_prob.dtype)
         padding = indices == PAD
         y = indices.masked_fill(padding, 0)
@@ -86,7 +85,8 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         r, logits, weight = self.allocate(t, o), rows.as_rows(t.input), _weight(t, o)
-        loss, (indices, prob) = rows.row_losses(r.loss, t.input, o.reduction), _entries(t)
+        indices, prob = rows.as_entries(t.indices, t.probabilities, t.input)
+        loss = rows.row_losses(r.loss, t.input, o.reduction)
         kernels_for(t.input).sparse_soft_cross_entropy_forward(logits, indices, prob, weight, _smoothing(t, o), loss, _numbers(r))
         r.divisor.fill_(loss.numel())
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
@@ -96,7 +96,11 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         r, logits, weight, dinput = self.allocate(t, o), rows.as_rows(t.input), _weight(t, o), empty_like(t.input)
-        loss, (indices, prob), dlogits = rows.row_losses(r.loss, t.input, o.reduction), _entries(t), rows.as_rows(dinput)
+        loss, (indices, prob), dlogits = (
+            rows.row_losses(r.loss, t.input, o.reduction),
+            rows.as_entries(t.indices, t.probabilities, t.input),
+            rows.as_rows(dinput),
+        )
         r.divisor.fill_(loss.numel())
         g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
         kernels_for(t.input).sparse_soft_cross_entropy_forward_backward(
@@ -107,7 +111,7 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, weight, kernels = rows.as_rows(s.input), _weight(s, o), kernels_for(s.input)
-        (indices, prob), g = _entries(s), rows.row_gradient(dloss, s.divisor, s.input)
+        (indices, prob), g = rows.as_entries(s.indices, s.probabilities, s.input), rows.row_gradient(dloss, s.divisor, s.input)
         smoothing, numbers = _smoothing(s, o), _numbers(s)
         dinput = dprobabilities = None
         if needed[1]:  # before the logits may be overwritten
@@ -131,19 +135,6 @@ def belong(indices: Tensor, logits: Tensor) -> bool:
 def can_broadcast(prob: Tensor, indices: Tensor) -> bool:
     missing = indices.dim() - prob.dim()
     return missing >= 0 and all(p in (1, n) for p, n in zip(prob.shape, indices.shape[missing:], strict=True))
-
-
-def _by_row(entries: Tensor) -> Tensor:
-    """(K,), (N, K) or (N, K, d1, ...) as [rows, K]."""
-    if entries.dim() < 3:
-        return entries if entries.dim() == 2 else entries.unsqueeze(0)
-    return entries.movedim(1, -1).flatten(0, -2)
-
-
-def _entries(t: Tensors | Saved) -> tuple[Tensor, Tensor]:
-    """Classes, side by side in memory, and probabilities in the compute dtype, without a copy where one number is for many rows."""
-    prob = present(t.probabilities, "probabilities").detach().to(compute_dtype(t.input)).expand(t.indices.shape)
-    return _by_row(present(t.indices, "indices")).contiguous(), _by_row(prob)
 
 
 def _summed(dprob: Tensor, s: Saved) -> Tensor:

@@ -48,6 +48,11 @@ def plain(*tensors: Tensor) -> bool:
     )
 
 
+def autocast_is_active(input: Tensor) -> bool:
+    # torch cannot say so of every device; before 2.12, whether it can cannot be traced
+    return input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+
+
 def _only_a_default_device() -> bool:
     """Whether the active modes are those of torch.set_default_device and `with torch.device(...)`: they move new tensors only, and ours
     name their device."""

@@ -70,11 +70,12 @@ def route(misfit: str | None, logits: Any, min_numel: int | None = None) -> Rout
     return found
 
 
-def served_by_torch(function: str, way: Route, result: Tensor) -> Tensor:
-    """The result, unless the user named a backend that should have computed it. By now torch has raised what it had to raise."""
+def served_by_torch(theirs: Any, way: Route, result: Tensor) -> Tensor:
+    """The result of torch's function, unless the user named a backend that should have computed it. By now torch has raised what it had
+    to raise."""
     choice = backends.get_backend()
     if choice not in ("auto", "torch"):
-        raise backends.BackendError(f"{function}: backend {choice!r} was chosen, but {way.reason}")
+        raise backends.BackendError(f"{theirs.func.__name__}: backend {choice!r} was chosen, but {way.reason}")
     return result
 
 

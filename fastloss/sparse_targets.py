@@ -1,18 +1,16 @@
 """Losses whose targets are a few classes with probabilities: what torch has no function for, with arguments named as torch names them."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import losses
-from .arguments import REDUCTIONS, plain, tensors_misfit
-from .functional import _result_dtype, _serve
-from .kernels.groups import PAD
-from .loss import COMPUTE
+from . import composed, losses
+from .arguments import REDUCTIONS
 from .losses.sparse_soft_cross_entropy import belong, can_broadcast
-from .routing import route, served_by_torch, tiny
 from .rows import classes_of
+from .serving import serve
 
 
 def sparse_soft_cross_entropy(
@@ -58,26 +56,8 @@ def sparse_soft_cross_entropy(
     _refuse_misfits(input, indices, probabilities, weight, reduction, label_smoothing)
     if probabilities.dim() == 1 and indices.dim() > 2 and probabilities.shape == indices.shape[1:2]:
         probabilities = probabilities.view(-1, *(1,) * (indices.dim() - 2))
-    loss = losses.sparse_soft_cross_entropy
-    t = loss.tensors(input, probabilities, indices, weight)
-    o = loss.options(label_smoothing, reduction, _result_dtype(input))
-    if tiny(input):
-        return _composed(t, o)
-    misfit = tensors_misfit(input, indices, probabilities, optional=(weight,)) or loss.misfit(t, o)
-    way = route(misfit, input)
-    if way.path == "torch":
-        return served_by_torch("sparse_soft_cross_entropy", way, _composed(t, o))
-    return _serve(way, loss, t, o)  # type: ignore[no-any-return]
-
-
-def _composed(t: Any, o: Any) -> Tensor:
-    """The definition, in float32 for half precision, rounded once."""
-    if t.indices.device.type == "cpu" and not torch.compiler.is_compiling() and plain(t.indices):
-        bad = t.indices[(t.indices != PAD) & ((t.indices < 0) | (t.indices >= classes_of(t.input)))]
-        if bad.numel():
-            raise IndexError(f"Target {int(bad[0])} is out of bounds.")
-    wide = t._replace(input=t.input.to(COMPUTE.get(t.input.dtype, t.input.dtype)))
-    return losses.sparse_soft_cross_entropy.definition(wide, o).to(o.dtype)
+    theirs = partial(composed.sparse_soft_cross_entropy, input, indices, probabilities, weight, reduction, label_smoothing)
+    return serve(losses.sparse_soft_cross_entropy, (input, probabilities, indices, weight), (label_smoothing, reduction), theirs)
 
 
 def _refuse_misfits(input: Any, indices: Any, probabilities: Any, weight: Any, reduction: Any, label_smoothing: Any) -> None:

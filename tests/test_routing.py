@@ -198,8 +198,10 @@ LAYERS = {
     "operation": {"arguments", "foresight", "loss"},
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
-    "functional": {"arguments", "loss", "losses", "operation", "ops", "routing"},
-    "sparse_targets": {"arguments", "functional", "kernels.groups", "loss", "losses", "routing", "rows"},
+    "serving": {"arguments", "loss", "operation", "ops", "routing"},
+    "composed": {"arguments", "kernels.groups"},
+    "functional": {"arguments", "composed", "loss", "losses", "routing", "serving"},
+    "sparse_targets": {"arguments", "composed", "losses", "rows", "serving"},
     "modules": {"functional", "sparse_targets"},
 }
 

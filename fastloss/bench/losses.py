@@ -8,12 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import composed_focal_loss
+from .. import composed
 from ..sparse_targets import sparse_soft_cross_entropy
 
 Options = dict[str, Any]
-COMPOSED: dict[str, Callable[..., Tensor]] = {"sigmoid_focal_loss": composed_focal_loss, "sparse_soft_cross_entropy": F.cross_entropy}
-"""What people write where torch has no such function."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,9 @@ class Loss:
     @property
     def in_torch(self) -> Callable[..., Tensor]:
         """torch's function, or what people write where torch has none."""
-        function: Callable[..., Tensor] = COMPOSED.get(self.function) or getattr(F, self.function)
+        if self.function == "sparse_soft_cross_entropy":
+            return F.cross_entropy  # with the dense target
+        function: Callable[..., Tensor] = getattr(F, self.function, None) or getattr(composed, self.function)
         return function
 
     def call(self, function: Callable[..., Tensor], input: Tensor, target: Target, options: Options) -> Tensor:

@@ -34,10 +34,7 @@ class Options(NamedTuple):
 class Results(NamedTuple):
     loss: Tensor
     divisor: Tensor
-    row_weight: Tensor  # [N], as all that follow: 0 for a row of nothing but padding, unless something is smoothed; else 1
-    mass: Tensor
-    top: Tensor
-    total: Tensor
+    numbers: Tensor  # [4, N]: `Rows`; row_weight is 0 for a row of nothing but padding, unless something is smoothed, else 1
 
 
 class Saved(NamedTuple):
@@ -46,10 +43,7 @@ class Saved(NamedTuple):
     indices: Tensor
     weight: Tensor | None
     divisor: Tensor
-    row_weight: Tensor
-    mass: Tensor
-    top: Tensor
-    total: Tensor
+    numbers: Tensor
 
 
 class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
@@ -67,8 +61,8 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return smoothing_misfit(t.input, o.label_smoothing) or class_weight_misfit(t.input, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
-        row = rows.vector(t.input, rows.rows_in(t.input))
-        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row, row, row, row
+        numbers = rows.numbers_spec(t.input, 4)
+        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), numbers
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
         log_prob, indices = torch.log_softmax(rows.one_row_each(t.input), 1), rows.by_row(t.indices)
@@ -87,7 +81,9 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         r, logits, weight = self.allocate(t, o), rows.as_rows(t.input), _weight(t, o)
         indices, prob = rows.as_entries(t.indices, t.probabilities, t.input)
         loss = rows.row_losses(r.loss, t.input, o.reduction)
-        kernels_for(t.input).sparse_soft_cross_entropy_forward(logits, indices, prob, weight, _smoothing(t, o), loss, _numbers(r))
+        kernels_for(t.input).sparse_soft_cross_entropy_forward(
+            logits, indices, prob, weight, _smoothing(t, o), loss, Rows(*r.numbers.unbind())
+        )
         r.divisor.fill_(loss.numel())
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return tuple(r)
@@ -102,9 +98,9 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
             rows.as_rows(dinput),
         )
         r.divisor.fill_(loss.numel())
-        g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
+        g = rows.row_gradient_of(dloss, r.divisor, t.input)
         kernels_for(t.input).sparse_soft_cross_entropy_forward_backward(
-            logits, indices, prob, weight, _smoothing(t, o), g, loss, _numbers(r), dlogits
+            logits, indices, prob, weight, _smoothing(t, o), g, loss, Rows(*r.numbers.unbind()), dlogits
         )
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return (rows.settle(dinput, dlogits),), tuple(r)
@@ -112,7 +108,7 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, weight, kernels = rows.as_rows(s.input), _weight(s, o), kernels_for(s.input)
         (indices, prob), g = rows.as_entries(s.indices, s.probabilities, s.input), rows.row_gradient(dloss, s.divisor, s.input)
-        smoothing, numbers = _smoothing(s, o), _numbers(s)
+        smoothing, numbers = _smoothing(s, o), Rows(*s.numbers.unbind())
         dinput = dprobabilities = None
         if needed[1]:  # before the logits may be overwritten
             dprob = empty(tuple(indices.shape), prob.dtype, prob.device)
@@ -141,7 +137,7 @@ def _summed(dprob: Tensor, s: Saved) -> Tensor:
     """[rows, K] as the gradient of `probabilities`: summed over what these were broadcast to."""
     shape, indices = s.probabilities.shape, s.indices
     result = empty_like(s.probabilities)
-    full = dprob.view(*indices.shape[:1], *indices.shape[2:], -1).movedim(-1, 1) if indices.dim() > 2 else dprob.view(indices.shape)
+    full = dprob.view(indices.movedim(1, -1).shape).movedim(-1, 1) if indices.dim() > 1 else dprob.view(indices.shape)
     if shape == indices.shape:
         return result.copy_(full)
     if s.probabilities.numel() == 1:  # torch's sum of everything depends on the number of threads
@@ -153,10 +149,6 @@ def _summed(dprob: Tensor, s: Saved) -> Tensor:
 
 def _weight(t: Tensors | Saved, o: Options) -> Tensor:
     return (rows.dense_class_weight if o.label_smoothing > 0 else rows.class_weight)(t.weight, t.input)
-
-
-def _numbers(r: Results | Saved) -> Rows:
-    return Rows(r.row_weight, r.mass, r.top, r.total)
 
 
 def _smoothing(t: Tensors | Saved, o: Options) -> Smoothing:

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..groups import PAD
 from .arguments import Computed, Int64
 from .blocks import Block, block_of, block_size, block_top, kept_top, term
+from .gradient import targets_of
 from .math import INLINE, exp
 from .memory import load_one, offset, stream, to_alignment
 from .rows import Lanes, Walk, lanes_for, load_at, load_numbers, one_row, store_at
@@ -164,7 +165,7 @@ def take_down(lists: Any, count: Any) -> None:
 
 
 @njit(**INLINE)
-def bucket_at(lists: Any, dx: Any, c: Any) -> Any:
+def _bucket_at(lists: Any, dx: Any, c: Any) -> Any:
     return c if dx.tile > 1 else (c + lists.shift) // (4 * lanes_of(dx.at))
 
 
@@ -199,9 +200,17 @@ def _far(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
 
 
 @njit(**INLINE)
-def near_entries(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
+def _near_entries(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
     """The gradient of n classes of one row from c on, some of which may have entries."""
-    return _less_entries(_far(x, block, c, n, factor, r), r.lists, bucket_at(r.lists, x, c), c)
+    return _less_entries(_far(x, block, c, n, factor, r), r.lists, _bucket_at(r.lists, x, c), c)
+
+
+@njit(**INLINE)
+def _are_entries_near(r: Any, dx: Any, c: Any) -> Any:
+    return r.lists.heads[_bucket_at(r.lists, dx, c)] >= 0
+
+
+targets_of(EntryNumbers, _near_entries, _are_entries_near)
 
 
 @njit(**INLINE)
@@ -233,18 +242,18 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
                 d = _less_entries(d, r.lists, c, 0)
             store_at(dx, c, x.rows, select(r.row_weight > 0.0, d, 0.0))
     elif x.class_ == dx.class_ == 1 and (r.weight.class_ == 1 or not r.smoothed):
-        _gradient_side_by_side(one_row(x.at), one_row(dx.at), block, factor, with_weight(r, one_row(r.weight.at)), past_caches)
+        _gradient_side_by_side(one_row(x.at), one_row(dx.at), block, factor, _with_weight(r, one_row(r.weight.at)), past_caches)
     else:
         # from where on a vector has one list
         c, n = first, lanes - (first + r.lists.shift) % lanes
         while c < last:
             n = min(n, last - c)
-            store_at(dx, c, n, near_entries(x, block, c, n, factor, r))
+            store_at(dx, c, n, _near_entries(x, block, c, n, factor, r))
             c, n = c + n, lanes
 
 
 @njit(**INLINE)
-def with_weight(r: Any, weight: Any) -> Any:
+def _with_weight(r: Any, weight: Any) -> Any:
     return EntryNumbers(r.top, r.scale, r.row_weight, r.spread, weight, r.smoothed, r.lists)
 
 
@@ -254,23 +263,23 @@ def _gradient_side_by_side(x: Any, dx: Any, block: Any, factor: Any, r: Any, pas
     lanes, first, last = lanes_of(x.at), block.first, block.last
     c = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
     if c > first:
-        store_at(dx, first, c - first, near_entries(x, block, first, c - first, factor, r))
+        store_at(dx, first, c - first, _near_entries(x, block, first, c - first, factor, r))
     while c + 4 * lanes <= last:
-        four_of_gradient(x, dx, block, c, factor, r, past_caches)
+        _four_of_gradient(x, dx, block, c, factor, r, past_caches)
         c += 4 * lanes
     while c < last:
         n = min(lanes, last - c)
-        store_at(dx, c, n, near_entries(x, block, c, n, factor, r))
+        store_at(dx, c, n, _near_entries(x, block, c, n, factor, r))
         c += n
 
 
 @njit(**INLINE)
-def four_of_gradient(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, past_caches: Any) -> None:
+def _four_of_gradient(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, past_caches: Any) -> None:
     """Four whole vectors of one row from class c on."""
     lanes = lanes_of(x.at)
-    if r.lists.heads[bucket_at(r.lists, dx, c)] < 0:
+    if _are_entries_near(r, dx, c):
         for i in range(c, c + 4 * lanes, lanes):
-            stream(dx.at, i, _far(x, block, i, lanes, factor, r), past_caches)
+            stream(dx.at, i, _near_entries(x, block, i, lanes, factor, r), past_caches)
     else:
         for i in range(c, c + 4 * lanes, lanes):
-            stream(dx.at, i, near_entries(x, block, i, lanes, factor, r), past_caches)
+            stream(dx.at, i, _far(x, block, i, lanes, factor, r), past_caches)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..groups import PAD, Rows, Smoothing
 from .arguments import Computed, Int64, Known, Stored, arguments
-from .blocks import all_kept, block_of, blocks_kept, row_statistics, scratch
+from .blocks import all_kept, block_of, blocks_in, blocks_kept, row_statistics, scratch
 from .cross_entropy import no_statistics
+from .cross_entropy_one_visit import statistics_and_gradient
 from .entries import (
     Entries,
     Scratch,
@@ -30,7 +31,7 @@ from .gradient import write_zeros
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, log
 from .memory import load_one, store
-from .rows import Lanes, Strides, Walk, bypass_caches, lanes_at, last_tile, strides_of, tile_of, walk
+from .rows import Lanes, Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, strides_of, tile_of, walk
 from .simd import first_lane, splat
 from .smoothed_cross_entropy import zero
 from .targets import refuse_out_of_bounds
@@ -125,11 +126,13 @@ def sparse_soft_cross_entropy_forward_backward(
     dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor,
 ) -> None:  # fmt: skip
     way, entries = walk(logits), entries_of(indices, prob, weight, smoothing.keep)
-    kept = blocks_kept(way, logits)
-    out_of_bounds = _forward_backward(way.tasks, ForwardBackward(
-        logits=logits, entries=entries, zero=zero(logits.dtype), smoothed=int(smoothing.spread > 0), spread=smoothing.spread,
-        dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows, dlogits=dlogits, dstrides=strides_of(dlogits, way.tile),
-        lists=scratch_lists(way, entries, logits), terms=scratch(kept, logits), kept=kept,
+    kept, dstrides, smoothed = blocks_kept(way, logits), strides_of(dlogits, way.tile), int(smoothing.spread > 0)
+    side_by_side = way.tile == way.strides.class_ == dstrides.class_ == 1
+    in_turn = side_by_side and not smoothed and kept == blocks_in(way, logits)
+    out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
+        logits=logits, entries=entries, zero=zero(logits.dtype), smoothed=smoothed, spread=smoothing.spread,
+        dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows, dlogits=dlogits, dstrides=dstrides,
+        lists=scratch_lists(way, entries, logits), terms=scratch(2 * kept if in_turn else kept, logits), kept=kept,
         past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
     if out_of_bounds:
@@ -150,8 +153,7 @@ def sparse_soft_cross_entropy_prob_backward(
 def _see_rows(a: Any, x: Any, row: Any, terms: Any, kept: Any) -> Any:
     """Write the losses and the numbers of the rows at x. True if an entry is no class."""
     # statistics
-    nothing = splat(0.0, a.loss)
-    masses, losses = nothing, nothing
+    masses, losses = splat(0.0, a.loss), splat(0.0, a.loss)
     if a.smoothed:
         factors = factors_of(x, Lanes(a.zero, 0, 0, x.tile, x.rows), a.entries.weight, a.entries.weight_stride, Smoothing(0.0, a.spread))
         tops, totals, masses, gaps = weighted_statistics(x, factors, a.way.classes, terms, kept)
@@ -160,13 +162,17 @@ def _see_rows(a: Any, x: Any, row: Any, terms: Any, kept: Any) -> Any:
         tops, totals = no_statistics(x)
     else:
         tops, totals = row_statistics(x, a.way.classes, terms, kept)
-    # what smoothing gives
+    return _note(a, x, row, tops, totals, masses, losses)
+
+
+@njit(**INLINE)
+def _note(a: Any, x: Any, row: Any, tops: Any, totals: Any, masses: Any, losses: Any) -> Any:
+    """Write the losses and the numbers of the rows at x, of which smoothing gives `masses` and `losses`."""
     store(a.rows.top, row, 1, x.rows, tops)
     store(a.rows.total, row, 1, x.rows, totals)
     store(a.rows.row_weight, row, 1, x.rows, log(totals))
     store(a.rows.mass, row, 1, x.rows, masses)
     store(a.loss, row, 1, x.rows, losses)
-    # what the entries give
     return see_entries(a, x, row)
 
 
@@ -221,6 +227,44 @@ def _forward_backward(block: Any) -> None:
             if _see_rows(a, x, t.row, terms, keep):
                 raise_flag(block)
             _gradient(a, x, dx, t.row, terms, keep, lists)
+        task = next_task(block)
+
+
+@region(ForwardBackward)
+def _rows_in_turn(block: Any) -> None:
+    """Rows of consecutive classes, without smoothing. The gradient of a row is written while the next one is read: see
+    `cross_entropy_one_visit`."""
+    a = arguments(block)
+    way, classes, worker = a.way, a.way.classes, next_worker(block)
+    mine, lists = block_of(a.terms, worker * 2 * a.kept), empty_lists(a, worker)
+    theirs = block_of(mine, a.kept)
+    task = next_task(block)
+    while task >= 0:
+        # the row whose gradient is still to be written, and where: its terms are `theirs`
+        before, before_dx = -1, a.dlogits
+        t = tile_of(task * way.grain, way)
+        b, p = t.b, t.p
+        for row in range(task * way.grain, last_tile(task, way)):
+            x, dx = one_row(row_at(a.logits, way.strides, b, p)), row_at(a.dlogits, a.dstrides, b, p)
+            tops, totals = no_statistics(x)
+            counts = not only_pads(a.entries, row)
+            if not counts:
+                write_zeros(one_row(dx), 0, classes, a.past_caches)
+            elif before < 0:
+                tops, totals = row_statistics(x, classes, mine, 1)
+            else:
+                hung, count = hang_entries(a, one_row(before_dx), before, lists)
+                r = entry_numbers(a, x, before, hung)
+                tops, totals = statistics_and_gradient(x, classes, mine, one_row(before_dx), theirs, r, a.past_caches)
+                take_down(hung, count)
+            if _note(a, x, row, tops, totals, splat(0.0, a.loss), splat(0.0, a.loss)):
+                raise_flag(block)
+            if counts:
+                before, before_dx, mine, theirs = row, dx, theirs, mine
+            b, p = (b, p + 1) if p + 1 < way.positions else (b + 1, 0)
+        if before >= 0:
+            dx_before = one_row(before_dx)
+            _gradient(a, dx_before, dx_before, before, theirs, 1, lists)
         task = next_task(block)
 
 

@@ -34,6 +34,7 @@ from .kinds import (
     Logits,
     Numbers,
     OnlyGradient,
+    Reduced,
     RowGradient,
     RowNumbers,
     RowResults,
@@ -72,6 +73,19 @@ class Kernels(Protocol):
         dlogits: Gradient,
     ) -> None:
         """What forward and backward compute, in one visit to the logits where that can be."""
+
+    def reduced_cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        reduction: Reduced,
+        loss: RowResults,
+        rows: IndexRowResults,
+        dlogits: Gradient,
+    ) -> None:
+        """The same for the sum of all losses, or their mean, and its upstream gradient: with them, `sum_weights` and `sum_rows`."""
 
     def smoothed_cross_entropy_forward(
         self,
@@ -318,11 +332,11 @@ def places(name: str) -> list[Place]:
     """Where this launcher takes tensors."""
     found = []
     for i, (argument, hint) in enumerate(get_type_hints(getattr(Kernels, name), include_extras=True).items()):
-        kind = hint.__metadata__[0] if hasattr(hint, "__metadata__") else None
-        if isinstance(kind, Group):
-            found += [Place(i, field, f"{argument}.{part}", kind.kind) for field, part in kind.fields]
-        elif kind is not None:
-            found.append(Place(i, None, argument, kind))
+        for kind in getattr(hint, "__metadata__", ()):
+            if isinstance(kind, Group):
+                found += [Place(i, field, f"{argument}.{part}", kind.kind) for field, part in kind.fields]
+            else:
+                found.append(Place(i, None, argument, kind))
     return found
 
 

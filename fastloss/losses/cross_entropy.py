@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import rows
 from ..arguments import class_indices_misfit, smoothing_misfit
 from ..backends import kernels_for
-from ..kernels.groups import Rows, Smoothing
+from ..kernels.groups import Reduction, Rows, Smoothing
 from ..loss import Loss, Spec
 from ..memory import empty_like
 
@@ -84,16 +84,19 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
         loss, weight, dinput = rows.row_losses(r.loss, t.input, o.reduction), rows.class_weight(t.weight, t.input), empty_like(t.input)
         dlogits, numbers = rows.as_rows(dinput), _numbers(r.numbers)
-        if o.reduction == "mean":
-            kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
-        g = rows.row_gradient_of(dloss, r.divisor, t.input)
         if o.label_smoothing > 0:
+            if o.reduction == "mean":
+                kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
+            g = rows.row_gradient_of(dloss, r.divisor, t.input)
             kernels.smoothed_cross_entropy_forward_backward(
                 logits, target, weight.contiguous(), o.ignore_index, _smoothing(t, o), g, loss, numbers, dlogits
             )
+            _reduce(loss, r, o)
         else:
-            kernels.cross_entropy_forward_backward(logits, target, weight, o.ignore_index, g, loss, numbers, dlogits)
-        _reduce(loss, r, o)
+            reduction = Reduction(dloss, r.divisor, r.loss if r.loss.dtype is loss.dtype else loss.new_empty(()))
+            kernels.reduced_cross_entropy_forward_backward(logits, target, weight, o.ignore_index, reduction, loss, numbers, dlogits)
+            if reduction.total is not r.loss:
+                r.loss.copy_(reduction.total)
         return (rows.settle(dinput, dlogits),), tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:

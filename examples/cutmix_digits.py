@@ -32,9 +32,9 @@ class Run:
 
 
 def cutmix(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Pictures [N, side, side] with a box of another picture in each, classes [N, 2], and the share of either class [2]."""
+    """Pictures [N, side, side], every other time with a box of another picture in each; classes [N, 2]; the share of either class [2]."""
     other = torch.randperm(len(x))
-    side = int(SIDE * (1 - torch.rand(()).item()) ** 0.5)  # the share is uniform
+    side = int(SIDE * (1 - torch.rand(()).item()) ** 0.5) * int(torch.rand(()) < 0.5)  # the share is uniform
     top, left = (int(torch.randint(SIDE - side + 1, ())) for _ in range(2))
     mixed = x.clone()
     mixed[:, top : top + side, left : left + side] = x[other, top : top + side, left : left + side]

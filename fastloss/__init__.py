@@ -13,8 +13,18 @@ from .functional import (
     softmax,
 )
 from .linear import linear_cross_entropy
-from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
+from .modules import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    LogSoftmax,
+    NLLLoss,
+    Softmax,
+    SparseSoftCrossEntropyLoss,
+)
 from .routing import Route, explain
+from .sparse_targets import sparse_soft_cross_entropy
 
 __all__ = [
     "BCELoss",
@@ -26,6 +36,7 @@ __all__ = [
     "NLLLoss",
     "Route",
     "Softmax",
+    "SparseSoftCrossEntropyLoss",
     "__version__",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -40,5 +51,6 @@ __all__ = [
     "set_backend",
     "sigmoid_focal_loss",
     "softmax",
+    "sparse_soft_cross_entropy",
     "use_backend",
 ]

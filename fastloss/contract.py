@@ -21,6 +21,9 @@ from .kinds import (
     ElementNumbers,
     ElementResults,
     Elements,
+    EntryIndices,
+    EntryNumbers,
+    EntryResults,
     Gradient,
     Group,
     IndexRowResults,
@@ -157,6 +160,60 @@ class Kernels(Protocol):
         self, logits: Logits, weight: ClassWeight, keep: float, rows: SoftRows, dloss: RowGradient, dtarget: Gradient
     ) -> None:
         """dtarget = dloss keep w_c (-log p_c)."""
+
+    # Sparse soft targets: the entries of a row are classes y_k, -100 for one that counts for nothing, and their probabilities q_k. Rows
+    # without entries are not rows unless spread is above 0; row_weight is 0 for these, else 1.
+
+    def sparse_soft_cross_entropy_forward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        prob: EntryNumbers,
+        weight: ClassWeight,
+        smoothing: Smoothing,
+        loss: RowResults,
+        rows: SmoothedRowResults,
+    ) -> None:
+        """k_k = keep w_{y_k} q_k; mass = sum_k k_k + spread sum(w); loss = sum_k k_k (-log p_{y_k}) + spread sum_c w_c (-log p_c)."""
+
+    def sparse_soft_cross_entropy_backward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        prob: EntryNumbers,
+        weight: ClassWeight,
+        smoothing: Smoothing,
+        rows: SmoothedRows,
+        dloss: RowGradient,
+        dlogits: Gradient,
+    ) -> None:
+        """dlogits = dloss (mass p - spread w - sum_k k_k onehot(y_k))."""
+
+    def sparse_soft_cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        prob: EntryNumbers,
+        weight: ClassWeight,
+        smoothing: Smoothing,
+        dloss: RowGradient,
+        loss: RowResults,
+        rows: SmoothedRowResults,
+        dlogits: Gradient,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
+
+    def sparse_soft_cross_entropy_prob_backward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        weight: ClassWeight,
+        keep: float,
+        rows: SmoothedRows,
+        dloss: RowGradient,
+        dprob: EntryResults,
+    ) -> None:
+        """dprob_k = dloss keep w_{y_k} (-log p_{y_k}), 0 for an entry that counts for nothing."""
 
     def softmax_forward(self, logits: Logits, prob: Gradient) -> None:
         """prob = exp(x - top) / total, shaped like logits."""

@@ -68,6 +68,19 @@ def as_indices(target: Tensor) -> Tensor:
     return present(target, "target").reshape(-1).long().contiguous()
 
 
+def by_row(entries: Tensor) -> Tensor:
+    """(K,), (N, K) or (N, K, d1, ...), some numbers for each row, as [rows, K]."""
+    if entries.dim() < 3:
+        return entries if entries.dim() == 2 else entries.unsqueeze(0)
+    return entries.movedim(1, -1).flatten(0, -2)
+
+
+def as_entries(indices: Tensor, prob: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes [N, K], int64, side by side in memory, and [N, K] of the compute dtype: no copy where one number is for many rows."""
+    prob = present(prob, "probabilities").detach().to(compute_dtype(logits)).expand(indices.shape)
+    return by_row(present(indices, "indices")).contiguous(), by_row(prob)
+
+
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     """[C] in the compute dtype; no weight is a one with stride 0."""
     compute = compute_dtype(logits)

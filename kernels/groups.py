@@ -37,3 +37,7 @@ class Focus(NamedTuple):
     positive: float
     negative: float
     gamma: float
+
+
+PAD = -100
+"""The class of an entry that counts for nothing, where a row's target is a few classes."""

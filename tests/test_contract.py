@@ -23,6 +23,9 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_OnlyGradient": lambda: torch.empty(N, C),
     "_Indices": lambda: torch.randint(C, (N,)),
     "_AnyIndices": lambda: torch.randint(C, (N,)),
+    "_EntryIndices": lambda: torch.randint(C, (N, 2)),
+    "_EntryNumbers": lambda: torch.rand(N, 2),
+    "_EntryResults": lambda: torch.empty(N, 2),
     "_ClassWeight": lambda: torch.rand(C),
     "_WeightAlone": lambda: torch.rand(C),
     "_RowNumbers": lambda: torch.rand(N) + 0.5,
@@ -65,13 +68,15 @@ _STRIDED = {
     "_Elements",
     "_ElementNumbers",
     "_ElementResults",
+    "_EntryNumbers",
     "_Total",
     "_Divisor",
 }
 ALLOWED = {
     "apart": {*_STRIDED, "_Gradient", "_OnlyGradient"},
     "one for all": {*_STRIDED, "_RowGradient"},
-    "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient", "_Divisor"},  # nothing tells how long they should be
+    # nothing tells how long they should be
+    "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient", "_Divisor", "_EntryIndices"},
 }
 
 

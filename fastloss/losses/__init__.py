@@ -9,12 +9,14 @@ from .nll_loss import nll_loss
 from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
+from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
 
 LOSSES = (
     cross_entropy,
     soft_cross_entropy,
     linear_cross_entropy,
     linear_soft_cross_entropy,
+    sparse_soft_cross_entropy,
     softmax,
     log_softmax,
     nll_loss,
@@ -35,4 +37,5 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_cross_entropy",
     "softmax",
+    "sparse_soft_cross_entropy",
 ]

@@ -33,8 +33,7 @@ from .rows import (
 )
 from .simd import fma, lane_sum, lanes_of, splat
 
-_CHUNK = 8192  # classes of one row between two sums of sums, which lose fewer digits
-_CHUNK_IN_LANES = 16  # and of rows in lanes, each of which has one sum only
+_CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
 
 
 class Forward(NamedTuple):
@@ -162,7 +161,6 @@ def _softmax_backward(block: Any) -> None:
     a = arguments(block)
     lanes, classes = lanes_of(a.dlogits), a.way.classes
     consecutive = a.way.tile == a.way.strides.class_ == a.d_strides.class_ == a.to_strides.class_ == 1
-    chunk = _CHUNK_IN_LANES if a.way.tile > 1 else _CHUNK
     task = next_task(block)
     while task >= 0:
         for number in range(task * a.way.grain, last_tile(task, a.way)):
@@ -171,9 +169,9 @@ def _softmax_backward(block: Any) -> None:
             dx = lanes_at(a.dlogits, a.to_strides, t, a.way)
             # sum of dp p
             dot = splat(0.0, y.at)
-            for first in range(0, classes, chunk):
+            for first in range(0, classes, _CHUNK):
                 subtotal = splat(0.0, y.at)
-                last = min(classes, first + chunk)
+                last = min(classes, first + _CHUNK)
                 c, n = first, y.rows if y.tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, dy, c)
@@ -201,7 +199,6 @@ def _log_softmax_backward(block: Any) -> None:
     a = arguments(block)
     lanes, classes = lanes_of(a.dlogits), a.way.classes
     consecutive = a.way.tile == a.way.strides.class_ == a.d_strides.class_ == a.to_strides.class_ == 1
-    chunk = _CHUNK_IN_LANES if a.way.tile > 1 else _CHUNK
     task = next_task(block)
     while task >= 0:
         for number in range(task * a.way.grain, last_tile(task, a.way)):
@@ -210,9 +207,9 @@ def _log_softmax_backward(block: Any) -> None:
             dx = lanes_at(a.dlogits, a.to_strides, t, a.way)
             # sum of d
             dot = splat(0.0, y.at)
-            for first in range(0, classes, chunk):
+            for first in range(0, classes, _CHUNK):
                 subtotal = splat(0.0, y.at)
-                last = min(classes, first + chunk)
+                last = min(classes, first + _CHUNK)
                 c, n = first, y.rows if y.tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, dy, c)

@@ -21,29 +21,29 @@ _waiting: dict[int, int] = {}  # bytes of every gradient that waits. Without a l
 
 
 class Foresight:
-    """The upstream gradient that a forward expects, None if it trusts no number; and the gradient for it, until the backward takes it."""
+    """What a forward expects as upstream gradient, None if it trusts no number; and the gradients for it, until the backward takes them."""
 
     def __init__(self, kind: tuple[Any, ...]) -> None:
         number, trusted = _last.get(kind, (1.0, True))
         self.expected = number if trusted else None
         self._kind = kind
-        self._gradients: list[Tensor] = []
+        self._gradients: list[tuple[Tensor | None, ...]] = []
 
-    def keep(self, gradient: Tensor) -> None:
-        _waiting[id(self)] = gradient.numel() * gradient.element_size()
-        self._gradients.append(gradient)
+    def keep(self, gradients: tuple[Tensor | None, ...]) -> None:
+        _waiting[id(self)] = _bytes(gradients)
+        self._gradients.append(gradients)
 
-    def take(self, dloss: Tensor) -> Tensor | None:
-        """The gradient, if it is that for `dloss` and nobody took it before. Without it, its memory is free for another."""
+    def take(self, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients, if they are those for `dloss` and nobody took them before; else (). Their memory is free for others then."""
         number = float(dloss)
         last, _ = _last.get(self._kind, (1.0, True))
         _last[self._kind] = number, number == last and number != 0  # there are two zeros
         _waiting.pop(id(self), None)
         try:
-            gradient = self._gradients.pop()  # one of two threads gets it
+            gradients = self._gradients.pop()  # one of two threads gets them
         except IndexError:
-            return None
-        return gradient if number == self.expected else None
+            return ()
+        return gradients if number == self.expected else ()
 
     def forget(self) -> None:
         _waiting.pop(id(self), None)
@@ -53,21 +53,25 @@ class Foresight:
         _waiting.pop(id(self), None)
 
 
-def foresee(loss: str, logits: Tensor, reduction: str) -> Foresight | None:
-    """None where a gradient ahead of time would be useless or in the way."""
-    size = logits.numel() * logits.element_size()
+def foresee(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Foresight | None:
+    """For the gradients of these tensors; None where they would be useless ahead of time, or in the way."""
+    if reduction == "none" or not torch.is_grad_enabled():
+        return None
+    size, first = _bytes(tuple(t for t in tensors if t is not None and t.requires_grad)), tensors[0]
+    assert first is not None
     if (
-        reduction == "none"
-        or not logits.requires_grad
-        or not torch.is_grad_enabled()
-        or logits.device.type != "cpu"  # elsewhere the backward could not look at the number without waiting for the device
-        or not 0 < size <= config.foresight_max_bytes
+        not 0 < size <= config.foresight_max_bytes
+        or first.device.type != "cpu"  # elsewhere the backward could not look at the number without waiting for the device
         or (_waiting and size + sum(_waiting.copy().values()) > config.foresight_waiting_bytes)
         # saved tensors are moved or dropped until the backward (offloading, checkpointing): memory is scarce
         or _saved_tensors_are_hooked()
     ):
         return None
-    return Foresight((loss, logits.dtype, logits.shape[min(1, logits.dim() - 1)] if logits.dim() else 1, reduction))
+    return Foresight((loss, first.dtype, first.shape[min(1, first.dim() - 1)] if first.dim() else 1, reduction))
+
+
+def _bytes(tensors: tuple[Tensor | None, ...]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
 def _saved_tensors_are_hooked() -> bool:

@@ -37,7 +37,8 @@ class Spec(NamedTuple):
 class Loss(ABC, Generic[Tensors, Options, Saved]):
     """One loss. `Tensors`, `Options` and `Saved` are NamedTuples, whose annotations become the schema of the registered ops.
 
-    `forward` takes the tensors as the user gave them, of any layout, and returns what `outputs` declares: the loss first. `Saved` names
+    `forward` takes the tensors as the user gave them, of any layout, and returns what `outputs` declares: the caller's answers first, of
+    which a loss has one. Where there are more, upstream gradients come as a tuple, one for each, None where there is none. `Saved` names
     what the backward sees again, by the fields of `tensors` and of `results`.
     """
 
@@ -46,8 +47,9 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     options: ClassVar[type[tuple[Any, ...]]]
     results: ClassVar[type[tuple[Any, ...]]]
     saved: ClassVar[type[tuple[Any, ...]]]
+    answers: ClassVar[int] = 1  # the first so many results are the caller's
     differentiable: ClassVar[int] = 1  # the first so many tensors have a gradient
-    one_visit: ClassVar[bool] = False  # there is a `forward_backward`
+    one_visit: ClassVar[int] = 0  # `forward_backward` computes the gradients of the first so many
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -63,23 +65,25 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
         """What the forward leaves, one for each field of `results`."""
 
     @abstractmethod
-    def definition(self, t: Tensors, o: Options) -> Tensor:
-        """The loss in plain torch, in the dtype of its first tensor: the oracle of the tests, and the way to second derivatives."""
+    def definition(self, t: Tensors, o: Options) -> Tensor | tuple[Tensor, ...]:
+        """The answers in plain torch, in the dtype of the first tensor: the oracle of the tests, and the way to second derivatives."""
 
     @abstractmethod
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         """What `outputs` declares, by the kernels."""
 
     @abstractmethod
-    def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         """The gradients of the first tensors, None where not needed, by the kernels; the very first in `result` if there is one, which
         may be the memory of the first tensor."""
 
-    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The gradient of the first tensor under this upstream gradient, and what `forward` returns, in one visit."""
+    def forward_backward(
+        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        """The gradients of the first tensors under this upstream gradient, and what `forward` returns, in one visit."""
         raise NotImplementedError(self.name)
 
-    def gradient(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+    def gradient(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """What `backward` computes, in torch operations that can be differentiated again."""
         return _derivative(self, self.given(s), o, dloss, needed)
 
@@ -103,14 +107,20 @@ def fields(named: type[tuple[Any, ...]]) -> tuple[str, ...]:
     return named._fields  # type: ignore[attr-defined, no-any-return]
 
 
-def _derivative(loss: Any, t: Any, o: Any, dloss: Tensor, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+def each(found: Any) -> tuple[Any, ...]:
+    """One answer, or the upstream gradient of one, as a tuple like those of several."""
+    return found if isinstance(found, tuple) else (found,)
+
+
+def _derivative(loss: Any, t: Any, o: Any, dloss: Any, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
     """The gradients of the definition as a graph; None where not needed."""
     inputs = [x for x, wanted in zip(t, needed, strict=False) if wanted]
     with torch.enable_grad():
         # half precision is computed in float32, as by the kernels
         wide = (x.to(compute_dtype(x)) if x is not None and x.dtype in COMPUTE else x for x in t)
-        value = loss.definition(loss.tensors(*wide), o).to(dloss.dtype)
-        found = torch.autograd.grad(value, inputs, dloss, create_graph=torch.is_grad_enabled(), materialize_grads=True)
+        answers = zip(each(loss.definition(loss.tensors(*wide), o)), each(dloss), strict=True)
+        values, upstream = zip(*((value.to(d.dtype), d) for value, d in answers if d is not None), strict=True)
+        found = torch.autograd.grad(values, inputs, upstream, create_graph=torch.is_grad_enabled(), materialize_grads=True)
         found = tuple(_linked(gradient, x) for gradient, x in zip(found, inputs, strict=True))
     results = iter(found)
     return tuple(next(results) if wanted else None for wanted in needed)

@@ -14,11 +14,10 @@ from .foresight import Foresight, foresee
 from .loss import Loss
 
 
-def apply(loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Tensor:
-    """The loss of tensors and options that fit, by the kernels."""
-    foresight = foresee(loss.name, t[0], o.reduction) if loss.one_visit and not inplace_backward else None
-    result: Tensor = _Operation.apply(loss, o, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
-    return result
+def apply(loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Any:
+    """The answer of a loss to tensors and options that fit, by the kernels; a tuple if it has several."""
+    foresight = foresee(loss.name, t[: loss.one_visit], o.reduction) if loss.one_visit and not inplace_backward else None
+    return _Operation.apply(loss, o, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
 
 
 class _Operation(torch.autograd.Function):
@@ -27,35 +26,40 @@ class _Operation(torch.autograd.Function):
     @staticmethod
     def forward(  # type: ignore[override]
         ctx: Any, loss: Loss[Any, Any, Any], o: Any, inplace: bool, foresight: Foresight | None, *tensors: Any
-    ) -> Tensor:
+    ) -> Any:
         ctx.loss, ctx.options, ctx.inplace, ctx.foresight = loss, o, inplace, foresight
         t = loss.tensors(*tensors)
         if foresight is not None and foresight.expected is not None:
-            dinput, results = loss.forward_backward(foresight.expected, t, o)
-            foresight.keep(dinput)
+            gradients, results = loss.forward_backward(foresight.expected, t, o, ctx.needs_input_grad[4 : 4 + loss.one_visit])
+            foresight.keep(gradients)
         else:
             results = loss.forward(t, o)
         ctx.save_for_backward(*loss.to_save(t, results))
-        return results[0]
+        if loss.answers == 1:
+            return results[0]
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(answer for answer in results[: loss.answers] if not answer.is_floating_point()))
+        return tuple(results[: loss.answers])
 
     @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *upstream: Any) -> Any:
         loss, o, foresight = ctx.loss, ctx.options, ctx.foresight
+        dloss = upstream[0] if loss.answers == 1 else upstream
         s, needed = loss.saved(*ctx.saved_tensors), ctx.needs_input_grad[4 : 4 + loss.differentiable]
         if ctx.inplace and torch.is_grad_enabled():
             raise RuntimeError("inplace_backward: the logits cannot be overwritten with their gradient while create_graph=True needs them")
-        if torch.is_grad_enabled() or not plain(dloss):
+        if torch.is_grad_enabled() or not plain(*(d for d in upstream if d is not None)):
             if foresight is not None:
                 foresight.forget()
             gradients = loss.gradient(dloss, s, o, needed)
         else:
-            foreseen = None if foresight is None else foresight.take(dloss)
-            if foreseen is None:
-                gradients = loss.backward(dloss, s, o, needed, _overwritten(s.input, dloss) if ctx.inplace else None)
-            elif any(needed[1:]):
-                gradients = foreseen, *loss.backward(dloss, s, o, (False, *needed[1:]), None)[1:]
-            else:
-                gradients = foreseen, *(None,) * (loss.differentiable - 1)
+            found = () if foresight is None else foresight.take(dloss)
+            found += (None,) * (loss.differentiable - len(found))
+            missing = tuple(wanted and gradient is None for wanted, gradient in zip(needed, found, strict=True))
+            if any(missing):
+                rest = loss.backward(dloss, s, o, missing, _overwritten(s.input, dloss) if ctx.inplace else None)
+                found = tuple(b if a is None else a for a, b in zip(found, rest, strict=True))
+            gradients = found
         return None, None, None, None, *gradients, *(None,) * (len(ctx.needs_input_grad) - 4 - loss.differentiable)
 
 

@@ -3,8 +3,10 @@
 Two for each loss, `NAME` and `NAME_backward`, around the same forward and backward as the eager path; opaque on purpose, since a compiler
 that opened them would drop the launch options. Schema, fakes and derivatives of any order follow from the loss.
 
-    NAME(tensors, options) -> results              the loss first
+    NAME(tensors, options) -> results              the answers first
     NAME_backward(dloss, saved, options, bool[] needed) -> a gradient for each differentiable tensor, without elements where not needed
+
+A loss with several answers has an upstream gradient for each, `Tensor? dANSWER, ...`, in place of `Tensor dloss`.
 """
 
 from typing import Any, NamedTuple
@@ -14,7 +16,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from .kinds import present
-from .loss import COMPUTE, Loss, fields
+from .loss import COMPUTE, Loss, each, fields
 from .losses import LOSSES
 
 AnyLoss = Loss[Any, Any, Any]
@@ -47,17 +49,18 @@ def _register(loss: AnyLoss) -> Ops:
     forward = custom_op(
         name, ours.forward, mutates_args=(), schema=f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}"
     )
-    schema = f"(Tensor dloss, {_arguments(loss.saved, loss.options)}, bool[] needed) -> {_returns(loss.differentiable)}"
+    kind = "Tensor" if loss.answers == 1 else "Tensor?"
+    upstream = "".join(f"{kind} {field}, " for field in ours.upstream)
+    schema = f"({upstream}{_arguments(loss.saved, loss.options)}, bool[] needed) -> {_returns(loss.differentiable)}"
     backward = custom_op(f"{name}_backward", ours.backward, mutates_args=(), schema=schema)
     forward.register_fake(ours.fake_forward)
     backward.register_fake(ours.fake_backward)
 
-    def first(ctx: Any, dloss: Tensor, *_: Any) -> Any:
+    def first(ctx: Any, *upstream: Any) -> Any:
         _, o = ours.of_forward(ctx.arguments)
         needed = ctx.needs_input_grad[: loss.differentiable]
-        found = backward(dloss, *ctx.saved_tensors, *o, list(needed))
-        found = found if isinstance(found, tuple) else (found,)
-        gradients = (gradient if wanted else None for gradient, wanted in zip(found, needed, strict=True))
+        found = backward(*upstream[: loss.answers], *ctx.saved_tensors, *o, list(needed))
+        gradients = (gradient if wanted else None for gradient, wanted in zip(each(found), needed, strict=True))
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - loss.differentiable)
 
     forward.register_autograd(first, setup_context=ours.save_for_first)
@@ -70,15 +73,21 @@ class _Arguments:
 
     def __init__(self, loss: AnyLoss) -> None:
         self.loss = loss
-        self.tensors, self.saved, self.options = len(fields(loss.tensors)), len(fields(loss.saved)), len(fields(loss.options))
+        self.tensors, self.saved = len(fields(loss.tensors)), len(fields(loss.saved))
+        self.upstream = [f"d{field}" for field in fields(loss.results)[: loss.answers]]
 
     def of_forward(self, arguments: Any) -> tuple[Any, Any]:
         return self.loss.tensors(*arguments[: self.tensors]), self.loss.options(*arguments[self.tensors :])
 
-    def of_backward(self, arguments: Any) -> tuple[Any, Any, tuple[bool, ...]]:
-        """Saved tensors, options, needed; without dloss."""
+    def of_backward(self, arguments: Any) -> tuple[tuple[Any, ...], Any, Any, tuple[bool, ...]]:
+        """Upstream gradients, saved tensors, options, needed."""
+        answers, saved = self.loss.answers, self.loss.answers + self.saved
         *rest, needed = arguments
-        return self.loss.saved(*rest[: self.saved]), self.loss.options(*rest[self.saved :]), tuple(needed)
+        return tuple(rest[:answers]), self.loss.saved(*rest[answers:saved]), self.loss.options(*rest[saved:]), tuple(needed)
+
+    def dloss(self, upstream: tuple[Any, ...]) -> Any:
+        """As a loss wants it."""
+        return upstream if self.loss.answers > 1 else upstream[0]
 
     # ---- kernels
 
@@ -88,34 +97,38 @@ class _Arguments:
         self._refuse(self.loss.misfit(t, o))
         return _one_or_all(self.loss.forward(t, o))
 
-    def backward(self, dloss: Tensor, *arguments: Any) -> Any:
-        s, o, needed = self.of_backward(arguments)
-        self._refuse_missing(s, dloss)
+    def backward(self, *arguments: Any) -> Any:
+        upstream, s, o, needed = self.of_backward(arguments)
+        self._refuse_missing(s, upstream)
         t = self.loss.given(s)
         self._refuse(self.loss.misfit(t, o))
-        expected = tuple(self.loss.outputs(t, o)[0].shape)
-        if tuple(dloss.shape) != expected:
-            self._refuse(f"dloss has shape {tuple(dloss.shape)}, the result had {expected}")
-        found = self.loss.backward(dloss, s, o, needed, None)
-        return _one_or_all(tuple(dloss.new_empty(0) if gradient is None else gradient for gradient in found))
+        for field, d, spec in zip(self.upstream, upstream, self.loss.outputs(t, o), strict=False):
+            if d is not None and tuple(d.shape) != tuple(spec.shape):
+                self._refuse(f"{field} has shape {tuple(d.shape)}, the result had {tuple(spec.shape)}")
+        found = self.loss.backward(self.dloss(upstream), s, o, needed, None)
+        return _one_or_all(tuple(s[0].new_empty(0) if gradient is None else gradient for gradient in found))
 
     def _refuse(self, misfit: str | None) -> None:
         if misfit is not None:
             raise RuntimeError(f"fastloss::{self.loss.name}: {misfit}")
 
-    def _refuse_missing(self, named: Any, dloss: Tensor | None = None) -> None:
+    def _refuse_missing(self, named: Any, upstream: tuple[Any, ...] = ()) -> None:
         """Tensors without their memory, on different devices, or of a dtype that nothing is computed in."""
-        for field, tensor in (("dloss", dloss), *zip(named._fields, named, strict=True)):
-            if tensor is not None:
-                present(tensor, f"fastloss::{self.loss.name}: {field}")
-        self._refuse_devices(named, dloss)
+        for field, tensor in self._named(named, upstream):
+            present(tensor, f"fastloss::{self.loss.name}: {field}")
+        self._refuse_devices(named, upstream)
         if named[0].dtype not in COMPUTE:
             self._refuse(f"{named._fields[0]} is {named[0].dtype}, which has no kernels")
 
-    def _refuse_devices(self, named: Any, dloss: Tensor | None = None) -> None:
-        for field, tensor in (("dloss", dloss), *zip(named._fields, named, strict=True)):
-            if tensor is not None and tensor.device != named[0].device:
+    def _refuse_devices(self, named: Any, upstream: tuple[Any, ...] = ()) -> None:
+        for field, tensor in self._named(named, upstream):
+            if tensor.device != named[0].device:
                 self._refuse(f"{field} is on {tensor.device}, {named._fields[0]} on {named[0].device}")
+
+    def _named(self, named: Any, upstream: tuple[Any, ...]) -> list[tuple[str, Tensor]]:
+        """The tensors that there are, with their names."""
+        everything = (*zip(self.upstream, upstream, strict=False), *zip(named._fields, named, strict=True))
+        return [(field, tensor) for field, tensor in everything if tensor is not None]
 
     # ---- shapes and dtypes, for tracing without data
 
@@ -124,24 +137,27 @@ class _Arguments:
         self._refuse_devices(t)
         return _one_or_all(tuple(spec.empty(t[0].device) for spec in self.loss.outputs(t, o)))
 
-    def fake_backward(self, dloss: Tensor, *arguments: Any) -> Any:
-        s, _, needed = self.of_backward(arguments)
-        self._refuse_devices(s, dloss)
-        return _one_or_all(tuple(torch.empty_like(s[i]) if wanted else dloss.new_empty(0) for i, wanted in enumerate(needed)))
+    def fake_backward(self, *arguments: Any) -> Any:
+        upstream, s, _, needed = self.of_backward(arguments)
+        self._refuse_devices(s, upstream)
+        return _one_or_all(tuple(torch.empty_like(s[i]) if wanted else s[0].new_empty(0) for i, wanted in enumerate(needed)))
 
     # ---- derivatives
 
     def save_for_first(self, ctx: Any, inputs: Any, output: Any) -> None:
         t, _ = self.of_forward(inputs)
+        if self.loss.answers > 1:
+            ctx.set_materialize_grads(False)
         for field, tensor in zip(t._fields[self.loss.differentiable :], t[self.loss.differentiable :], strict=True):
             if tensor is not None and tensor.requires_grad:
                 raise RuntimeError(f"fastloss::{self.loss.name}: there is no gradient of {field}")
         ctx.arguments = (*(None,) * self.tensors, *inputs[self.tensors :])
-        ctx.save_for_backward(*self.loss.to_save(t, output if isinstance(output, tuple) else (output,)))
+        ctx.save_for_backward(*self.loss.to_save(t, each(output)))
 
     def save_for_second(self, ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.rest = inputs[1 + self.saved :]
-        ctx.save_for_backward(*inputs[: 1 + self.saved])
+        tensors = self.loss.answers + self.saved
+        ctx.rest = inputs[tensors:]
+        ctx.save_for_backward(*inputs[:tensors])
 
     def second(self, ctx: Any, *upstream: Any) -> Any:
         """The derivatives of the backward op, by the loss's `gradient`."""
@@ -150,8 +166,8 @@ class _Arguments:
                 t.detach().requires_grad_(wanted) if t is not None and wanted else t
                 for t, wanted in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False)
             ]
-            s, o, needed = self.of_backward((*inputs[1:], *ctx.rest))
-            found = self.loss.gradient(inputs[0], s, o, needed)
+            upstream_of_first, s, o, needed = self.of_backward((*inputs, *ctx.rest))
+            found = self.loss.gradient(self.dloss(upstream_of_first), s, o, needed)
             pairs = [(gradient, up) for gradient, up in zip(found, upstream, strict=True) if gradient is not None]
             wanted = [t for t, w in zip(inputs, ctx.needs_input_grad, strict=False) if w]
             derivatives = iter(torch.autograd.grad([g for g, _ in pairs], wanted, [up for _, up in pairs], allow_unused=True))

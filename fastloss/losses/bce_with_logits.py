@@ -34,7 +34,7 @@ Saved = Tensors
 
 class BCEWithLogits(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    one_visit = True
+    one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         return elementwise_misfit(t.input, t.target, t.weight, t.pos_weight)
@@ -61,13 +61,15 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)
 
-    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward_backward(
+        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         (loss,), dinput, total = self.allocate(t, o), empty_like(t.input), t.input.new_empty((), dtype=compute_dtype(t.input))
         x, y, w, pos, written = as_elements(*t, dinput)
         g = element_gradient(torch.full((), dloss, dtype=o.dtype, device=x.device), o.reduction, x).expand(x.shape)
         kernels_for(x).bce_with_logits_sum_backward(x, y, computed(w, x), computed(pos, x), g, total, written)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
-        return settle(dinput, written), (loss,)
+        return (settle(dinput, written),), (loss,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         dinput = empty_like(s.input)

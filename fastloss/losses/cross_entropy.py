@@ -53,7 +53,7 @@ class Saved(NamedTuple):
 
 class CrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    one_visit = True
+    one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         return smoothing_misfit(t.input, o.label_smoothing) or class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
@@ -85,7 +85,9 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         _reduce(loss, r, o)
         return tuple(r)
 
-    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward_backward(
+        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
         loss, weight, dinput = rows.row_losses(r.loss, t.input, o.reduction), rows.class_weight(t.weight, t.input), empty_like(t.input)
         dlogits = rows.as_rows(dinput)
@@ -99,7 +101,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         else:
             kernels.cross_entropy_forward_backward(logits, target, weight, o.ignore_index, g, loss, _numbers(r), dlogits)
         _reduce(loss, r, o)
-        return rows.settle(dinput, dlogits), tuple(r)
+        return (rows.settle(dinput, dlogits),), tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         dinput = empty_like(s.input) if result is None else result

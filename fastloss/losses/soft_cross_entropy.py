@@ -51,7 +51,7 @@ class Saved(NamedTuple):
 class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
     differentiable = 2
-    one_visit = True
+    one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if t.target.dtype != t.input.dtype or t.target.shape != t.input.shape:
@@ -80,7 +80,9 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return tuple(r)
 
-    def forward_backward(self, dloss: float, t: Tensors, o: Options) -> tuple[Tensor, tuple[Tensor, ...]]:
+    def forward_backward(
+        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         r, logits, target, weight = (
             self.allocate(t, o),
             rows.as_rows(t.input),
@@ -93,7 +95,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
         kernels_for(t.input).soft_cross_entropy_forward_backward(logits, target, weight, _smoothing(t, o), g, loss, _numbers(r), dlogits)
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
-        return rows.settle(dinput, dlogits), tuple(r)
+        return (rows.settle(dinput, dlogits),), tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, target, weight, kernels = (

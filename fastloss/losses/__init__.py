@@ -7,8 +7,19 @@ from .nll_loss import nll_loss
 from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
+from .token_statistics import token_statistics
 
-LOSSES = (cross_entropy, soft_cross_entropy, softmax, log_softmax, nll_loss, bce_with_logits, binary_cross_entropy, sigmoid_focal_loss)
+LOSSES = (
+    cross_entropy,
+    soft_cross_entropy,
+    softmax,
+    log_softmax,
+    nll_loss,
+    bce_with_logits,
+    binary_cross_entropy,
+    sigmoid_focal_loss,
+    token_statistics,
+)
 
 __all__ = [
     "LOSSES",
@@ -20,4 +31,5 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_cross_entropy",
     "softmax",
+    "token_statistics",
 ]

@@ -14,6 +14,7 @@ from .functional import (
 )
 from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 from .routing import Route, explain
+from .statistics import TokenStatistics, token_statistics
 
 __all__ = [
     "BCELoss",
@@ -24,6 +25,7 @@ __all__ = [
     "NLLLoss",
     "Route",
     "Softmax",
+    "TokenStatistics",
     "__version__",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -37,5 +39,6 @@ __all__ = [
     "set_backend",
     "sigmoid_focal_loss",
     "softmax",
+    "token_statistics",
     "use_backend",
 ]

@@ -67,7 +67,7 @@ class TokenStatistics(Loss[Tensors, Options, Saved]):
             return f"there are {t.input.shape[o.dim]} classes"
         if t.target is not None and (t.target.dtype.is_floating_point or t.target.dtype.is_complex or t.target.dtype == torch.bool):
             return f"target is {t.target.dtype}, not integers"
-        if t.target is not None and not _belongs(t.target, t.input, o.dim):
+        if t.target is not None and not belongs(t.target, t.input, o.dim):
             return f"target of shape {tuple(t.target.shape)} does not belong to logits of shape {tuple(t.input.shape)}"
         if t.target is not None and t.target.numel() == 0 and t.input.numel() > 0:
             return "there are no targets"
@@ -89,15 +89,15 @@ class TokenStatistics(Loss[Tensors, Options, Saved]):
         x, target, wanted = t.input.movedim(o.dim, -1), t.target, wanted_of(t, o)
         answers = dict.fromkeys(ANSWERS, x.reshape(-1)[:0])  # what is not wanted can be differentiated, too
         answers["argmax"] = x.new_empty(0, dtype=torch.int64)
-        ignored = y = None
+        ignored = None
         if target is not None:
             y = (target.unsqueeze(-1) if target.dim() < x.dim() else target).long()
             skipped = y == o.ignore_index
-            ignored = skipped.all(-1) if y.shape[-1] else y.new_zeros(x.shape[:-1], dtype=torch.bool)
+            ignored = skipped.all(-1) if y.shape[-1] else torch.zeros_like(skipped.any(-1))
             x = x.masked_fill(ignored.unsqueeze(-1), 0.0)  # what it holds counts for nothing
         z = x * o.logit_scale
         log_p = torch.log_softmax(z, -1)
-        if "log_prob" in wanted and y is not None and target is not None:
+        if "log_prob" in wanted and target is not None:
             answers["log_prob"] = log_p.gather(-1, y.masked_fill(skipped, 0)).masked_fill(skipped, 0.0).reshape(target.shape)
         if "entropy" in wanted:
             p = log_p.exp()
@@ -150,7 +150,8 @@ def wanted_of(t: Tensors, o: Options) -> list[str]:
     return [name for name in o.wanted.split() if name != "log_prob" or t.target is not None]
 
 
-def _belongs(target: Tensor, logits: Tensor, dim: int) -> bool:
+def belongs(target: Tensor, logits: Tensor, dim: int) -> bool:
+    """Whether there is a target, or K of them, for each row."""
     shape, rows = tuple(target.shape), positions(logits, dim)
     return shape == rows or (len(shape) > len(rows) and shape[:-1] == rows)
 

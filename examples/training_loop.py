@@ -3,7 +3,8 @@
     python examples/training_loop.py
 
 A small language model (embedding, GRU, vocabulary head) learns a fixed random text. Half-precision logits go into the loss as they are:
-under autocast fastloss computes in float32 and returns float32 without a float32 copy of the logits.
+under autocast fastloss computes in float32 and returns float32 without a float32 copy of the logits. Or there are no logits at all: the
+head and the loss in one.
 """
 
 import argparse
@@ -25,8 +26,20 @@ class LanguageModel(nn.Module):
         self.body = nn.GRU(WIDTH, WIDTH, batch_first=True)
         self.head = nn.Linear(WIDTH, VOCABULARY)
 
+    def hidden(self, tokens: Tensor) -> Tensor:
+        return self.body(self.embedding(tokens))[0]
+
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.head(self.body(self.embedding(tokens))[0])
+        return self.head(self.hidden(tokens))
+
+
+def of_logits(cross_entropy: Callable[..., Tensor]) -> Callable[[LanguageModel, Tensor, Tensor], Tensor]:
+    return lambda model, tokens, following: cross_entropy(model(tokens).flatten(0, 1), following.flatten(), reduction="sum")
+
+
+def without_logits(model: LanguageModel, tokens: Tensor, following: Tensor) -> Tensor:
+    head = model.head
+    return fastloss.linear_cross_entropy(model.hidden(tokens), head.weight, following, linear_bias=head.bias, reduction="sum")
 
 
 def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -40,7 +53,9 @@ def batches(count: int) -> Iterator[tuple[Tensor, Tensor]]:
         yield tokens[:, :-1], following
 
 
-def train(loss_of: Callable[..., Tensor], steps: int = 40, accumulate: int = 2, dtype: torch.dtype = torch.bfloat16) -> list[float]:
+def train(
+    loss_of: Callable[[LanguageModel, Tensor, Tensor], Tensor], steps: int = 40, accumulate: int = 2, dtype: torch.dtype = torch.bfloat16
+) -> list[float]:
     """The loss of every optimizer step. A step is `accumulate` batches, normalised by the number of tokens in all of them."""
     torch.manual_seed(0)
     model = LanguageModel()
@@ -55,8 +70,7 @@ def train(loss_of: Callable[..., Tensor], steps: int = 40, accumulate: int = 2, 
         total = 0.0
         for tokens, following in group:
             with torch.autocast("cpu", dtype):
-                logits = model(tokens)
-                loss = loss_of(logits.flatten(0, 1), following.flatten(), reduction="sum") / tokens_in_group
+                loss = loss_of(model, tokens, following) / tokens_in_group
             scaler.scale(loss).backward()
             total += loss.item()
         scaler.unscale_(optimizer)
@@ -74,9 +88,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[float]]:
     options.add_argument("--dtype", choices=("bfloat16", "float16"), default="bfloat16")
     chosen = options.parse_args(arguments)
     found = {}
-    for name, loss_of in (("fastloss", fastloss.cross_entropy), ("torch", F.cross_entropy)):
+    ways = {"fastloss": of_logits(fastloss.cross_entropy), "fastloss without logits": without_logits, "torch": of_logits(F.cross_entropy)}
+    for name, loss_of in ways.items():
         found[name] = train(loss_of, chosen.steps, dtype=getattr(torch, chosen.dtype))
-        print(f"{name:9} loss {found[name][0]:.4f} at first, {found[name][-1]:.4f} after {chosen.steps} steps")
+        print(f"{name:24} loss {found[name][0]:.4f} at first, {found[name][-1]:.4f} after {chosen.steps} steps")
     return found
 
 

@@ -12,7 +12,8 @@ from .functional import (
     sigmoid_focal_loss,
     softmax,
 )
-from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
+from .linear import linear_cross_entropy
+from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
 from .routing import Route, explain
 from .statistics import TokenStatistics, token_statistics
 
@@ -21,6 +22,7 @@ __all__ = [
     "BCEWithLogitsLoss",
     "BackendError",
     "CrossEntropyLoss",
+    "LinearCrossEntropyLoss",
     "LogSoftmax",
     "NLLLoss",
     "Route",
@@ -33,6 +35,7 @@ __all__ = [
     "cross_entropy",
     "explain",
     "get_backend",
+    "linear_cross_entropy",
     "log_softmax",
     "memory",
     "nll_loss",

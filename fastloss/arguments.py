@@ -1,6 +1,7 @@
 """Which arguments the kernels serve: what losses have in common. Each function returns None, or in words what does not fit; torch then
 serves, or raises."""
 
+import math
 from typing import Any
 
 import torch
@@ -48,6 +49,11 @@ def plain(*tensors: Tensor) -> bool:
     )
 
 
+def autocast_is_active(input: Tensor) -> bool:
+    # torch cannot say so of every device; before 2.12, whether it can cannot be traced
+    return input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
+
+
 def _only_a_default_device() -> bool:
     """Whether the active modes are those of torch.set_default_device and `with torch.device(...)`: they move new tensors only, and ours
     name their device."""
@@ -91,6 +97,22 @@ def smoothing_misfit(logits: Tensor, label_smoothing: Any) -> str | None:
     if logits.dim() > 0 and logits.shape[min(1, logits.dim() - 1)] == 0:
         return "there are no classes"
     return None
+
+
+def linear_misfit(input: Tensor, weight: Tensor, bias: Tensor | None, o: Any) -> str | None:
+    """Of a linear layer that is computed with the loss of its logits."""
+    if input.dim() not in (1, 2) or weight.dim() < 2 or (weight.dim() > 2 and input.dim() == 1) or input.shape[-1] != weight.shape[-1]:
+        return f"input of shape {tuple(input.shape)}, linear_weight of shape {tuple(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[:-1]:
+        return f"linear_bias of shape {tuple(bias.shape)}, linear_weight of shape {tuple(weight.shape)}"
+    if 0 in (*input.shape, *weight.shape):
+        return "there is nothing to multiply"
+    for t in (input, weight) if bias is None else (input, weight, bias):
+        if t.dtype is not o.products and (o.dtype is o.products or t.dtype not in COMPUTE or t.dtype is torch.float64):
+            return f"input is {input.dtype}, linear_weight {weight.dtype}, their product {o.products}"
+    if not isinstance(o.logit_scale, (int, float)) or not 0 <= o.logit_softcap < math.inf or o.chunk_rows < 0:
+        return f"logit_scale is {o.logit_scale!r}, logit_softcap {o.logit_softcap!r}, chunk_rows {o.chunk_rows!r}"
+    return None if o.sums in (o.products, COMPUTE[o.products]) else f"sums of {o.products} in {o.sums}"
 
 
 def elementwise_misfit(logits: Tensor, target: Tensor, *weights: Tensor | None) -> str | None:

@@ -14,5 +14,8 @@ wait in memory for the backward. 0: none is."""
 foresight_waiting_bytes: int = 1 << 22
 """So many bytes of such gradients may wait at a time before the next forward computes none; the first one may be larger."""
 
+linear_chunk_bytes: int = 0
+"""The linear losses hold about so many bytes of logits at a time; 0: 64 MiB on CPU, 512 MiB elsewhere."""
+
 pool_max_bytes: int = 2 << 30
 """How much freed gradient memory the pool may keep for the next step. 0 turns the pool off."""

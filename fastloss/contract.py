@@ -33,6 +33,7 @@ from .kinds import (
     Logits,
     Numbers,
     OnlyGradient,
+    Reduced,
     RowGradient,
     RowNumbers,
     RowResults,
@@ -75,6 +76,19 @@ class Kernels(Protocol):
         dlogits: Gradient,
     ) -> None:
         """What forward and backward compute, in one visit to the logits where that can be."""
+
+    def reduced_cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        reduction: Reduced,
+        loss: RowResults,
+        rows: IndexRowResults,
+        dlogits: Gradient,
+    ) -> None:
+        """The same for the sum of all losses, or their mean, and its upstream gradient: with them, `sum_weights` and `sum_rows`."""
 
     def smoothed_cross_entropy_forward(
         self,

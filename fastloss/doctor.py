@@ -17,6 +17,7 @@ from torch import Tensor
 
 import fastloss
 
+from . import composed
 from .backends import BackendName, KernelsName
 from .bench import machine
 
@@ -208,6 +209,7 @@ def _errors(device: str) -> list[tuple[str, float, float]]:
         "cross_entropy": lambda f, x: f.cross_entropy(x, target.to(x.device)),
         "cross_entropy (smoothed)": lambda f, x: f.cross_entropy(x, target.to(x.device), label_smoothing=0.1),
         "cross_entropy (probabilities)": lambda f, x: f.cross_entropy(x, labels.to(x)),
+        "linear_cross_entropy": lambda f, x: _linear_cross_entropy(f, x[:, :64], labels.to(x).t(), target.to(x.device)),
         "nll_loss": lambda f, x: f.nll_loss(x, target.to(x.device)),
         "binary_cross_entropy_with_logits": lambda f, x: f.binary_cross_entropy_with_logits(x, labels.to(x)),
         "binary_cross_entropy": lambda f, x: f.binary_cross_entropy(x.sigmoid(), labels.to(x)),
@@ -229,6 +231,12 @@ def _errors(device: str) -> list[tuple[str, float, float]]:
             error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, truth, strict=True))
             found.append((title, error, limit))
     return found
+
+
+def _linear_cross_entropy(library: Any, x: Tensor, head: Tensor, target: Tensor) -> Tensor:
+    function = composed.linear_cross_entropy if library is F else library.linear_cross_entropy
+    loss: Tensor = function(x, head, target)
+    return loss
 
 
 def _with_gradient(library: Any, call: Callable[[Any, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:

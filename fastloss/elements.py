@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .kinds import present
 from .loss import Spec, compute_dtype
-from .rows import one
+from .rows import ones
 
 
 def loss_spec(like: Tensor, reduction: str, dtype: torch.dtype) -> Spec:
@@ -34,7 +34,7 @@ def as_elements(first: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
 
 def _with_ones(found: list[Tensor], others: tuple[Tensor | None, ...]) -> tuple[Tensor, ...]:
     first, rest = found[0], iter(found[1:])
-    return (first, *(one(compute_dtype(first), first.device).expand(first.shape) if t is None else next(rest) for t in others))
+    return (first, *(ones(1, compute_dtype(first), first.device).expand(first.shape) if t is None else next(rest) for t in others))
 
 
 def _merged(shape: torch.Size, strides: list[tuple[int, ...]]) -> list[int]:

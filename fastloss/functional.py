@@ -5,6 +5,7 @@ the kernels do not serve go to torch (`fastloss.explain` tells which and why). N
 `torch.func` transforms, forward-mode AD and `torch.compile` work as they do with torch.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import losses
-from .arguments import REDUCTIONS, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
-from .loss import COMPUTE, Loss
-from .operation import apply
-from .ops import OPS
-from .routing import Route, route, served_by_torch, tiny
+from . import composed, losses
+from .arguments import REDUCTIONS, autocast_is_active, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
+from .loss import COMPUTE
+from .routing import route, served_by_torch, tiny
+from .serving import by_kernels, result_dtype, serve
 
 
 def cross_entropy(
@@ -60,15 +60,15 @@ def cross_entropy(
     >>> print(f"{loss.item():.4f}", logits.grad.sum().abs() < 1e-6)
     0.4795 tensor(True)
     """
-    arguments = input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing
+    theirs = partial(F.cross_entropy, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if tiny(input) and not inplace_backward:
-        return F.cross_entropy(*arguments)
+        return theirs()
     misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
     loss: Any = losses.cross_entropy
     t: Any = (input, target, weight)
     o: Any = None
     if misfit is None:
-        dtype = _result_dtype(input)
+        dtype = result_dtype(input)
         if target.is_floating_point() and target.shape == input.shape and target.dim():
             loss, o = losses.soft_cross_entropy, losses.soft_cross_entropy.options(label_smoothing, reduction, dtype)
             misfit = None if is_int64(ignore_index) and ignore_index < 0 else f"ignore_index is {ignore_index!r} for class probabilities"
@@ -82,8 +82,9 @@ def cross_entropy(
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")
         refuse_inplace(*t)
     if way.path == "torch":
-        return served_by_torch("cross_entropy", way, F.cross_entropy(*arguments))
-    return _serve(way, loss, t, o, inplace_backward)
+        return served_by_torch(theirs, way, theirs())
+    result: Tensor = by_kernels(way, loss, t, o, inplace_backward)
+    return result
 
 
 def nll_loss(
@@ -117,20 +118,8 @@ def nll_loss(
     >>> print(f"{nll_loss(log_prob, torch.tensor([2, 0])).item():.4f}")
     0.4795
     """
-    arguments = input, target, weight, size_average, ignore_index, reduce, reduction
-    if tiny(input):
-        return F.nll_loss(*arguments)
-    loss: Any = losses.nll_loss
-    t: Any = None
-    o: Any = None
-    misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
-    if misfit is None:
-        t, o = loss.tensors(input, target, weight), loss.options(ignore_index, reduction, _result_dtype(input))
-        misfit = loss.misfit(t, o)
-    way = route(misfit, input)
-    if way.path == "torch":
-        return served_by_torch("nll_loss", way, F.nll_loss(*arguments))
-    return _serve(way, loss, t, o)
+    theirs = partial(F.nll_loss, input, target, weight, size_average, ignore_index, reduce, reduction)
+    return serve(losses.nll_loss, (input, target, weight), (ignore_index, reduction), theirs, (size_average, reduce))
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -149,14 +138,8 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
     tensor([0.0900, 0.2447, 0.6652])
     """
-    if tiny(input):
-        return F.softmax(input, dim, _stacklevel + 1, dtype)
-    way = route(_softmax_misfit(input, dim, dtype), input)
-    if way.path == "torch":
-        return served_by_torch("softmax", way, F.softmax(input, dim, _stacklevel + 1, dtype))
-    assert dim is not None
-    loss = losses.softmax
-    return _serve(way, loss, loss.tensors(input if dtype is None else input.to(dtype)), loss.options(dim % input.dim()))
+    theirs = partial(F.softmax, input, dim, _stacklevel + 2, dtype)
+    return _along(losses.softmax, input, dim, dtype, theirs)
 
 
 def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -175,14 +158,8 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
     >>> log_softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
     tensor([-2.4076, -1.4076, -0.4076])
     """
-    if tiny(input):
-        return F.log_softmax(input, dim, _stacklevel + 1, dtype)
-    way = route(_softmax_misfit(input, dim, dtype), input)
-    if way.path == "torch":
-        return served_by_torch("log_softmax", way, F.log_softmax(input, dim, _stacklevel + 1, dtype))
-    assert dim is not None
-    loss = losses.log_softmax
-    return _serve(way, loss, loss.tensors(input if dtype is None else input.to(dtype)), loss.options(dim % input.dim()))
+    theirs = partial(F.log_softmax, input, dim, _stacklevel + 2, dtype)
+    return _along(losses.log_softmax, input, dim, dtype, theirs)
 
 
 def binary_cross_entropy_with_logits(
@@ -212,20 +189,8 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits(logits, labels, reduction="none")
     tensor([0.1570, 1.7810, 1.2314])
     """
-    arguments = input, target, weight, size_average, reduce, reduction, pos_weight
-    if tiny(input):
-        return F.binary_cross_entropy_with_logits(*arguments)
-    loss: Any = losses.bce_with_logits
-    t: Any = None
-    o: Any = None
-    misfit = tensors_misfit(input, target, optional=(weight, pos_weight)) or reduction_misfit(size_average, reduce, reduction)
-    if misfit is None:
-        t, o = loss.tensors(input, target, weight, pos_weight), loss.options(reduction, _result_dtype(input))
-        misfit = loss.misfit(t, o)
-    way = route(misfit, input)
-    if way.path == "torch":
-        return served_by_torch("binary_cross_entropy_with_logits", way, F.binary_cross_entropy_with_logits(*arguments))
-    return _serve(way, loss, t, o)
+    theirs = partial(F.binary_cross_entropy_with_logits, input, target, weight, size_average, reduce, reduction, pos_weight)
+    return serve(losses.bce_with_logits, (input, target, weight, pos_weight), (reduction,), theirs, (size_average, reduce))
 
 
 def binary_cross_entropy(
@@ -257,22 +222,8 @@ def binary_cross_entropy(
     >>> binary_cross_entropy(torch.tensor([0.5, 0.9]), torch.tensor([0.0, 1.0]), reduction="none")
     tensor([0.6931, 0.1054])
     """
-    arguments = input, target, weight, size_average, reduce, reduction
-    if tiny(input):
-        return F.binary_cross_entropy(*arguments)
-    loss: Any = losses.binary_cross_entropy
-    t: Any = None
-    o: Any = None
-    misfit = (
-        tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction) or _autocast_misfit(input)
-    )
-    if misfit is None:
-        t, o = loss.tensors(input, target, weight), loss.options(reduction)
-        misfit = loss.misfit(t, o)
-    way = route(misfit, input)
-    if way.path == "torch":
-        return served_by_torch("binary_cross_entropy", way, F.binary_cross_entropy(*arguments))
-    return _serve(way, loss, t, o)
+    theirs = partial(F.binary_cross_entropy, input, target, weight, size_average, reduce, reduction)
+    return serve(losses.binary_cross_entropy, (input, target, weight), (reduction,), theirs, (size_average, reduce))
 
 
 def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
@@ -299,60 +250,29 @@ def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    loss: Any = losses.sigmoid_focal_loss
-    t: Any = None
-    o: Any = None
-    misfit = tensors_misfit(input, target)
-    if misfit is None:
-        t, o = loss.tensors(input, target), loss.options(alpha, gamma, reduction, _result_dtype(input))
-        misfit = loss.misfit(t, o)
-    way = route(misfit, input)
-    if way.path == "torch":
-        return served_by_torch("sigmoid_focal_loss", way, composed_focal_loss(input, target, alpha, gamma, reduction))
-    return _serve(way, loss, t, o)
+    theirs = partial(composed.sigmoid_focal_loss, input, target, alpha, gamma, reduction)
+    return serve(losses.sigmoid_focal_loss, (input, target), (alpha, gamma, reduction), theirs)
 
 
-def composed_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
-    """`sigmoid_focal_loss` in torch operations, as torchvision has it."""
-    p = torch.sigmoid(input)
-    loss = F.binary_cross_entropy_with_logits(input, target, reduction="none")
-    loss = loss * (1 - (p * target + (1 - p) * (1 - target))) ** gamma
-    if alpha >= 0:
-        loss = (alpha * target + (1 - alpha) * (1 - target)) * loss
-    return loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
-
-
-def _serve(way: Route, loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Tensor:
-    """The loss by our kernels: by itself, or as an op where a compiler is watching."""
-    if way.path == "kernel":
-        return apply(loss, t, o, inplace_backward)
-    results: Any = OPS[loss.name].forward(*t, *o)
-    value: Tensor = results[0] if isinstance(results, tuple) else results
-    return value
-
-
-def _result_dtype(input: Tensor) -> torch.dtype:
-    """float32 for half precision under autocast, computed without a float32 copy of the input; else the input's own."""
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and _autocast_is_active(input) else input.dtype
-
-
-def _autocast_is_active(input: Tensor) -> bool:
-    # torch cannot say so of every device; before 2.12, whether it can cannot be traced
-    return input.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(input.device.type)
-
-
-def _autocast_misfit(input: Tensor) -> str | None:
-    """Autocast's rules for these functions differ between devices; torch knows them."""
-    return "autocast is active" if _autocast_is_active(input) else None
+def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None, theirs: Callable[[], Tensor]) -> Tensor:
+    """softmax or log_softmax."""
+    if tiny(input):
+        return theirs()
+    way = route(_softmax_misfit(input, dim, dtype), input)
+    if way.path == "torch" or dim is None:
+        return served_by_torch(theirs, way, theirs())
+    result: Tensor = by_kernels(way, loss, loss.tensors(input if dtype is None else input.to(dtype)), loss.options(dim % input.dim()))
+    return result
 
 
 def _softmax_misfit(input: Any, dim: Any, dtype: Any) -> str | None:
     if not is_int64(dim):
         return f"dim is {dim!r}"
-    misfit = tensors_misfit(input) or _autocast_misfit(input)
+    misfit = tensors_misfit(input)
     if misfit is not None:
         return misfit
+    if autocast_is_active(input):
+        return "autocast is active"
     if not -input.dim() <= dim < input.dim():
         return f"dim {dim} is not a dimension of logits of shape {tuple(input.shape)}"
     if _exporting():

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .kernels.groups import Answers, Rows, Slope
+from .kernels.groups import Answers, Reduction, Rows, Slope
 from .loss import COMPUTE, fields
 
 
@@ -156,6 +156,13 @@ class _Total(Kind):
         return t.dtype in (torch.float32, torch.float64) and t.numel() == 1 and is_in_its_storage(t)
 
 
+class _Divisor(_Total):
+    rule = "at most one number, float32 or float64"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return super().fits(t, f) if t.numel() else t.dtype in (torch.float32, torch.float64)
+
+
 class _Numbers(Kind):
     rule = "[N] of float32 or float64, contiguous"
     ours = True
@@ -235,6 +242,7 @@ AnswerResults = Annotated[
 ]
 SlopeNumbers = Annotated[Slope, Group(_RowNumbers(), Slope, "alpha"), Group(_SomeRowNumbers(), Slope, "beta", "gamma")]
 RowGradient = Annotated[Tensor, _RowGradient()]
+Reduced = Annotated[Reduction, Group(_Divisor(), Reduction, "divisor"), Group(_Total(), Reduction, "total")]
 Numbers = Annotated[Tensor, _Numbers()]
 Total = Annotated[Tensor, _Total()]
 Elements = Annotated[Tensor, _Elements()]

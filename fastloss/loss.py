@@ -55,6 +55,7 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
         self.name = name
         everything = (*fields(self.tensors), *fields(self.results))
         self._saved = tuple(everything.index(field) for field in fields(self.saved))
+        self.required = sum(kind is Tensor for kind in self.tensors.__annotations__.values())  # they come before the optional ones
 
     @abstractmethod
     def misfit(self, t: Tensors, o: Options) -> str | None:

@@ -1,9 +1,12 @@
 """torch.nn's modules with our forward: what they are, print, save and load is torch's."""
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import functional
+from . import functional, linear
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -78,3 +81,67 @@ class LogSoftmax(torch.nn.LogSoftmax):
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.log_softmax(input, self.dim, _stacklevel=5)
+
+
+class _LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):
+    """torch.nn.LinearCrossEntropyLoss for torch before 2.13, which has none."""
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        out_features: tuple[int, ...] = (),
+        bias: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        reduction: str = "mean",
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        label_smoothing: float = 0.0,
+        options: Any = None,
+    ) -> None:
+        if weight is not None and weight.shape != (num_classes,):
+            raise RuntimeError(f"expected weight shape to be {(num_classes,)}, got {tuple(weight.shape)}")
+        if label_smoothing < 0 or label_smoothing > 1.0:
+            raise RuntimeError(f"expected label_smoothing to be in range [0, 1], got {label_smoothing}")
+        super().__init__(weight=weight, reduction=reduction)
+        self.num_classes, self.out_features = num_classes, out_features
+        self.ignore_index, self.label_smoothing, self.options = ignore_index, label_smoothing, options
+        self.linear = torch.nn.Linear(in_features, math.prod(out_features, start=num_classes), bias=bias, device=device, dtype=dtype)
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.linear.in_features}, num_classes={self.num_classes}, out_features={self.out_features}, "
+            f"bias={self.linear.bias is not None}, reduction={self.reduction}, ignore_index={self.ignore_index}, "
+            f"label_smoothing={self.label_smoothing}, options={self.options}"
+        )
+
+
+_LinearBase: Any = getattr(torch.nn, "LinearCrossEntropyLoss", _LinearCrossEntropyLoss)
+
+
+class LinearCrossEntropyLoss(_LinearBase):  # type: ignore[misc]
+    """torch.nn.LinearCrossEntropyLoss, the last linear layer and its cross-entropy, computed by `fastloss.linear_cross_entropy`.
+
+    >>> loss = LinearCrossEntropyLoss(4, 1000, bias=True)
+    >>> loss(torch.randn(8, 4), torch.randint(1000, (8,))).shape
+    torch.Size([])
+    """
+
+    def forward(self, input: Tensor, target: Tensor) -> Tensor:
+        linear_weight, linear_bias = self.linear.weight, self.linear.bias
+        if self.out_features:
+            linear_weight = linear_weight.reshape(self.num_classes, *self.out_features, -1)
+            linear_bias = None if linear_bias is None else linear_bias.reshape(self.num_classes, *self.out_features)
+        return linear.linear_cross_entropy(
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            weight=self.weight,
+            reduction=self.reduction,
+            ignore_index=self.ignore_index,
+            label_smoothing=self.label_smoothing,
+            options=self.options,
+        )

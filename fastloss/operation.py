@@ -44,7 +44,7 @@ class _Operation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         loss, o, foresight = ctx.loss, ctx.options, ctx.foresight
-        dloss = upstream[0] if loss.answers == 1 else upstream
+        dloss: Any = upstream[0] if loss.answers == 1 else upstream
         s, needed = loss.saved(*ctx.saved_tensors), ctx.needs_input_grad[4 : 4 + loss.differentiable]
         if ctx.inplace and torch.is_grad_enabled():
             raise RuntimeError("inplace_backward: the logits cannot be overwritten with their gradient while create_graph=True needs them")

@@ -1,12 +1,14 @@
 """Who serves a call: our kernels in eager mode, our registered op where a compiler is watching, or torch; and the reason in words."""
 
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import backends, config
+
+Result = TypeVar("Result")
 
 
 class Route(NamedTuple):
@@ -59,22 +61,23 @@ def tiny(input: Any) -> bool:
     )
 
 
-def route(misfit: str | None, logits: Any, min_numel: int | None = None) -> Route:
+def route(misfit: str | None, logits: Any, min_numel: int | None = None, note: str = "") -> Route:
     """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; fewer than `min_numel` logits
-    (by default `config.min_numel`) go to torch."""
+    (by default `config.min_numel`) go to torch. `note` is what there is to say of a call that the kernels serve."""
     if torch.compiler.is_compiling():
         return _compiled(misfit, logits)
     found = _eager(misfit, logits, config.min_numel if min_numel is None else min_numel)
     if _explaining.get():
-        raise _Explained(found)
+        raise _Explained(found if found.path == "torch" else found._replace(reason=found.reason + note))
     return found
 
 
-def served_by_torch(function: str, way: Route, result: Tensor) -> Tensor:
-    """The result, unless the user named a backend that should have computed it. By now torch has raised what it had to raise."""
+def served_by_torch(theirs: Any, way: Route, result: Result) -> Result:
+    """The result of torch's function, unless the user named a backend that should have computed it. By now torch has raised what it had
+    to raise."""
     choice = backends.get_backend()
     if choice not in ("auto", "torch"):
-        raise backends.BackendError(f"{function}: backend {choice!r} was chosen, but {way.reason}")
+        raise backends.BackendError(f"{theirs.func.__name__}: backend {choice!r} was chosen, but {way.reason}")
     return result
 
 

@@ -5,7 +5,8 @@ float32.
 """
 
 import math
-from functools import cache
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,9 +41,9 @@ def classes_of(logits: Tensor) -> int:
     return logits.shape[1] if logits.dim() > 1 else logits.shape[0]
 
 
-def vector(logits: Tensor, size: int) -> Spec:
-    """[size] in the compute dtype."""
-    return Spec((size,), compute_dtype(logits))
+def numbers_spec(logits: Tensor, count: int) -> Spec:
+    """So many numbers of every row, [count, N], of which kernels take one [N] each."""
+    return Spec((count, rows_in(logits)), compute_dtype(logits))
 
 
 def divisor_spec(logits: Tensor, reduction: str) -> Spec:
@@ -66,9 +67,9 @@ def as_indices(target: Tensor) -> Tensor:
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     """[C] in the compute dtype; no weight is a one with stride 0."""
-    if weight is None:
-        return one(compute_dtype(logits), logits.device).expand(classes_of(logits))
     compute = compute_dtype(logits)
+    if weight is None:
+        return ones(classes_of(logits), compute, logits.device)
     return weight.detach() if weight.dtype is compute else present(weight, "weight").detach().to(compute)
 
 
@@ -77,16 +78,16 @@ def dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     return class_weight(weight, logits).contiguous()
 
 
-def one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A one [1] that nothing ever writes to."""
+def ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A one for each, [size] with stride 0, that nothing ever writes to."""
     # made inside a graph capture it would hold nothing until the graph is replayed
     capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-    return torch.ones(1, dtype=dtype, device=device) if capturing else _one(dtype, device)
+    return torch.ones(1, dtype=dtype, device=device).expand(size) if capturing else _ones(size, dtype, device)
 
 
-@cache
-def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(1, dtype=dtype, device=device)
+@lru_cache(64)
+def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=dtype, device=device).expand(size)
 
 
 def row_losses(loss: Tensor, logits: Tensor, reduction: str) -> Tensor:
@@ -106,17 +107,18 @@ def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
     return dloss if dloss.stride(0) in (0, 1) else dloss.contiguous()
 
 
-def row_gradient_of(number: float, divisor: Tensor, logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same from a number that the upstream gradient, in `dtype`, is expected to be."""
-    return row_gradient(torch.full((), number, dtype=dtype, device=logits.device), divisor, logits)
+def row_gradient_of(number: float, divisor: Tensor, logits: Tensor) -> Tensor:
+    """The same from a number that the upstream gradient is expected to be."""
+    dloss = torch.full((), number, dtype=compute_dtype(logits), device=logits.device)
+    return (torch.div(dloss, divisor, out=dloss) if divisor.numel() else dloss).expand(rows_in(logits))
 
 
 # ---------------------------------------------------------------- reductions
 
 
-def sum_row_weights(row_weight: Tensor, divisor: Tensor) -> None:
+def sum_row_weights(row_weight: Tensor | None, divisor: Tensor) -> None:
     """Write what 'mean' divides by, the sum of the rows' weights, where it has a place."""
-    if divisor.numel():
+    if divisor.numel() and row_weight is not None:
         kernels_for(row_weight).sum_rows(row_weight, divisor)
 
 
@@ -126,7 +128,7 @@ def reduce_rows(rows: Tensor, divisor: Tensor, reduction: str, loss: Tensor) -> 
         if rows.data_ptr() != loss.data_ptr():
             loss.view(-1).copy_(rows)
         return
-    total = loss if reduction == "sum" and loss.dtype == rows.dtype else rows.new_empty(())
+    total = loss if loss.dtype == rows.dtype else rows.new_empty(())
     kernels_for(rows).sum_rows(rows, total)
     if divisor.numel():
         torch.div(total, divisor, out=loss)
@@ -165,3 +167,21 @@ def picked(log_prob: Tensor, target: Tensor, weight: Tensor, ignore_index: int) 
     row_weight = weight[y].masked_fill(ignored, 0.0) if weight.numel() else log_prob.new_zeros(target.shape)
     found = log_prob.gather(1, y[:, None]).squeeze(1) if log_prob.shape[1] else row_weight
     return (-row_weight * found).masked_fill(ignored, 0.0), row_weight
+
+
+def index_loss(logits: Tensor, target: Tensor, weight: Tensor | None, o: Any) -> Tensor:
+    """Cross-entropy with class indices, of logits (C,), (N, C) or (N, C, d1, ...); `o` has ignore_index, label_smoothing, reduction."""
+    log_prob, target = torch.log_softmax(one_row_each(logits), 1), target.reshape(-1).long()
+    weight = log_prob.new_ones(log_prob.shape[1]) if weight is None else weight.to(log_prob.dtype)
+    loss, row_weight = picked(log_prob, target, weight, o.ignore_index)
+    if o.label_smoothing > 0:
+        smooth = -(log_prob * weight).sum(1).masked_fill(target == o.ignore_index, 0.0)
+        loss = (1 - o.label_smoothing) * loss + o.label_smoothing / max(1, log_prob.shape[1]) * smooth
+    return reduced_rows(loss, row_weight, o.reduction, logits)
+
+
+def soft_loss(logits: Tensor, target: Tensor, weight: Tensor | None, o: Any) -> Tensor:
+    """The same with class probabilities."""
+    q = (1 - o.label_smoothing) * one_row_each(target) + o.label_smoothing / max(1, classes_of(logits))
+    terms = -q * torch.log_softmax(one_row_each(logits), 1)
+    return reduced_rows((terms if weight is None else terms * weight).sum(1), None, o.reduction, logits)

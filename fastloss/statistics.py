@@ -1,6 +1,7 @@
 """What losses, reinforcement learning and evaluation ask of logits besides the cross-entropy, in one visit to them."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -10,9 +11,8 @@ from . import losses
 from .arguments import is_int64, plain, tensors_misfit
 from .loss import COMPUTE
 from .losses.token_statistics import belongs, positions
-from .operation import apply
-from .ops import OPS
 from .routing import route, served_by_torch, tiny
+from .serving import by_kernels
 
 USUAL = ("log_prob", "entropy", "lse")
 
@@ -77,23 +77,25 @@ def token_statistics(
     """
     loss: Any = losses.token_statistics
     names = _checked_outputs(outputs, target)
+    dim = _checked_dim(input, target, dim)
+    theirs = partial(_composed, input, target, dim, ignore_index, logit_scale, names)
     if tiny(input):
-        return _composed(input, target, _checked_dim(input, target, dim), ignore_index, logit_scale, names)
+        return theirs()
     t: Any = None
     o: Any = None
     misfit = tensors_misfit(input, optional=(target,))
-    dim = _checked_dim(input, target, dim)
     if misfit is None:
         t, o = loss.tensors(input, target), loss.options(dim, ignore_index, logit_scale, " ".join(names))
         misfit = loss.misfit(t, o)
     way = route(misfit, input)
     if way.path == "torch":
-        return served_by_torch("token_statistics", way, _composed(input, target, dim, ignore_index, logit_scale, names))
-    found = apply(loss, t, o) if way.path == "kernel" else OPS[loss.name].forward(*t, *o)
-    return _chosen(found, names, target)
+        return served_by_torch(theirs, way, theirs())
+    return _chosen(by_kernels(way, loss, t, o), names, target)
 
 
-def _composed(input: Tensor, target: Tensor | None, dim: int, ignore_index: int, logit_scale: float, names: tuple[str, ...]) -> TokenStatistics:
+def _composed(
+    input: Tensor, target: Tensor | None, dim: int, ignore_index: int, logit_scale: float, names: tuple[str, ...]
+) -> TokenStatistics:
     """The same in torch operations."""
     loss = losses.token_statistics
     _refuse_out_of_bounds(input, target, dim, ignore_index)

@@ -17,6 +17,14 @@ class Rows(NamedTuple):
     total: Computed  # the sum of exp(x - top)
 
 
+class Reduction(NamedTuple):
+    """What becomes of the losses of all rows: their sum, or their mean if there is a divisor; and the upstream gradient of that number."""
+
+    dloss: float
+    divisor: Computed  # where the sum of the rows' weights goes; without elements for the sum of the losses
+    total: Computed  # where the one or the other goes
+
+
 class Smoothing(NamedTuple):
     """Label smoothing: how much of a target stays where it is, and how much goes to every class."""
 

@@ -23,12 +23,12 @@ def watch(name: str, launcher: Any, arguments: Sequence[Any], places: Sequence[P
     in_place = [argument for argument, t in written if _same_place(t, logits) and argument != tensors[0][0]]
     for argument, t in written:
         for other, o in tensors_but(argument, tensors):
-            if t.numel() and o.numel() and _same_storage(t, o):
+            if _overlap(t, o):
                 allowed = argument in in_place and other == tensors[0][0]
                 assert allowed, f"{name}: {argument} lies in the memory of {other}"
         if argument not in in_place:
             _bits(t).fill_(_POISON[t.dtype])
-    before = [(argument, t, _bits(t).clone()) for argument, t in read if not any(_same_storage(t, w) for _, w in written)]
+    before = [(argument, t, _bits(t).clone()) for argument, t in read if not any(_overlap(t, w) for _, w in written)]
     launcher(*arguments)
     for argument, t, bits in before:
         assert torch.equal(_bits(t), bits), f"{name}: {argument} was written to"
@@ -44,8 +44,14 @@ def _bits(t: Tensor) -> Tensor:
     return t.detach().view(_BITS[t.dtype]) if t.dtype in _BITS else t.detach()
 
 
-def _same_storage(a: Tensor, b: Tensor) -> bool:
-    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether the one begins before the other ends, and it before the one does."""
+    return a.numel() > 0 < b.numel() and a.data_ptr() <= _last(b) and b.data_ptr() <= _last(a)
+
+
+def _last(t: Tensor) -> int:
+    """The address of the last element."""
+    return t.data_ptr() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) * t.element_size()
 
 
 def _same_place(a: Tensor, b: Tensor) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastloss import contract, kinds
 from fastloss.backends import kernels
-from fastloss.kernels.groups import Focus, Rows, Smoothing
+from fastloss.kernels.groups import Focus, Reduction, Rows, Smoothing
 
 ROWS = [f"rows.{name}" for name in Rows._fields]
 LAUNCHERS = [name for name in vars(contract.Kernels) if not name.startswith("_")]
@@ -30,6 +30,7 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_RowGradient": lambda: torch.rand(N),
     "_Numbers": lambda: torch.rand(N),
     "_Total": lambda: torch.empty(()),
+    "_Divisor": lambda: torch.empty(()),
     "_Elements": lambda: torch.rand(1, N, C),
     "_ElementNumbers": lambda: torch.rand(1, N, C),
     "_ElementResults": lambda: torch.empty(1, N, C),
@@ -56,11 +57,21 @@ DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
     "one for all": lambda t: t[..., :1].expand(t.shape) if t.dim() else t,
 }
 # what a kind allows beyond its plain form
-_STRIDED = {"_Logits", "_LikeLogits", "_ClassWeight", "_WeightAlone", "_Elements", "_ElementNumbers", "_ElementResults", "_Total"}
+_STRIDED = {
+    "_Logits",
+    "_LikeLogits",
+    "_ClassWeight",
+    "_WeightAlone",
+    "_Elements",
+    "_ElementNumbers",
+    "_ElementResults",
+    "_Total",
+    "_Divisor",
+}
 ALLOWED = {
     "apart": {*_STRIDED, "_Gradient", "_OnlyGradient"},
     "one for all": {*_STRIDED, "_RowGradient"},
-    "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient"},  # nothing tells how long they should be
+    "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient", "_Divisor"},  # nothing tells how long they should be
 }
 
 
@@ -76,7 +87,7 @@ def arguments_of(launcher: str) -> dict[str, Any]:
     else:
         made = MADE
     numbers: dict[str, Any] = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "focus": Focus(0.3, 0.7, 2.0)}
-    numbers["rows"] = Rows(None, None, None, None)
+    numbers |= {"rows": Rows(None, None, None, None), "reduction": Reduction(1.0, torch.empty(()), torch.empty(()))}
     arguments = {name: numbers[name] if name in numbers else made[type(kind_of(hint)).__name__]() for name, hint in hints.items()}
     for name, kind in kinds_of(launcher).items():
         if "." in name:
@@ -135,6 +146,8 @@ def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
     trusted = {name for launcher in LAUNCHERS for name, kind in kinds_of(launcher).items() if kind.ours}
     assert trusted == {
         "loss",
+        "reduction.divisor",
+        "reduction.total",
         "row_weight",
         *ROWS,
         "total",

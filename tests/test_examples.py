@@ -53,5 +53,6 @@ def test_digits_curves_coincide(example, tmp_path, capsys):
 def test_training_loop_learns_as_with_torch(example, dtype):
     found = example("training_loop").main(["--steps", "12", "--dtype", dtype])
     assert found["fastloss"] == pytest.approx(found["torch"], rel=0.02)
+    assert found["fastloss without logits"] == pytest.approx(found["torch"], rel=0.02)
     assert all(math.isfinite(loss) for loss in found["fastloss"])
     assert found["fastloss"][-1] < found["fastloss"][0] - 1

@@ -193,13 +193,17 @@ LAYERS = {
     "rows": {"backends", "kinds", "loss", "memory"},
     "elements": {"kinds", "loss", "rows"},
     "arguments": {"loss"},
-    "losses": {"arguments", "backends", "elements", "kernels.groups", "loss", "memory", "rows"},
+    "chunks": {"config", "loss", "memory", "rows"},
+    "losses": {"arguments", "backends", "chunks", "elements", "kernels.groups", "loss", "memory", "rows"},
     "foresight": {"config"},
     "operation": {"arguments", "foresight", "loss"},
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
-    "functional": {"arguments", "loss", "losses", "operation", "ops", "routing"},
-    "modules": {"functional"},
+    "serving": {"arguments", "loss", "operation", "ops", "routing"},
+    "composed": {"chunks"},
+    "functional": {"arguments", "composed", "loss", "losses", "routing", "serving"},
+    "linear": {"arguments", "chunks", "composed", "loss", "losses", "routing", "serving"},
+    "modules": {"functional", "linear"},
 }
 
 

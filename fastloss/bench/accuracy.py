@@ -41,7 +41,7 @@ def truth(case: Case, one: Inputs) -> Truth:
     spec = case.spec
     function = spec.in_torch
     options = {name: value.double() if isinstance(value, Tensor) else value for name, value in one.options.items()}
-    divisor = spec.divisor(one.target, one.options, case.shape) if spec.scalar else 1.0
+    divisor = spec.divisor(one.target, one.options, case.logits_shape) if spec.scalar else 1.0
     if spec.scalar:
         options["reduction"] = "sum"
 

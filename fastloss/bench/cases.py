@@ -1,4 +1,4 @@
-"""One measurement's input: a loss, the shape and dtype of the logits, and enough different inputs to miss the cache."""
+"""One measurement's input: a loss, its shape and dtype, and enough different inputs to miss the cache."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Case:
-    """A loss on logits of one shape and dtype."""
+    """A loss on logits of one shape and dtype; a linear loss on (rows, features, classes)."""
 
     loss: str
     shape: tuple[int, ...]
@@ -28,8 +28,16 @@ class Case:
         return DTYPES[self.dtype]
 
     @property
+    def input_shape(self) -> tuple[int, ...]:
+        return self.shape[:2] if self.spec.linear else self.shape
+
+    @property
+    def logits_shape(self) -> tuple[int, ...]:
+        return (self.shape[0], self.shape[2]) if self.spec.linear else self.shape
+
+    @property
     def logits(self) -> int:
-        return torch.Size(self.shape).numel()
+        return torch.Size(self.logits_shape).numel()
 
     @property
     def bytes(self) -> int:
@@ -58,7 +66,8 @@ class Case:
 
 @dataclass
 class Inputs:
-    """What one step gets. `input` and `upstream` (None for a loss that is one number) have the shape of the logits."""
+    """What one step gets. `input` (but that of a linear loss) and `upstream` (None for a loss that is one number) have the shape of the
+    logits."""
 
     input: Tensor
     target: Tensor | None
@@ -70,12 +79,15 @@ def make_inputs(case: Case, count: int, device: str = "cpu", seed: int = 0) -> l
     """`count` inputs in memory of their own, the same for the same seed."""
     torch.manual_seed(seed)
     spec, dtype = case.spec, case.torch_dtype
-    options = spec.options(case.shape[1], dtype)
+    options = spec.options(case.logits_shape[1], dtype)
+    if spec.linear:
+        _, features, classes = case.shape
+        options["linear_weight"] = noise((classes, features), dtype, features**-0.5)
     inputs = []
     for _ in range(count):
-        logits = spec.prepare(noise(case.shape, dtype))
+        logits = spec.prepare(noise(case.input_shape, dtype))
         upstream = None if spec.scalar else noise(case.shape, dtype, 1.0)
-        inputs.append(Inputs(logits, spec.target(case.shape, dtype), options, upstream))
+        inputs.append(Inputs(logits, spec.target(case.logits_shape, dtype), options, upstream))
     return [_moved(one, device) for one in inputs] if device != "cpu" else inputs
 
 

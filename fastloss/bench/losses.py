@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import composed_focal_loss
+from .. import composed
 
 Options = dict[str, Any]
 
@@ -27,16 +27,21 @@ class Loss:
     """Whether fastloss offers inplace_backward for it."""
     scalar: bool = True
     """Whether it is reduced to one number; softmax and log_softmax are not."""
+    linear: bool = False
+    """Whether it makes its logits itself, from an input and the linear layer among its options, whose gradient is wanted too."""
     prepare: Callable[[Tensor], Tensor] = field(default=lambda logits: logits)
     """From normal noise to a valid input."""
 
     @property
     def in_torch(self) -> Callable[..., Tensor]:
         """torch's function, or what people write where torch has none."""
-        function: Callable[..., Tensor] = getattr(F, self.function, composed_focal_loss)
+        function: Callable[..., Tensor] = getattr(F, self.function, None) or getattr(composed, self.function)
         return function
 
     def call(self, function: Callable[..., Tensor], input: Tensor, target: Tensor | None, options: Options) -> Tensor:
+        if self.linear:
+            rest = {name: value for name, value in options.items() if name != "linear_weight"}
+            return function(input, options["linear_weight"], target, **rest)
         return function(input, **options) if target is None else function(input, target, **options)
 
     def divisor(self, target: Tensor | None, options: Options, shape: tuple[int, ...]) -> float:
@@ -106,6 +111,7 @@ LOSSES: dict[str, Loss] = {
         ),
         Loss("binary_cross_entropy", "binary_cross_entropy", 5, _labels, prepare=lambda x: x.sigmoid_()),
         Loss("sigmoid_focal_loss", "sigmoid_focal_loss", 5, _labels, lambda classes, dtype: {"reduction": "mean"}),
+        Loss("linear_cross_entropy", "linear_cross_entropy", 0, _indices, linear=True),
         Loss("nll_loss", "nll_loss", 1, _indices, prepare=lambda x: _in_place(lambda part: F.log_softmax(part, 1), x)),
         Loss("softmax", "softmax", 5, _nothing, lambda classes, dtype: {"dim": 1}, scalar=False),
         Loss("log_softmax", "log_softmax", 5, _nothing, lambda classes, dtype: {"dim": 1}, scalar=False),
@@ -120,6 +126,7 @@ ALIASES = {
     "bce-pos": "binary_cross_entropy_with_logits, pos_weight",
     "bce-prob": "binary_cross_entropy",
     "focal": "sigmoid_focal_loss",
+    "linear-ce": "linear_cross_entropy",
     "nll": "nll_loss",
     "softmax": "softmax",
     "log-softmax": "log_softmax",

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from .cases import Case
-from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
+from .providers import CHUNKED, COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
 from .shapes import SHAPES
 
 _SEGMENTATION = (8, 21, 512, 512)
@@ -45,7 +45,7 @@ CPU_TARGETS = (
 
 USUAL = (FASTLOSS, INPLACE, EAGER, COMPILED, EAGER_HUGE)
 EVERYBODY = (FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL, EAGER, COMPILED, EAGER_HUGE, COMPILED_HUGE)
-RIVALS = ("liger-kernel", "flash-attn", "quack-kernels", "cut-cross-entropy")
+RIVALS = ("liger-kernel", "flash-attn", "quack-kernels", "liger-kernel, linear", "quack-kernels, linear", "cut-cross-entropy")
 """Measured on CUDA, where they are installed."""
 
 
@@ -95,6 +95,11 @@ _LLM = (
     Case("log_softmax", (4096, 32000)),
     Case("nll_loss", (4096, 32000)),
 )
+_LINEAR = (
+    Case("linear_cross_entropy", (2048, 1024, 32000)),
+    Case("linear_cross_entropy", (2048, 1024, 32000), "bfloat16"),
+    Case("linear_cross_entropy", (4096, 512, 50257)),
+)
 _SIZES = tuple(Case(_CE, (4096, classes)) for classes in (16, 64, 256, 1000, 4000, 16000, 64000))
 _TABLE = _distinct(*(target.case for target in CPU_TARGETS))
 
@@ -102,6 +107,7 @@ PRESETS = {
     "quick": Preset("large batches, some minutes: what `make bench` runs", _QUICK, seconds=3, extras=("overhead",)),
     "vision": Preset("classification and segmentation", _VISION),
     "llm": Preset("vocabularies of 32000 and more", _LLM),
+    "linear": Preset("the last layer and its loss in one", _LINEAR, (FASTLOSS, CHUNKED, EAGER, COMPILED), seconds=30),
     "real": Preset("shapes that people train with, by name: fastloss/bench/shapes.py", tuple(SHAPES.values())),
     "sizes": Preset("cross_entropy float32 from 16 to 64000 classes: where which provider wins", _SIZES),
     "cpu-table": Preset("every row of the CPU targets, filled in: target, measured, met or not", _TABLE, EVERYBODY, seconds=10),

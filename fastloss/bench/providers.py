@@ -85,6 +85,13 @@ def _liger(loss: Loss) -> Function:
     return function
 
 
+def _liger_linear(loss: Loss) -> Function:
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    function: Function = liger_fused_linear_cross_entropy
+    return function
+
+
 def _flash_attn(loss: Loss) -> Function:
     from flash_attn.ops.triton.cross_entropy import cross_entropy_loss
 
@@ -97,12 +104,29 @@ def _quack(loss: Loss) -> Function:
     return lambda input, target: cross_entropy(input, target, reduction="mean")
 
 
-def _never(loss: Loss) -> Function:
-    raise NotImplementedError(loss.name)
+def _quack_linear(loss: Loss) -> Function:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    function: Function = chunked_linear_cross_entropy
+    return function
+
+
+def _cut(loss: Loss) -> Function:
+    from cut_cross_entropy import linear_cross_entropy
+
+    function: Function = linear_cross_entropy
+    return function
+
+
+def _torch_chunked(loss: Loss) -> Function:
+    function = loss.in_torch
+    return lambda *args, **kwargs: function(*args, **kwargs, options=torch.nn.LinearCrossEntropyOptions())
 
 
 FASTLOSS, INPLACE, NO_POOL, NO_FORESIGHT = "fastloss", "fastloss in-place", "fastloss without pool", "fastloss without foresight"
 EAGER, COMPILED = "torch eager", "torch.compile"
+CHUNKED = "torch chunked"
+_LINEAR, _HAS_CHUNKED = ("linear_cross_entropy",), hasattr(torch.nn, "LinearCrossEntropyOptions")
 EAGER_HUGE, COMPILED_HUGE = "torch eager, huge pages", "torch.compile, huge pages"
 
 PROVIDERS: dict[str, Provider] = {
@@ -119,6 +143,9 @@ PROVIDERS: dict[str, Provider] = {
         Provider("liger-kernel", _liger, ("cuda",), "liger_kernel", ("cross_entropy",), inplace=True),
         Provider("flash-attn", _flash_attn, ("cuda",), "flash_attn", ("cross_entropy",)),
         Provider("quack-kernels", _quack, ("cuda",), "quack", ("cross_entropy",)),
-        Provider("cut-cross-entropy", _never, ("cuda",), refused="takes embeddings and a weight matrix, not logits: another operation"),
+        Provider(CHUNKED, _torch_chunked, losses=_LINEAR, refused=None if _HAS_CHUNKED else "torch before 2.13 has no such function"),
+        Provider("liger-kernel, linear", _liger_linear, ("cuda",), "liger_kernel", _LINEAR),
+        Provider("quack-kernels, linear", _quack_linear, ("cuda",), "quack", _LINEAR),
+        Provider("cut-cross-entropy", _cut, ("cuda",), "cut_cross_entropy", _LINEAR),
     )
 }

@@ -56,13 +56,13 @@ class Runner:
         """The output and, with `keep`, the gradient of one step, and how long its halves took."""
         one = self.inputs[turn % len(self.inputs)]
         with configured(self.provider.settings, self.threads):
-            logits = self._logits(one)
+            logits, given = self._logits(one), self._options(one)
             grads: list[Tensor] = []
             if self._buffer is not None and keep:
                 logits.register_hook(lambda grad: grads.append(grad.clone()))
             self._wait()
             start = perf_counter()
-            output = self.case.spec.call(self.function, logits, one.target, one.options)
+            output = self.case.spec.call(self.function, logits, one.target, given)
             self._wait()
             middle = perf_counter()
             output.backward(one.upstream)  # type: ignore[no-untyped-call]
@@ -87,6 +87,11 @@ class Runner:
         self._buffer.copy_(one.input)
         logits: Tensor = _FromBuffer.apply(self._handle, self._buffer)  # type: ignore[no-untyped-call]
         return logits
+
+    def _options(self, one: Inputs) -> dict[str, Any]:
+        """With the layer of a linear loss as a fresh leaf."""
+        head = one.options.get("linear_weight")
+        return one.options if head is None else {**one.options, "linear_weight": head.detach().requires_grad_()}
 
     def _wait(self) -> None:
         if self.device == "cuda":

@@ -6,6 +6,7 @@ from .cases import Case
 
 SHAPES = {
     "llama3-8b-sft": Case("cross_entropy", (8192, 128256), "bfloat16"),
+    "gpt2-head": Case("linear_cross_entropy", (8192, 768, 50257)),
     "gpt2": Case("cross_entropy", (8192, 50257)),
     "bert-mlm": Case("cross_entropy", (4096, 30522)),
     "distillation": Case("cross_entropy, probabilities", (2048, 32000), "bfloat16"),
@@ -25,6 +26,8 @@ SHAPES = {
 def few_rows(case: Case, logits: int) -> Case:
     """The same classes and positions' layout with at most about so many logits."""
     batch, classes, *positions = case.shape
+    if case.spec.linear:
+        return replace(case, shape=(max(2, min(batch, logits // case.shape[2])), *case.shape[1:]))
     if positions:
         side = max(1, int((logits / classes) ** 0.5))
         return replace(case, shape=(1, classes, *(min(p, side) for p in positions)))

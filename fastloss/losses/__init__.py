@@ -3,6 +3,8 @@
 from .bce_with_logits import bce_with_logits
 from .binary_cross_entropy import binary_cross_entropy
 from .cross_entropy import cross_entropy
+from .linear_cross_entropy import linear_cross_entropy
+from .linear_soft_cross_entropy import linear_soft_cross_entropy
 from .nll_loss import nll_loss
 from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_cross_entropy import soft_cross_entropy
@@ -12,6 +14,8 @@ from .token_statistics import token_statistics
 LOSSES = (
     cross_entropy,
     soft_cross_entropy,
+    linear_cross_entropy,
+    linear_soft_cross_entropy,
     softmax,
     log_softmax,
     nll_loss,
@@ -26,6 +30,8 @@ __all__ = [
     "bce_with_logits",
     "binary_cross_entropy",
     "cross_entropy",
+    "linear_cross_entropy",
+    "linear_soft_cross_entropy",
     "log_softmax",
     "nll_loss",
     "sigmoid_focal_loss",

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import elementwise_misfit
+from ..arguments import autocast_is_active, elementwise_misfit
 from ..backends import kernels_for
 from ..elements import as_elements, computed, element_gradient, loss_spec, reduce_elements
 from ..loss import Loss, Spec, compute_dtype, reduced
@@ -35,7 +35,8 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
-        return elementwise_misfit(t.input, t.target, t.weight)
+        # autocast's rules for this function differ between devices; torch knows them
+        return "autocast is active" if autocast_is_active(t.input) else elementwise_misfit(t.input, t.target, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         return (loss_spec(t.input, o.reduction, t.input.dtype),)

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import rows
 from ..arguments import class_indices_misfit, smoothing_misfit
 from ..backends import kernels_for
-from ..kernels.groups import Rows, Smoothing
+from ..kernels.groups import Reduction, Rows, Smoothing
 from ..loss import Loss, Spec
 from ..memory import empty_like
 
@@ -34,10 +34,7 @@ class Options(NamedTuple):
 class Results(NamedTuple):
     loss: Tensor
     divisor: Tensor
-    row_weight: Tensor  # [N], as all that follow
-    mass: Tensor  # without elements if nothing is smoothed
-    top: Tensor
-    total: Tensor
+    numbers: Tensor  # [4, N], the fields of `Rows`; [3, N] if nothing is smoothed, and so there is no mass
 
 
 class Saved(NamedTuple):
@@ -45,10 +42,7 @@ class Saved(NamedTuple):
     target: Tensor
     weight: Tensor | None
     divisor: Tensor
-    row_weight: Tensor
-    mass: Tensor
-    top: Tensor
-    total: Tensor
+    numbers: Tensor
 
 
 class CrossEntropy(Loss[Tensors, Options, Saved]):
@@ -59,29 +53,22 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         return smoothing_misfit(t.input, o.label_smoothing) or class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
-        row = rows.vector(t.input, rows.rows_in(t.input))
-        mass = row if o.label_smoothing > 0 else rows.vector(t.input, 0)
-        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row, mass, row, row
+        numbers = rows.numbers_spec(t.input, 4 if o.label_smoothing > 0 else 3)
+        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), numbers
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
-        log_prob, target = torch.log_softmax(rows.one_row_each(t.input), 1), t.target.reshape(-1).long()
-        weight = log_prob.new_ones(log_prob.shape[1]) if t.weight is None else t.weight.to(log_prob.dtype)
-        loss, row_weight = rows.picked(log_prob, target, weight, o.ignore_index)
-        if o.label_smoothing > 0:
-            smooth = -(log_prob * weight).sum(1).masked_fill(target == o.ignore_index, 0.0)
-            loss = (1 - o.label_smoothing) * loss + o.label_smoothing / max(1, log_prob.shape[1]) * smooth
-        return rows.reduced_rows(loss, row_weight, o.reduction, t.input)
+        return rows.index_loss(t.input, t.target, t.weight, o)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
-        loss = rows.row_losses(r.loss, t.input, o.reduction)
+        loss, numbers = rows.row_losses(r.loss, t.input, o.reduction), _numbers(r.numbers)
         if o.label_smoothing > 0:
             weight = rows.dense_class_weight(t.weight, t.input)
-            kernels.smoothed_cross_entropy_forward(logits, target, weight, o.ignore_index, _smoothing(t, o), loss, _numbers(r))
+            kernels.smoothed_cross_entropy_forward(logits, target, weight, o.ignore_index, _smoothing(t, o), loss, numbers)
         else:
             weight = rows.class_weight(t.weight, t.input)
-            kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, _numbers(r))
-        rows.sum_row_weights(r.row_weight, r.divisor)
+            kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, numbers)
+        rows.sum_row_weights(numbers.row_weight, r.divisor)
         _reduce(loss, r, o)
         return tuple(r)
 
@@ -90,17 +77,20 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
         loss, weight, dinput = rows.row_losses(r.loss, t.input, o.reduction), rows.class_weight(t.weight, t.input), empty_like(t.input)
-        dlogits = rows.as_rows(dinput)
-        if o.reduction == "mean":
-            kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
-        g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
+        dlogits, numbers = rows.as_rows(dinput), _numbers(r.numbers)
         if o.label_smoothing > 0:
+            if o.reduction == "mean":
+                kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
+            g = rows.row_gradient_of(dloss, r.divisor, t.input)
             kernels.smoothed_cross_entropy_forward_backward(
-                logits, target, weight.contiguous(), o.ignore_index, _smoothing(t, o), g, loss, _numbers(r), dlogits
+                logits, target, weight.contiguous(), o.ignore_index, _smoothing(t, o), g, loss, numbers, dlogits
             )
+            _reduce(loss, r, o)
         else:
-            kernels.cross_entropy_forward_backward(logits, target, weight, o.ignore_index, g, loss, _numbers(r), dlogits)
-        _reduce(loss, r, o)
+            reduction = Reduction(dloss, r.divisor, r.loss if r.loss.dtype is loss.dtype else loss.new_empty(()))
+            kernels.reduced_cross_entropy_forward_backward(logits, target, weight, o.ignore_index, reduction, loss, numbers, dlogits)
+            if reduction.total is not r.loss:
+                r.loss.copy_(reduction.total)
         return (rows.settle(dinput, dlogits),), tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -109,14 +99,17 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         g = rows.row_gradient(dloss, s.divisor, s.input)
         if o.label_smoothing > 0:
             weight = rows.dense_class_weight(s.weight, s.input)
-            kernels.smoothed_cross_entropy_backward(logits, target, weight, o.ignore_index, _smoothing(s, o), _numbers(s), g, dlogits)
+            kernels.smoothed_cross_entropy_backward(
+                logits, target, weight, o.ignore_index, _smoothing(s, o), _numbers(s.numbers), g, dlogits
+            )
         else:
-            kernels.cross_entropy_backward(logits, target, o.ignore_index, _numbers(s), g, dlogits)
+            kernels.cross_entropy_backward(logits, target, o.ignore_index, _numbers(s.numbers), g, dlogits)
         return (rows.settle(dinput, dlogits),)
 
 
-def _numbers(r: Results | Saved) -> Rows:
-    return Rows(r.row_weight, r.mass, r.top, r.total)
+def _numbers(numbers: Tensor) -> Rows:
+    row_weight, *mass, top, total = numbers.unbind()
+    return Rows(row_weight, mass[0] if mass else None, top, total)
 
 
 def _smoothing(t: Tensors | Saved, o: Options) -> Smoothing:

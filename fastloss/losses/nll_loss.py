@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import rows
 from ..arguments import class_indices_misfit
 from ..backends import kernels_for
-from ..loss import Loss, Spec
+from ..loss import Loss, Spec, compute_dtype
 from ..memory import empty_like
 
 
@@ -47,8 +47,8 @@ class NLLLoss(Loss[Tensors, Options, Saved]):
         return class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
-        row = rows.vector(t.input, rows.rows_in(t.input))
-        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row
+        row_weight = Spec((rows.rows_in(t.input),), compute_dtype(t.input))
+        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row_weight
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
         log_prob, target = rows.one_row_each(t.input), t.target.reshape(-1).long()

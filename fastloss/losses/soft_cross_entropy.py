@@ -33,9 +33,7 @@ class Options(NamedTuple):
 class Results(NamedTuple):
     loss: Tensor
     divisor: Tensor
-    mass: Tensor  # [N], as all that follow
-    top: Tensor
-    total: Tensor
+    numbers: Tensor  # [3, N]: mass, top and total of `Rows`
 
 
 class Saved(NamedTuple):
@@ -43,9 +41,7 @@ class Saved(NamedTuple):
     target: Tensor
     weight: Tensor | None
     divisor: Tensor
-    mass: Tensor
-    top: Tensor
-    total: Tensor
+    numbers: Tensor
 
 
 class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
@@ -59,13 +55,11 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return smoothing_misfit(t.input, o.label_smoothing) or class_weight_misfit(t.input, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
-        row = rows.vector(t.input, rows.rows_in(t.input))
-        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), row, row, row
+        numbers = rows.numbers_spec(t.input, 3)
+        return rows.loss_spec(t.input, o.reduction, o.dtype), rows.divisor_spec(t.input, o.reduction), numbers
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
-        q = (1 - o.label_smoothing) * rows.one_row_each(t.target) + o.label_smoothing / max(1, rows.classes_of(t.input))
-        terms = -q * torch.log_softmax(rows.one_row_each(t.input), 1)
-        return rows.reduced_rows((terms if t.weight is None else terms * t.weight).sum(1), None, o.reduction, t.input)
+        return rows.soft_loss(t.input, t.target, t.weight, o)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         r, logits, target, weight = (
@@ -75,7 +69,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             rows.dense_class_weight(t.weight, t.input),
         )
         loss = rows.row_losses(r.loss, t.input, o.reduction)
-        kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, _smoothing(t, o), loss, _numbers(r))
+        kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, _smoothing(t, o), loss, _numbers(r.numbers))
         r.divisor.fill_(loss.numel())
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return tuple(r)
@@ -92,8 +86,10 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         loss, dinput = rows.row_losses(r.loss, t.input, o.reduction), empty_like(t.input)
         dlogits = rows.as_rows(dinput)
         r.divisor.fill_(loss.numel())
-        g = rows.row_gradient_of(dloss, r.divisor, t.input, o.dtype)
-        kernels_for(t.input).soft_cross_entropy_forward_backward(logits, target, weight, _smoothing(t, o), g, loss, _numbers(r), dlogits)
+        g = rows.row_gradient_of(dloss, r.divisor, t.input)
+        kernels_for(t.input).soft_cross_entropy_forward_backward(
+            logits, target, weight, _smoothing(t, o), g, loss, _numbers(r.numbers), dlogits
+        )
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return (rows.settle(dinput, dlogits),), tuple(r)
 
@@ -105,7 +101,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             kernels_for(s.input),
         )
         g = rows.row_gradient(dloss, s.divisor, s.input)
-        smoothing, numbers = _smoothing(s, o), _numbers(s)
+        smoothing, numbers = _smoothing(s, o), _numbers(s.numbers)
         dinput = dtarget = None
         if needed[1]:  # before the logits may be overwritten
             dtarget = empty_like(s.target)
@@ -120,8 +116,8 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return dinput, dtarget
 
 
-def _numbers(r: Results | Saved) -> Rows:
-    return Rows(None, r.mass, r.top, r.total)
+def _numbers(numbers: Tensor) -> Rows:
+    return Rows(None, *numbers.unbind())
 
 
 def _smoothing(t: Tensors | Saved, o: Options) -> Smoothing:

@@ -6,10 +6,11 @@ are computed again. The bits are those of forward and backward.
 
 from typing import Any, NamedTuple
 
+import torch
 from numba import njit
 from torch import Tensor
 
-from ..groups import Rows
+from ..groups import Reduction, Rows
 from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import (
     Block,
@@ -35,9 +36,12 @@ from .gradient import ABREAST, GAPLESS, abreast, gradient_of_row, gradient_of_sh
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, exp
 from .memory import offset, stream, to_alignment
+from .reduction import BLOCK, sum_of, sum_of_weights, sum_rows, sum_weights
 from .rows import Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk
 from .simd import lanes_of, splat
 from .targets import refuse_out_of_bounds
+
+SUM, MEAN = 1, 2
 
 
 class ForwardBackward(NamedTuple):
@@ -57,6 +61,8 @@ class ForwardBackward(NamedTuple):
     kept: int  # blocks that there is room for in `terms`
     past_caches: Known
     way: Walk
+    alone: int  # 0: `dloss` holds what it should. Else this launch does the reduction too: SUM or MEAN
+    reduction: Reduction
 
 
 def cross_entropy_forward_backward(
@@ -66,17 +72,64 @@ def cross_entropy_forward_backward(
     if blocks_apart(way, logits) > 1:
         cross_entropy_forward(logits, target, weight, ignore_index, loss, rows)
         cross_entropy_backward(logits, target, ignore_index, rows, dloss, dlogits)
+    else:
+        _visit(_arguments(way, logits, target, weight, ignore_index, dloss, loss, rows, dlogits))
+
+
+def reduced_cross_entropy_forward_backward(
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: Reduction, loss: Tensor, rows: Rows, dlogits: Tensor
+) -> None:
+    way, dloss = walk(logits, FEW_TO_GATHER), torch.empty(1, dtype=loss.dtype, device=loss.device)
+    if way.tasks == 1 and loss.numel() <= BLOCK and blocks_apart(way, logits) == 1:
+        # so little that one thread does all: launches and sums apart would take longer than the rows
+        alone = MEAN if reduction.divisor.numel() else SUM
+        a = _arguments(way, logits, target, weight, ignore_index, dloss, loss, rows, dlogits)
+        _visit(a._replace(dloss_stride=0, alone=alone, reduction=reduction))
         return
+    dloss.fill_(reduction.dloss)
+    if reduction.divisor.numel():
+        sum_weights(target, weight, ignore_index, reduction.divisor)
+        dloss.div_(reduction.divisor)
+    cross_entropy_forward_backward(logits, target, weight, ignore_index, dloss.expand(loss.numel()), loss, rows, dlogits)
+    sum_rows(loss, reduction.total)
+    if reduction.divisor.numel():
+        reduction.total.div_(reduction.divisor)
+
+
+def _arguments(
+    way: Walk, logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
+) -> ForwardBackward:
     kept, dstrides = blocks_kept(way, logits), strides_of(dlogits, way.tile)
-    in_turn = way.tile == way.strides.class_ == dstrides.class_ == 1 and kept == blocks_in(way, logits)
-    out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
+    return ForwardBackward(
         logits=logits, target=target, weight=weight, weight_stride=weight.stride(0), ignore_index=ignore_index,
         dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
         dlogits=dlogits, dstrides=dstrides, layout=layout_of(way, dstrides),
-        terms=scratch(2 * kept if in_turn else kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
-    ))  # fmt: skip
-    if out_of_bounds:
-        refuse_out_of_bounds(target, way.classes, ignore_index)
+        terms=scratch(2 * kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
+        alone=0, reduction=Reduction(0.0, loss, loss),
+    )  # fmt: skip
+
+
+def _visit(a: ForwardBackward) -> None:
+    in_turn = a.way.tile == a.way.strides.class_ == a.dstrides.class_ == 1 and a.kept == blocks_in(a.way, a.logits)
+    if (_rows_in_turn if in_turn else _forward_backward)(a.way.tasks, a):
+        refuse_out_of_bounds(a.target, a.way.classes, a.ignore_index)
+
+
+@njit(**INLINE)
+def _before_all_rows(a: Any) -> None:
+    """The upstream gradient of every row, in one place."""
+    a.dloss[0] = a.reduction.dloss
+    if a.alone == MEAN:
+        a.reduction.divisor[0] = sum_of_weights(a, a.way.classes, 0, a.way.batch * a.way.positions)
+        a.dloss[0] = a.dloss[0] / a.reduction.divisor[0]
+
+
+@njit(**INLINE)
+def _after_all_rows(a: Any) -> None:
+    """The loss of all rows."""
+    a.reduction.total[0] = sum_of(a.loss, 0, a.way.batch * a.way.positions)
+    if a.alone == MEAN:
+        a.reduction.total[0] = a.reduction.total[0] / a.reduction.divisor[0]
 
 
 @region(ForwardBackward)
@@ -87,6 +140,8 @@ def _rows_in_turn(block: Any) -> None:
     way, classes = a.way, a.way.classes
     mine = block_of(a.terms, next_worker(block) * 2 * a.kept)
     theirs = block_of(mine, a.kept)
+    if a.alone:
+        _before_all_rows(a)
     task = next_task(block)
     while task >= 0:
         begin, end = task * way.grain, last_tile(task, way)
@@ -115,6 +170,8 @@ def _rows_in_turn(block: Any) -> None:
             gradient_of_row(dx_before, dx_before, 0, classes, classes, theirs, 1, r, a.past_caches)
         write_losses(a, begin, end)
         task = next_task(block)
+    if a.alone:
+        _after_all_rows(a)
 
 
 @njit(**INLINE)
@@ -162,6 +219,8 @@ def _forward_backward(block: Any) -> None:
     way, classes = a.way, a.way.classes
     terms = block_of(a.terms, next_worker(block) * a.kept)
     keep = all_kept(terms, a.kept, way)
+    if a.alone:
+        _before_all_rows(a)
     task = next_task(block)
     while task >= 0:
         begin = tile_of(task * way.grain, way).row
@@ -190,3 +249,5 @@ def _forward_backward(block: Any) -> None:
                 gradient_of_row(x, dx, 0, classes, classes, terms, keep, r, a.past_caches)
         write_losses(a, begin, end)
         task = next_task(block)
+    if a.alone:
+        _after_all_rows(a)

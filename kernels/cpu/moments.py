@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .blocks import BLOCK, block_size, block_top
+from .blocks import BLOCK, block_top
 from .math import INLINE, exp, exp_for
 from .memory import load_one, prefetch
 from .rows import advance, load_at, one_row, whole_tile

@@ -3,15 +3,17 @@
 from typing import Any, NamedTuple
 
 import torch
+from numba import njit
 from torch import Tensor
 
 from .arguments import Float64, Int64, Stored, arguments
 from .launch import next_task, region
+from .math import INLINE
 from .memory import load, load_classes
 from .simd import lane_sum, lanes_of, splat, widen
 from .targets import weights_of
 
-_BLOCK = 1 << 14
+BLOCK = 1 << 14
 
 
 class Sum(NamedTuple):
@@ -58,7 +60,7 @@ def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor
 def _subtotals(rows: int, dtype: torch.dtype, total: Tensor) -> tuple[int, Tensor | None]:
     """How many blocks, and where their sums go; nowhere if the only one writes the total itself, the common small case, without two more
     torch calls."""
-    blocks = max(1, -(-rows // _BLOCK))
+    blocks = max(1, -(-rows // BLOCK))
     return blocks, None if blocks == 1 and dtype == total.dtype else torch.empty(blocks, dtype=torch.float64, device="cpu")
 
 
@@ -67,15 +69,20 @@ def _sum(block: Any) -> None:
     a = arguments(block)
     task = next_task(block)
     while task >= 0:
-        subtotal = widen(splat(0.0, a.values))
-        last = min(a.size, (task + 1) * _BLOCK)
-        for i in range(task * _BLOCK, last, lanes_of(a.values)):
-            subtotal = subtotal + widen(load(a.values, i, 1, last - i, 0.0))
+        subtotal = sum_of(a.values, task * BLOCK, min(a.size, (task + 1) * BLOCK))
         if a.direct:
-            a.total[0] = lane_sum(subtotal)
+            a.total[0] = subtotal
         else:
-            a.subtotals[task] = lane_sum(subtotal)
+            a.subtotals[task] = subtotal
         task = next_task(block)
+
+
+@njit(**INLINE)
+def sum_of(values: Any, first: Any, last: Any) -> Any:
+    subtotal = widen(splat(0.0, values))
+    for i in range(first, last, lanes_of(values)):
+        subtotal = subtotal + widen(load(values, i, 1, last - i, 0.0))
+    return lane_sum(subtotal)
 
 
 @region(SumOfWeights)
@@ -83,13 +90,18 @@ def _sum_of_weights(block: Any) -> None:
     a = arguments(block)
     task = next_task(block)
     while task >= 0:
-        subtotal = widen(splat(0.0, a.weight))
-        last = min(a.size, (task + 1) * _BLOCK)
-        for i in range(task * _BLOCK, last, lanes_of(a.weight)):
-            y = load_classes(a.target, i, 1, last - i, a.ignore_index, subtotal)
-            subtotal = subtotal + widen(weights_of(a.weight, a.weight_stride, y, a.classes))
+        subtotal = sum_of_weights(a, a.classes, task * BLOCK, min(a.size, (task + 1) * BLOCK))
         if a.direct:
-            a.total[0] = lane_sum(subtotal)
+            a.total[0] = subtotal
         else:
-            a.subtotals[task] = lane_sum(subtotal)
+            a.subtotals[task] = subtotal
         task = next_task(block)
+
+
+@njit(**INLINE)
+def sum_of_weights(a: Any, classes: Any, first: Any, last: Any) -> Any:
+    subtotal = widen(splat(0.0, a.weight))
+    for i in range(first, last, lanes_of(a.weight)):
+        y = load_classes(a.target, i, 1, last - i, a.ignore_index, subtotal)
+        subtotal = subtotal + widen(weights_of(a.weight, a.weight_stride, y, classes))
+    return lane_sum(subtotal)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from .blocks import BLOCK, block_size
+from .blocks import BLOCK
 from .math import INLINE, exp_for
 from .memory import load, offset, prefetch, store, stream, to_alignment
 from .moments import NEVER

@@ -78,9 +78,7 @@ class Backward(NamedTuple):
     way: Walk
 
 
-def token_statistics_forward(
-    logits: Tensor, target: Tensor, ignore_index: int, logit_scale: float, answers: Answers, rows: Rows
-) -> None:
+def token_statistics_forward(logits: Tensor, target: Tensor, ignore_index: int, logit_scale: float, answers: Answers, rows: Rows) -> None:
     way = walk(logits)
     moments = (GAP if answers.entropy.numel() else 0) | (SQUARES if answers.sum_sq_prob.numel() else 0)
     wanted = sum(bit for bit, answer in zip((LOG_PROB, ENTROPY, LSE, SUM_SQ_PROB, ARGMAX), answers, strict=True) if answer.numel())

@@ -8,15 +8,18 @@ Clusters have never run on hardware here: FASTLOSS_CLUSTER=1 turns them on. With
 import os
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..groups import Rows
+from ..groups import Reduction, Rows
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .launch import device_of, launch
 from .math import _exp, _lowest, _wide
+from .nll_loss import sum_weights
 from .plan import Strides, Walk, class_stride, one_visit, view
+from .reduction import sum_rows
 from .rows import _row_of, _weight_of
 
 # Before 3.8 Triton failed to compile reductions across a cluster
@@ -56,6 +59,19 @@ def cross_entropy_forward_backward(
     launch(
         _cross_entropy_forward_backward, plan.rows, plan.num_warps, logits, a, BLOCK_C=plan.BLOCK_C, num_ctas=plan.num_ctas
     )  # fmt: skip
+
+
+def reduced_cross_entropy_forward_backward(
+    logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: Reduction, loss: Tensor, rows: Rows, dlogits: Tensor
+) -> None:
+    dloss = torch.full((), reduction.dloss, dtype=loss.dtype, device=loss.device)
+    if reduction.divisor.numel():
+        sum_weights(target, weight, ignore_index, reduction.divisor)
+        dloss.div_(reduction.divisor)
+    cross_entropy_forward_backward(logits, target, weight, ignore_index, dloss.expand(loss.numel()), loss, rows, dlogits)
+    sum_rows(loss, reduction.total)
+    if reduction.divisor.numel():
+        reduction.total.div_(reduction.divisor)
 
 
 @triton.jit

@@ -1,0 +1,46 @@
+"""From a public function's arguments to its result: by our kernels, as an op where a compiler is watching, or by torch."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import autocast_is_active, reduction_misfit, tensors_misfit
+from .loss import Loss, each
+from .operation import apply
+from .ops import OPS
+from .routing import Route, route, served_by_torch, tiny
+
+AnyLoss = Loss[Any, Any, Any]
+
+
+def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor], deprecated: tuple[Any, Any] = (None, None)) -> Tensor:
+    """The result of a loss that has one function in torch, `theirs`, already given its arguments. `options` are the loss's but for the
+    dtype of the result; `deprecated` are size_average and reduce."""
+    if tiny(tensors[0]):
+        return theirs()
+    t: Any = loss.tensors(*tensors)
+    o: Any = None
+    misfit = tensors_misfit(*t[: loss.required], optional=t[loss.required :])
+    if misfit is None:
+        named: Any = loss.options
+        o = named(*options, result_dtype(t[0])) if "dtype" in named._fields else named(*options)
+        misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o)
+    way = route(misfit, t[0])
+    result: Tensor = served_by_torch(theirs, way, theirs()) if way.path == "torch" else by_kernels(way, loss, t, o)
+    return result
+
+
+def by_kernels(way: Route, loss: AnyLoss, t: Any, o: Any, inplace_backward: bool = False) -> Any:
+    """The answer of a loss to arguments that fit, a tuple if it has several."""
+    if way.path == "kernel":
+        return apply(loss, t, o, inplace_backward)
+    results = each(OPS[loss.name].forward(*t, *o))
+    return results[0] if loss.answers == 1 else results[: loss.answers]
+
+
+def result_dtype(input: Tensor) -> torch.dtype:
+    """float32 for half precision under autocast, computed without a float32 copy of the input; else the input's own."""
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half and autocast_is_active(input) else input.dtype

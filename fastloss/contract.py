@@ -22,11 +22,13 @@ from .kinds import (
     ElementNumbers,
     ElementResults,
     Elements,
+    EntryIndices,
+    EntryNumbers,
+    EntryResults,
     Gradient,
     Group,
     IndexRowResults,
     IndexRows,
-    IndexTable,
     Indices,
     Kind,
     LikeLogits,
@@ -42,7 +44,7 @@ from .kinds import (
     SmoothedRows,
     SoftRowResults,
     SoftRows,
-    SomeNumberTable,
+    SomeEntryNumbers,
     TopRowResults,
     TopRows,
     Total,
@@ -164,6 +166,60 @@ class Kernels(Protocol):
     ) -> None:
         """dtarget = dloss keep w_c (-log p_c)."""
 
+    # Sparse soft targets: the entries of a row are classes y_k, -100 for one that counts for nothing, and their probabilities q_k. Rows
+    # without entries are not rows unless spread is above 0; row_weight is 0 for these, else 1.
+
+    def sparse_soft_cross_entropy_forward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        prob: EntryNumbers,
+        weight: ClassWeight,
+        smoothing: Smoothing,
+        loss: RowResults,
+        rows: SmoothedRowResults,
+    ) -> None:
+        """k_k = keep w_{y_k} q_k; mass = sum_k k_k + spread sum(w); loss = sum_k k_k (-log p_{y_k}) + spread sum_c w_c (-log p_c)."""
+
+    def sparse_soft_cross_entropy_backward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        prob: EntryNumbers,
+        weight: ClassWeight,
+        smoothing: Smoothing,
+        rows: SmoothedRows,
+        dloss: RowGradient,
+        dlogits: Gradient,
+    ) -> None:
+        """dlogits = dloss (mass p - spread w - sum_k k_k onehot(y_k))."""
+
+    def sparse_soft_cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        prob: EntryNumbers,
+        weight: ClassWeight,
+        smoothing: Smoothing,
+        dloss: RowGradient,
+        loss: RowResults,
+        rows: SmoothedRowResults,
+        dlogits: Gradient,
+    ) -> None:
+        """What forward and backward compute, in one visit to the logits where that can be."""
+
+    def sparse_soft_cross_entropy_prob_backward(
+        self,
+        logits: Logits,
+        indices: EntryIndices,
+        weight: ClassWeight,
+        keep: float,
+        rows: SmoothedRows,
+        dloss: RowGradient,
+        dprob: EntryResults,
+    ) -> None:
+        """dprob_k = dloss keep w_{y_k} (-log p_{y_k}), 0 for an entry that counts for nothing."""
+
     def softmax_forward(self, logits: Logits, prob: Gradient) -> None:
         """prob = exp(x - top) / total, shaped like logits."""
 
@@ -187,21 +243,22 @@ class Kernels(Protocol):
         """dlog_prob = -dloss w_y onehot(y)."""
 
     def token_statistics_forward(
-        self, logits: Logits, target: IndexTable, ignore_index: int, logit_scale: float, answers: AnswerResults, rows: TopRowResults
+        self, logits: Logits, target: EntryIndices, ignore_index: int, logit_scale: float, answers: AnswerResults, rows: TopRowResults
     ) -> None:
-        """With z = logit_scale x, p = softmax(z): log_prob = log p at the K targets of each row, entropy = -sum p log p, lse = top + log total,
-        sum_sq_prob = sum p^2, argmax, the first largest (NaN before all); those without elements are not wanted. 0 for a target that is
-        `ignore_index`; a row of nothing else is no row, its total is 0. `top` is that of x, `total` = sum exp(z - logit_scale top)."""
+        """With z = logit_scale x, p = softmax(z): log_prob = log p at the K targets of each row, entropy = -sum p log p,
+        lse = log sum exp(z), sum_sq_prob = sum p^2, argmax, the first largest (NaN before all); those without elements are not wanted.
+        0 for a target that is `ignore_index`; a row of nothing else is no row, its total is 0. `top` is that of x,
+        `total` = sum exp(z - logit_scale top)."""
 
     def token_statistics_backward(
         self,
         logits: Logits,
-        target: IndexTable,
+        target: EntryIndices,
         ignore_index: int,
         logit_scale: float,
         rows: TopRows,
         slope: SlopeNumbers,
-        dlog_prob: SomeNumberTable,
+        dlog_prob: SomeEntryNumbers,
         dlogits: Gradient,
     ) -> None:
         """dlogits = logit_scale (p (alpha - sum_k d_k + beta log p + gamma p) + sum_k d_k onehot(y_k)), d = dlog_prob."""

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composed, losses
+from . import composed, config, losses
 from .arguments import autocast_is_active, is_int64, reduction_misfit, tensors_misfit
 from .chunks import stand_in
 from .loss import COMPUTE
 from .routing import route, served_by_torch
 from .serving import by_kernels, result_dtype
+
+_TIMES_MIN_NUMEL = 4  # beside the layer's products, what torch takes longer for fewer logits is not worth a call of ours
 
 
 def linear_cross_entropy(
@@ -81,7 +83,8 @@ def linear_cross_entropy(
             o = loss.options(-100 if ignore_index is None else ignore_index, label_smoothing, *shared)
         t = loss.tensors(x, linear_weight, linear_bias, y, weight)
         misfit = misfit or loss.misfit(t, o)
-    way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), note=_meaningless(options))
+    logits = input if misfit is not None else stand_in(t, input.dtype)
+    way = route(misfit, logits, _TIMES_MIN_NUMEL * config.min_numel, _meaningless(options))
     if way.path == "torch":
         theirs = partial(
             composed.linear_cross_entropy,

@@ -217,6 +217,9 @@ def op_samples() -> Iterator[Sample]:
             out = torch.float32 if dtype == torch.bfloat16 and reduction == "sum" else dtype
             yield f"indices {name}", losses.cross_entropy, (logits, apart, w, -100, smoothing, reduction, out)
             yield f"probabilities {name}", losses.soft_cross_entropy, (logits, soft, w, smoothing, reduction, out)
+            entries = torch.stack([target, target.flip(0)], 1)
+            for prob in (torch.rand(entries.shape).to(dtype), torch.rand(2, *(1,) * (target.dim() - 1))):
+                yield f"entries {name}", losses.sparse_soft_cross_entropy, (logits, prob, entries, w, smoothing, reduction, out)
         for reduction in REDUCTIONS:
             name = f"{dtype} {tuple(shape)} {reduction}"
             yield f"nll {name}", losses.nll_loss, (logits, apart, weight, -100, reduction, dtype)
@@ -260,7 +263,9 @@ def test_ops_differentiate_twice(loss: Any) -> None:
     """In float64, by finite differences: the gradients of the gradients of every op."""
     args = next(args for name, found, args in op_samples() if found is loss and "float64" in name)
     inputs = tuple((0.1 + 0.8 * torch.rand(2, 3, dtype=torch.float64)).requires_grad_() for _ in range(loss.differentiable))
-    others = tuple(torch.tensor([1, 2]) if a.dtype == torch.int64 else torch.rand(2, 3).double() if a.dim() > 1 else torch.rand(3).double()
+    entries = torch.tensor([[1, 2, -100], [0, 2, 2]])
+    others = tuple((torch.tensor([1, 2]) if a.dim() == 1 else entries) if a.dtype == torch.int64
+                   else torch.rand(2, 3).double() if a.dim() > 1 else torch.rand(3).double()
                    for a in args[loss.differentiable : len(loss.tensors._fields)] if a is not None)  # fmt: skip
     missing = len(loss.tensors._fields) - len(inputs) - len(others)
     options = args[len(loss.tensors._fields) :]

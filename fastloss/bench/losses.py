@@ -9,8 +9,33 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import composed
+from ..sparse_targets import sparse_soft_cross_entropy
 
 Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Entries:
+    """A target of a few classes a row, and the dense one that it stands for, which others are given: made outside the clock."""
+
+    indices: Tensor
+    probabilities: Tensor
+    dense: Tensor
+
+    def is_floating_point(self) -> bool:
+        return True
+
+    def double(self) -> "Entries":
+        return Entries(self.indices, self.probabilities.double(), self.dense.double())
+
+    def to(self, device: str) -> "Entries":
+        return Entries(self.indices.to(device), self.probabilities.to(device), self.dense.to(device))
+
+    def __getitem__(self, rows: Any) -> "Entries":
+        return Entries(self.indices[rows], self.probabilities[rows], self.dense[rows])
+
+
+Target = Tensor | Entries | None
 
 
 @dataclass(frozen=True)
@@ -21,7 +46,7 @@ class Loss:
     function: str
     passes: int
     """Reads and writes of N x C arrays that forward and backward cannot do without: what `share of copy speed` is measured by."""
-    target: Callable[[tuple[int, ...], torch.dtype], Tensor | None]
+    target: Callable[[tuple[int, ...], torch.dtype], Target]
     options: Callable[[int, torch.dtype], Options] = lambda classes, dtype: {}
     inplace: bool = False
     """Whether fastloss offers inplace_backward for it."""
@@ -35,21 +60,26 @@ class Loss:
     @property
     def in_torch(self) -> Callable[..., Tensor]:
         """torch's function, or what people write where torch has none."""
+        if self.function == "sparse_soft_cross_entropy":
+            return F.cross_entropy  # with the dense target
         function: Callable[..., Tensor] = getattr(F, self.function, None) or getattr(composed, self.function)
         return function
 
-    def call(self, function: Callable[..., Tensor], input: Tensor, target: Tensor | None, options: Options) -> Tensor:
+    def call(self, function: Callable[..., Tensor], input: Tensor, target: Target, options: Options) -> Tensor:
+        if isinstance(target, Entries):
+            entries = (target.indices, target.probabilities) if function is sparse_soft_cross_entropy else (target.dense,)
+            return function(input, *entries, **options)
         if self.linear:
             rest = {name: value for name, value in options.items() if name != "linear_weight"}
             return function(input, options["linear_weight"], target, **rest)
         return function(input, **options) if target is None else function(input, target, **options)
 
-    def divisor(self, target: Tensor | None, options: Options, shape: tuple[int, ...]) -> float:
+    def divisor(self, target: Target, options: Options, shape: tuple[int, ...]) -> float:
         """What 'mean' divides by, in float64."""
         rows = torch.Size(shape).numel() // shape[1]
         if self.function.startswith(("binary", "sigmoid")):
             return float(rows * shape[1])
-        if "weight" in options and target is not None and not target.is_floating_point():
+        if "weight" in options and isinstance(target, Tensor) and not target.is_floating_point():
             return float(options["weight"].double()[target].sum())
         return float(rows)
 
@@ -60,6 +90,19 @@ def _indices(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 def _probabilities(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return _in_place(lambda part: F.softmax(part, 1), noise(shape, torch.float32)).to(dtype)
+
+
+def _entries(count: int) -> Callable[[tuple[int, ...], torch.dtype], Entries]:
+    """`count` different classes of each row, or all, in no order."""
+
+    def made(shape: tuple[int, ...], dtype: torch.dtype) -> Entries:
+        here = min(count, shape[1])
+        apart = torch.randperm(here) * (shape[1] // here)
+        indices = (torch.randint(shape[1], (shape[0], 1)) + apart) % shape[1]
+        probabilities = torch.softmax(torch.randn(indices.shape), 1).to(dtype)
+        return Entries(indices, probabilities, torch.zeros(shape, dtype=dtype).scatter_(1, indices, probabilities))
+
+    return made
 
 
 def _labels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -101,6 +144,8 @@ LOSSES: dict[str, Loss] = {
             inplace=True,
         ),
         Loss("cross_entropy, probabilities", "cross_entropy", 5, _probabilities, inplace=True),
+        Loss("sparse_soft_cross_entropy, 2 classes a row", "sparse_soft_cross_entropy", 3, _entries(2)),
+        Loss("sparse_soft_cross_entropy, 64 classes a row", "sparse_soft_cross_entropy", 3, _entries(64)),
         Loss("binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits", 5, _labels),
         Loss(
             "binary_cross_entropy_with_logits, pos_weight",
@@ -122,6 +167,8 @@ ALIASES = {
     "ce": "cross_entropy",
     "ce-smoothed": "cross_entropy, smoothed and weighted",
     "ce-soft": "cross_entropy, probabilities",
+    "sparse-2": "sparse_soft_cross_entropy, 2 classes a row",
+    "sparse-64": "sparse_soft_cross_entropy, 64 classes a row",
     "bce": "binary_cross_entropy_with_logits",
     "bce-pos": "binary_cross_entropy_with_logits, pos_weight",
     "bce-prob": "binary_cross_entropy",

@@ -9,6 +9,7 @@ from .nll_loss import nll_loss
 from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
+from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
 from .token_statistics import token_statistics
 
 LOSSES = (
@@ -16,6 +17,7 @@ LOSSES = (
     soft_cross_entropy,
     linear_cross_entropy,
     linear_soft_cross_entropy,
+    sparse_soft_cross_entropy,
     softmax,
     log_softmax,
     nll_loss,
@@ -37,5 +39,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "soft_cross_entropy",
     "softmax",
+    "sparse_soft_cross_entropy",
     "token_statistics",
 ]

@@ -108,7 +108,8 @@ def _visit(t: Any, o: Options, dloss: Tensor | None, r: Results | None, needed: 
     dloss = None if dloss is None else some_rows(dloss, chosen, positions)
     chunks = Chunks(layer, needed, chosen)
     for at, x in chunks:
-        y, written, numbers = target[at], loss[at], Rows(*(torch.empty_like(loss[at]) for _ in range(4)))
+        y, written = target[at], loss[at]
+        numbers = Rows(*written.new_empty(4, len(written)).unbind())
         if dloss is None and o.label_smoothing > 0:
             kernels.smoothed_cross_entropy_forward(x, y, weight, o.ignore_index, smoothing, written, numbers)
         elif dloss is None:

@@ -5,6 +5,7 @@ from typing import Annotated, NamedTuple
 from torch import Tensor
 
 Computed = Annotated[Tensor, "computed"]  # numbers as computed with: float64 where the logits are, else float32
+Int64 = Annotated[Tensor, "int64"]
 
 
 class Rows(NamedTuple):
@@ -37,6 +38,24 @@ class Focus(NamedTuple):
     positive: float
     negative: float
     gamma: float
+
+
+class Answers(NamedTuple):
+    """What `token_statistics` says of the rows, [N] each; a tensor without elements is not wanted."""
+
+    log_prob: Computed  # [N, K], of K classes of each row
+    entropy: Computed
+    lse: Computed
+    sum_sq_prob: Computed
+    argmax: Int64
+
+
+class Slope(NamedTuple):
+    """The gradient p (alpha + beta log p + gamma p) of the logits of a row, [N] each; without elements where it is 0 for all."""
+
+    alpha: Computed
+    beta: Computed
+    gamma: Computed
 
 
 PAD = -100

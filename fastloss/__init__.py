@@ -25,6 +25,7 @@ from .modules import (
 )
 from .routing import Route, explain
 from .sparse_targets import sparse_soft_cross_entropy
+from .statistics import TokenStatistics, token_statistics
 
 __all__ = [
     "BCELoss",
@@ -37,6 +38,7 @@ __all__ = [
     "Route",
     "Softmax",
     "SparseSoftCrossEntropyLoss",
+    "TokenStatistics",
     "__version__",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -52,5 +54,6 @@ __all__ = [
     "sigmoid_focal_loss",
     "softmax",
     "sparse_soft_cross_entropy",
+    "token_statistics",
     "use_backend",
 ]

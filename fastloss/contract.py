@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .kernels.groups import Focus, Smoothing
 from .kinds import (
+    AnswerResults,
     AnyIndices,
     ClassWeight,
     ElementNumbers,
@@ -28,6 +29,7 @@ from .kinds import (
     Group,
     IndexRowResults,
     IndexRows,
+    IndexTable,
     Indices,
     Kind,
     LikeLogits,
@@ -38,10 +40,14 @@ from .kinds import (
     RowGradient,
     RowNumbers,
     RowResults,
+    SlopeNumbers,
     SmoothedRowResults,
     SmoothedRows,
     SoftRowResults,
     SoftRows,
+    SomeNumberTable,
+    TopRowResults,
+    TopRows,
     Total,
     WeightAlone,
     is_in_its_storage,
@@ -236,6 +242,26 @@ class Kernels(Protocol):
         self, target: Indices, ignore_index: int, row_weight: RowNumbers, dloss: RowGradient, dlog_prob: OnlyGradient
     ) -> None:
         """dlog_prob = -dloss w_y onehot(y)."""
+
+    def token_statistics_forward(
+        self, logits: Logits, target: IndexTable, ignore_index: int, logit_scale: float, answers: AnswerResults, rows: TopRowResults
+    ) -> None:
+        """With z = logit_scale x, p = softmax(z): log_prob = log p at the K targets of each row, entropy = -sum p log p, lse = top + log total,
+        sum_sq_prob = sum p^2, argmax, the first largest (NaN before all); those without elements are not wanted. 0 for a target that is
+        `ignore_index`; a row of nothing else is no row, its total is 0. `top` is that of x, `total` = sum exp(z - logit_scale top)."""
+
+    def token_statistics_backward(
+        self,
+        logits: Logits,
+        target: IndexTable,
+        ignore_index: int,
+        logit_scale: float,
+        rows: TopRows,
+        slope: SlopeNumbers,
+        dlog_prob: SomeNumberTable,
+        dlogits: Gradient,
+    ) -> None:
+        """dlogits = logit_scale (p (alpha - sum_k d_k + beta log p + gamma p) + sum_k d_k onehot(y_k)), d = dlog_prob."""
 
     # The elementwise losses: every tensor is [A, B, P], all of one shape, each with its own strides (0 where it is broadcast).
     # logits, prob, target, dlogits and dprob are in the logits' dtype; weight, pos_weight, loss and dloss in the compute dtype.

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .kernels.groups import Reduction, Rows
+from .kernels.groups import Answers, Reduction, Rows, Slope
 from .loss import COMPUTE, fields
 
 
@@ -133,6 +133,45 @@ class _RowGradient(Kind):
         )
 
 
+class _SomeRowNumbers(_RowNumbers):
+    rule = "[N] of the compute dtype, contiguous, or without elements"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return super().fits(t, f) or (t.dtype is f.compute and t.numel() == 0)
+
+
+class _SomeRowResults(_SomeRowNumbers):
+    written = ours = True
+
+
+class _SomeRowClasses(Kind):
+    rule = "[N] of int64, contiguous, or without elements"
+    written = ours = True
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        shape_fits = t.numel() == 0 or (t.dim() == 1 and t.numel() == f.rows and t.is_contiguous())
+        return t.dtype is torch.int64 and shape_fits and is_in_its_storage(t)
+
+
+class _IndexTable(Kind):
+    rule = "[N, K] of int64, contiguous"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is torch.int64 and t.dim() == 2 and t.shape[0] == f.rows and t.is_contiguous() and is_in_its_storage(t)
+
+
+class _SomeNumberTable(Kind):
+    rule = "[N, K] of the compute dtype, contiguous, or without elements"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        shape_fits = t.numel() == 0 or (t.dim() == 2 and t.shape[0] == f.rows and t.is_contiguous())
+        return t.dtype is f.compute and shape_fits and is_in_its_storage(t)
+
+
+class _SomeResultTable(_SomeNumberTable):
+    written = ours = True
+
+
 class _Total(Kind):
     rule = "one number, float32 or float64"
     written = ours = True
@@ -218,6 +257,17 @@ SmoothedRows = Annotated[Rows, Group(_RowNumbers(), Rows, "row_weight", "mass", 
 SmoothedRowResults = Annotated[Rows, Group(_RowResults(), Rows, "row_weight", "mass", "top", "total")]
 SoftRows = Annotated[Rows, Group(_RowNumbers(), Rows, "mass", "top", "total")]
 SoftRowResults = Annotated[Rows, Group(_RowResults(), Rows, "mass", "top", "total")]
+TopRows = Annotated[Rows, Group(_RowNumbers(), Rows, "top", "total")]
+TopRowResults = Annotated[Rows, Group(_RowResults(), Rows, "top", "total")]
+IndexTable = Annotated[Tensor, _IndexTable()]
+SomeNumberTable = Annotated[Tensor, _SomeNumberTable()]
+AnswerResults = Annotated[
+    Answers,
+    Group(_SomeResultTable(), Answers, "log_prob"),
+    Group(_SomeRowResults(), Answers, "entropy", "lse", "sum_sq_prob"),
+    Group(_SomeRowClasses(), Answers, "argmax"),
+]
+SlopeNumbers = Annotated[Slope, Group(_RowNumbers(), Slope, "alpha"), Group(_SomeRowNumbers(), Slope, "beta", "gamma")]
 RowGradient = Annotated[Tensor, _RowGradient()]
 Reduced = Annotated[Reduction, Group(_Divisor(), Reduction, "divisor"), Group(_Total(), Reduction, "total")]
 Numbers = Annotated[Tensor, _Numbers()]

@@ -1,12 +1,14 @@
 """Who serves a call: our kernels in eager mode, our registered op where a compiler is watching, or torch; and the reason in words."""
 
 from contextvars import ContextVar
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from . import backends, config
+
+Result = TypeVar("Result")
 
 
 class Route(NamedTuple):
@@ -70,7 +72,7 @@ def route(misfit: str | None, logits: Any, min_numel: int | None = None, note: s
     return found
 
 
-def served_by_torch(theirs: Any, way: Route, result: Tensor) -> Tensor:
+def served_by_torch(theirs: Any, way: Route, result: Result) -> Result:
     """The result of torch's function, unless the user named a backend that should have computed it. By now torch has raised what it had
     to raise."""
     choice = backends.get_backend()

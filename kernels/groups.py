@@ -5,6 +5,7 @@ from typing import Annotated, NamedTuple
 from torch import Tensor
 
 Computed = Annotated[Tensor, "computed"]  # numbers as computed with: float64 where the logits are, else float32
+Int64 = Annotated[Tensor, "int64"]
 
 
 class Rows(NamedTuple):
@@ -41,3 +42,21 @@ class Focus(NamedTuple):
 
 PAD = -100
 """The class of an entry that counts for nothing, where a row's target is a few classes."""
+
+
+class Answers(NamedTuple):
+    """What `token_statistics` says of the rows, [N] each; a tensor without elements is not wanted."""
+
+    log_prob: Computed  # [N, K], of K classes of each row
+    entropy: Computed
+    lse: Computed
+    sum_sq_prob: Computed
+    argmax: Int64
+
+
+class Slope(NamedTuple):
+    """The gradient p (alpha + beta log p + gamma p) of the logits of a row, [N] each; without elements where it is 0 for all."""
+
+    alpha: Computed
+    beta: Computed
+    gamma: Computed

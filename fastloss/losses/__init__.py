@@ -10,6 +10,7 @@ from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
 from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
+from .token_statistics import token_statistics
 
 LOSSES = (
     cross_entropy,
@@ -23,6 +24,7 @@ LOSSES = (
     bce_with_logits,
     binary_cross_entropy,
     sigmoid_focal_loss,
+    token_statistics,
 )
 
 __all__ = [
@@ -38,4 +40,5 @@ __all__ = [
     "soft_cross_entropy",
     "softmax",
     "sparse_soft_cross_entropy",
+    "token_statistics",
 ]

@@ -20,10 +20,10 @@ from numba.extending import intrinsic, models, register_model
 from torch import Tensor
 
 from ..groups import Computed as Computed
+from ..groups import Int64 as Int64
 from . import llvm
 
 Stored = Annotated[Tensor, "stored"]  # numbers as the logits lie in memory
-Int64 = Annotated[Tensor, "int64"]
 Float64 = Annotated[Tensor, "float64"]
 Known = Annotated[int, "known"]  # a number that takes few values: the region is compiled for each
 # and `Computed`; `int`; `float`, computed with as the logits are; Annotated[tuple[int, ...], how many]; other blocks

@@ -51,7 +51,7 @@ def _choose(builder: ir.IRBuilder, result: ir.Type, condition: ir.Value, yes: An
 
 def _places(builder: ir.IRBuilder, place: ir.Value, stride: ir.Value, memory: ir.VectorType) -> ir.Value:
     """The address of every lane's element, `stride` elements apart."""
-    size = {"i16": 2, "float": 4, "double": 8}[str(memory.element)]
+    size = {"i16": 2, "float": 4, "double": 8, "i64": 8}[str(memory.element)]
     steps = builder.mul(spread(builder, stride, memory.count), constant(64, memory.count, lambda lane: lane * size))
     base = spread(builder, builder.ptrtoint(place, ir.IntType(64)), memory.count)
     return builder.inttoptr(builder.add(base, steps), ir.VectorType(memory.element.as_pointer(), memory.count))
@@ -180,8 +180,8 @@ def load_each(typingctx: Any, pointer: Any, lane_stride: Any, numbers: Any, stri
 
 @intrinsic
 def load_classes(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, ignored: Any, like: Any) -> Any:
-    """Class numbers from int64 memory (stride 0 or 1) as integers as wide as the lanes of `like`; -1 for `ignored` and, unless the
-    stride is 0, from lane `count` on. A number that is no class stays none: -2 for the negative ones, a large one for those that are
+    """Class numbers from int64 memory as integers as wide as the lanes of `like`; -1 for `ignored` and, unless the stride is 0, from lane
+    `count` on. A number that is no class stays none: -2 for the negative ones, a large one for those that are
     too large for the lanes."""
     result = Vector(INT_OF[like.scalar], like.lanes)
     lanes = like.lanes
@@ -198,19 +198,46 @@ def load_classes(typingctx: Any, pointer: Any, index: Any, stride: Any, count: A
             held = builder.select(builder.icmp_signed("<", number, constant(0)), constant(-2), held)
             return builder.select(builder.icmp_signed("==", number, ignored), constant(-1), held)
 
+        def vector_in_range(numbers: ir.Value, ignored: ir.Value) -> ir.Value:
+            return in_range(numbers, ignored, lambda number: constant(64, lanes, lambda lane: number))
+
         def consecutive() -> ir.Value:
             where, none = builder.bitcast(place, wide.as_pointer()), spread(builder, ignored, lanes)
             arguments = [where, ir.Constant(ir.IntType(32), 8), mask_below(builder, count, lanes), none]
-            loaded = call(builder, f"llvm.masked.load.v{lanes}i64.p0", wide, arguments)
-            return in_range(loaded, none, lambda number: constant(64, lanes, lambda lane: number))
+            return vector_in_range(call(builder, f"llvm.masked.load.v{lanes}i64.p0", wide, arguments), none)
+
+        def apart() -> ir.Value:
+            none = spread(builder, ignored, lanes)
+            arguments = [_places(builder, place, stride, wide), ir.Constant(ir.IntType(32), 8), mask_below(builder, count, lanes), none]
+            return vector_in_range(call(builder, f"llvm.masked.gather.v{lanes}i64.v{lanes}p0", wide, arguments), none)
+
+        def several() -> ir.Value:
+            return _choose(builder, wide, builder.icmp_signed("==", stride, ir.Constant(i64, 1)), consecutive, apart)
 
         def same() -> ir.Value:
             return spread(builder, in_range(builder.load(place), ignored, lambda number: ir.Constant(i64, number)), lanes)
 
-        number = _choose(builder, wide, builder.icmp_signed("!=", stride, ir.Constant(i64, 0)), consecutive, same)
+        number = _choose(builder, wide, builder.icmp_signed("!=", stride, ir.Constant(i64, 0)), several, same)
         return builder.trunc(number, llvm_type(result)) if result.scalar.bitwidth < 64 else number
 
     return result(pointer, types.int64, types.int64, types.int64, types.int64, like), codegen
+
+
+@intrinsic
+def store_classes(typingctx: Any, pointer: Any, index: Any, count: Any, numbers: Any) -> Any:
+    """Write lane i < count, a class number, to element index + i of int64 memory."""
+    lanes = numbers.lanes
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        pointer, index, count, numbers = args
+        wide = ir.VectorType(ir.IntType(64), lanes)
+        numbers = builder.sext(numbers, wide) if sig.args[3].scalar.bitwidth < 64 else numbers
+        place = builder.bitcast(builder.gep(pointer, [index]), wide.as_pointer())
+        arguments = [numbers, place, ir.Constant(ir.IntType(32), 8), mask_below(builder, count, lanes)]
+        call(builder, f"llvm.masked.store.v{lanes}i64.p0", ir.VoidType(), arguments)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, types.int64, numbers), codegen
 
 
 @intrinsic

@@ -81,6 +81,13 @@ def as_entries(indices: Tensor, prob: Tensor, logits: Tensor) -> tuple[Tensor, T
     return by_row(present(indices, "indices")).contiguous(), by_row(prob)
 
 
+def class_table(target: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Class indices, those of a row behind all else, as [rows, K], int64, side by side in memory; K is 0 without a target."""
+    if target is None:
+        return torch.empty(count, 0, dtype=torch.int64, device=device)
+    return present(target, "target").reshape(count, -1).long().contiguous()
+
+
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     """[C] in the compute dtype; no weight is a one with stride 0."""
     compute = compute_dtype(logits)
@@ -127,6 +134,11 @@ def row_gradient_of(number: float, divisor: Tensor, logits: Tensor) -> Tensor:
     """The same from a number that the upstream gradient is expected to be."""
     dloss = torch.full((), number, dtype=compute_dtype(logits), device=logits.device)
     return (torch.div(dloss, divisor, out=dloss) if divisor.numel() else dloss).expand(rows_in(logits))
+
+
+def answer_gradient(d: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The gradient of one of several answers in the compute dtype; None if there is none."""
+    return None if d is None or not d.numel() else present(d, "an upstream gradient").to(compute_dtype(logits))
 
 
 # ---------------------------------------------------------------- reductions

@@ -76,9 +76,9 @@ def token_statistics(
             [-0.2104,  0.1052,  0.1052]])
     """
     loss: Any = losses.token_statistics
-    names = _checked_outputs(outputs, target)
-    dim = _checked_dim(input, target, dim)
-    theirs = partial(_composed, input, target, dim, ignore_index, logit_scale, names)
+    names = checked_outputs(outputs, target)
+    dim = checked_dim(input, target, dim)
+    theirs = partial(composed, input, target, dim, ignore_index, logit_scale, names)
     if tiny(input):
         return theirs()
     t: Any = None
@@ -90,10 +90,10 @@ def token_statistics(
     way = route(misfit, input)
     if way.path == "torch":
         return served_by_torch(theirs, way, theirs())
-    return _chosen(by_kernels(way, loss, t, o), names, target)
+    return chosen(by_kernels(way, loss, t, o), names, target)
 
 
-def _composed(
+def composed(
     input: Tensor, target: Tensor | None, dim: int, ignore_index: int, logit_scale: float, names: tuple[str, ...]
 ) -> TokenStatistics:
     """The same in torch operations."""
@@ -101,15 +101,15 @@ def _composed(
     _refuse_out_of_bounds(input, target, dim, ignore_index)
     wide = input.to(COMPUTE.get(input.dtype, input.dtype))
     found = loss.definition(loss.tensors(wide, target), loss.options(dim, ignore_index, logit_scale, " ".join(names)))
-    return _chosen(found, names, target)
+    return chosen(found, names, target)
 
 
-def _chosen(found: Sequence[Tensor], names: tuple[str, ...], target: Tensor | None) -> TokenStatistics:
+def chosen(found: Sequence[Tensor], names: tuple[str, ...], target: Tensor | None) -> TokenStatistics:
     wanted = set(names) - ({"log_prob"} if target is None else set())
     return TokenStatistics(*(answer if name in wanted else None for name, answer in zip(TokenStatistics._fields, found, strict=False)))
 
 
-def _checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
+def checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     for name in names:
         if name not in TokenStatistics._fields:
@@ -119,7 +119,7 @@ def _checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str
     return names
 
 
-def _checked_dim(input: Tensor, target: Tensor | None, dim: int) -> int:
+def checked_dim(input: Tensor, target: Tensor | None, dim: int) -> int:
     """`dim`, not negative. The target must fit."""
     for name, tensor in (("input", input), ("target", target)):
         if not isinstance(tensor, Tensor) and not (name == "target" and tensor is None):

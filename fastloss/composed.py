@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import statistics
-from .arguments import autocast_is_active
+from . import losses
+from .arguments import autocast_is_active, plain
 from .chunks import all_logits, without_ignored
 from .kernels.groups import PAD
-from .statistics import TokenStatistics
+from .loss import COMPUTE
 
 
 def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
@@ -92,12 +92,12 @@ def linear_token_statistics(
     ignore_index: int,
     logit_scale: float | Tensor,
     logit_softcap: float | None,
-    outputs: tuple[str, ...],
-) -> TokenStatistics:
-    """Of all logits."""
+    wanted: str,
+) -> tuple[Tensor, ...]:
+    """The answers of the loss of this name, from all logits."""
     counting = without_ignored(input, target, ignore_index)
     logits = all_logits(counting, linear_weight, linear_bias, logit_scale, logit_softcap or 0.0)
-    return statistics.composed(logits, target, logits.dim() - 1, ignore_index, 1.0, outputs)
+    return token_statistics(logits, target, logits.dim() - 1, ignore_index, 1.0, wanted)
 
 
 def sparse_soft_cross_entropy(
@@ -121,3 +121,17 @@ def sparse_soft_cross_entropy(
         loss = loss - label_smoothing / classes * (log_prob.movedim(dim, -1) * weight).sum(-1)
     loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
     return loss.to(torch.float32 if half and autocast_is_active(input) else input.dtype)
+
+
+def token_statistics(
+    input: Tensor, target: Tensor | None, dim: int, ignore_index: int, logit_scale: float, wanted: str
+) -> tuple[Tensor, ...]:
+    """As the loss defines them, computed in float32 for half precision."""
+    loss = losses.token_statistics
+    # what the kernels raise, where a target can be looked at without waiting for a device
+    if target is not None and not torch.compiler.is_compiling() and target.device.type == "cpu" and plain(target):
+        bad = target[(target != ignore_index) & ((target < 0) | (target >= input.shape[dim]))]
+        if bad.numel():
+            raise IndexError(f"Target {int(bad[0])} is out of bounds.")
+    wide = input.to(COMPUTE.get(input.dtype, input.dtype))
+    return loss.definition(loss.tensors(wide, target), loss.options(dim, ignore_index, logit_scale, wanted))

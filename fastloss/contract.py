@@ -29,7 +29,6 @@ from .kinds import (
     Group,
     IndexRowResults,
     IndexRows,
-    IndexTable,
     Indices,
     Kind,
     LikeLogits,
@@ -45,7 +44,7 @@ from .kinds import (
     SmoothedRows,
     SoftRowResults,
     SoftRows,
-    SomeNumberTable,
+    SomeEntryNumbers,
     TopRowResults,
     TopRows,
     Total,
@@ -244,21 +243,22 @@ class Kernels(Protocol):
         """dlog_prob = -dloss w_y onehot(y)."""
 
     def token_statistics_forward(
-        self, logits: Logits, target: IndexTable, ignore_index: int, logit_scale: float, answers: AnswerResults, rows: TopRowResults
+        self, logits: Logits, target: EntryIndices, ignore_index: int, logit_scale: float, answers: AnswerResults, rows: TopRowResults
     ) -> None:
-        """With z = logit_scale x, p = softmax(z): log_prob = log p at the K targets of each row, entropy = -sum p log p, lse = top + log total,
-        sum_sq_prob = sum p^2, argmax, the first largest (NaN before all); those without elements are not wanted. 0 for a target that is
-        `ignore_index`; a row of nothing else is no row, its total is 0. `top` is that of x, `total` = sum exp(z - logit_scale top)."""
+        """With z = logit_scale x, p = softmax(z): log_prob = log p at the K targets of each row, entropy = -sum p log p,
+        lse = log sum exp(z), sum_sq_prob = sum p^2, argmax, the first largest (NaN before all); those without elements are not wanted.
+        0 for a target that is `ignore_index`; a row of nothing else is no row, its total is 0. `top` is that of x,
+        `total` = sum exp(z - logit_scale top)."""
 
     def token_statistics_backward(
         self,
         logits: Logits,
-        target: IndexTable,
+        target: EntryIndices,
         ignore_index: int,
         logit_scale: float,
         rows: TopRows,
         slope: SlopeNumbers,
-        dlog_prob: SomeNumberTable,
+        dlog_prob: SomeEntryNumbers,
         dlogits: Gradient,
     ) -> None:
         """dlogits = logit_scale (p (alpha - sum_k d_k + beta log p + gamma p) + sum_k d_k onehot(y_k)), d = dlog_prob."""

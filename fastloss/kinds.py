@@ -153,22 +153,14 @@ class _SomeRowClasses(Kind):
         return t.dtype is torch.int64 and shape_fits and is_in_its_storage(t)
 
 
-class _IndexTable(Kind):
-    rule = "[N, K] of int64, contiguous"
+class _SomeEntryNumbers(_EntryNumbers):
+    rule = "[N, K] of the compute dtype, one number for each entry, contiguous; or without elements"
 
     def fits(self, t: Tensor, f: Facts) -> bool:
-        return t.dtype is torch.int64 and t.dim() == 2 and t.shape[0] == f.rows and t.is_contiguous() and is_in_its_storage(t)
+        return (super().fits(t, f) and t.is_contiguous()) or (t.dtype is f.compute and t.numel() == 0)
 
 
-class _SomeNumberTable(Kind):
-    rule = "[N, K] of the compute dtype, contiguous, or without elements"
-
-    def fits(self, t: Tensor, f: Facts) -> bool:
-        shape_fits = t.numel() == 0 or (t.dim() == 2 and t.shape[0] == f.rows and t.is_contiguous())
-        return t.dtype is f.compute and shape_fits and is_in_its_storage(t)
-
-
-class _SomeResultTable(_SomeNumberTable):
+class _SomeEntryResults(_SomeEntryNumbers):
     written = ours = True
 
 
@@ -259,11 +251,10 @@ SoftRows = Annotated[Rows, Group(_RowNumbers(), Rows, "mass", "top", "total")]
 SoftRowResults = Annotated[Rows, Group(_RowResults(), Rows, "mass", "top", "total")]
 TopRows = Annotated[Rows, Group(_RowNumbers(), Rows, "top", "total")]
 TopRowResults = Annotated[Rows, Group(_RowResults(), Rows, "top", "total")]
-IndexTable = Annotated[Tensor, _IndexTable()]
-SomeNumberTable = Annotated[Tensor, _SomeNumberTable()]
+SomeEntryNumbers = Annotated[Tensor, _SomeEntryNumbers()]
 AnswerResults = Annotated[
     Answers,
-    Group(_SomeResultTable(), Answers, "log_prob"),
+    Group(_SomeEntryResults(), Answers, "log_prob"),
     Group(_SomeRowResults(), Answers, "entropy", "lse", "sum_sq_prob"),
     Group(_SomeRowClasses(), Answers, "argmax"),
 ]

@@ -172,9 +172,9 @@ def linear_token_statistics(
             ignore_index=ignore_index,
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
-            outputs=names,
+            wanted=" ".join(names),
         )
-        return served_by_torch(theirs, way, theirs())
+        return chosen(served_by_torch(theirs, way, theirs()), names, target)
     log_prob, *others = chosen(by_kernels(way, loss, t, o), names, target)
     if log_prob is not None and target is not None:
         log_prob = log_prob.reshape(target.shape)

@@ -40,10 +40,6 @@ class Focus(NamedTuple):
     gamma: float
 
 
-PAD = -100
-"""The class of an entry that counts for nothing, where a row's target is a few classes."""
-
-
 class Answers(NamedTuple):
     """What `token_statistics` says of the rows, [N] each; a tensor without elements is not wanted."""
 
@@ -60,3 +56,7 @@ class Slope(NamedTuple):
     alpha: Computed
     beta: Computed
     gamma: Computed
+
+
+PAD = -100
+"""The class of an entry that counts for nothing, where a row's target is a few classes."""

@@ -200,10 +200,11 @@ LAYERS = {
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
     "serving": {"arguments", "loss", "operation", "ops", "routing"},
-    "composed": {"arguments", "chunks", "kernels.groups"},
+    "composed": {"arguments", "chunks", "kernels.groups", "loss", "losses"},
     "functional": {"arguments", "composed", "loss", "losses", "routing", "serving"},
     "linear": {"arguments", "chunks", "composed", "config", "loss", "losses", "routing", "serving"},
     "sparse_targets": {"arguments", "composed", "losses", "rows", "serving"},
+    "statistics": {"arguments", "composed", "losses", "routing", "serving"},
     "modules": {"functional", "linear", "sparse_targets"},
 }
 

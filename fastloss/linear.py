@@ -120,7 +120,7 @@ def linear_token_statistics(
 ) -> TokenStatistics:
     """`token_statistics` of the logits input W^T + b, of which only a chunk of rows is ever in memory, with the gradients of all three.
 
-    For reinforcement learning: log-probabilities of tokens, entropies and lse from a language model's last hidden states. The backward makes
+    For reinforcement learning: log-probabilities of tokens, entropies and lse from a model's last hidden states. The backward makes
     the logits again.
 
     Args:

@@ -228,6 +228,13 @@ def op_samples() -> Iterator[Sample]:
             yield f"bce {name}", losses.bce_with_logits, (a.transpose(0, 1), b.transpose(0, 1), None, row, reduction, dtype)
             yield f"prob {name}", losses.binary_cross_entropy, (a, b, row, reduction)
             yield f"focal {name}", losses.sigmoid_focal_loss, (a.transpose(0, 1), b.transpose(0, 1), 0.25, 2.0, reduction, dtype)
+        outputs = (
+            ("log_prob entropy lse sum_sq_prob argmax", target),
+            ("log_prob", torch.stack([target, target], -1)),
+            ("entropy lse", None),
+        )
+        for wanted, y in outputs:
+            yield f"{wanted} {dtype} {tuple(shape)}", losses.token_statistics, (logits, y, 1, -100, 0.7, wanted)
         for way in (losses.softmax, losses.log_softmax):
             yield f"{way.name} {dtype} {tuple(shape)}", way, (logits, 1)
             yield f"{way.name} strided {dtype} {tuple(shape)}", way, (logits.transpose(0, 1).contiguous().transpose(0, 1), 0)
@@ -250,11 +257,12 @@ def test_opcheck_of_the_backward_ops(sample: Sample) -> None:
     _, loss, args = sample
     t, o = loss.tensors(*args[: len(loss.tensors._fields)]), loss.options(*args[len(loss.tensors._fields) :])
     results = loss.forward(t, o)
-    saved, dloss = loss.to_save(t, results), torch.randn_like(results[0])
+    saved = loss.to_save(t, results)
+    upstream = [torch.randn_like(answer) if answer.is_floating_point() else None for answer in results[: loss.answers]]
     for needed in {(True,) * loss.differentiable, (True, False)[: loss.differentiable]}:
-        backward = (dloss, *saved, *o, list(needed))
+        backward = (*upstream, *saved, *o, list(needed))
         torch.library.opcheck(OPS[loss.name].backward, backward)
-        torch.library.opcheck(OPS[loss.name].backward, wanting_gradients(backward, 1 + loss.differentiable))
+        torch.library.opcheck(OPS[loss.name].backward, wanting_gradients(backward, len(upstream) + loss.differentiable))
 
 
 # the ops of linear losses: test_linear_autograd
@@ -279,7 +287,8 @@ def test_ops_differentiate_twice(loss: Any) -> None:
 
 def wanting_gradients(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
     """The same arguments, the `first` of them as leaves that require a gradient."""
-    leaves = (a.detach().clone(memory_format=torch.preserve_format).requires_grad_() for a in args[:first])
+    clones = (None if a is None else a.detach().clone(memory_format=torch.preserve_format) for a in args[:first])
+    leaves = (None if a is None else a.requires_grad_() for a in clones)
     return *leaves, *args[first:]
 
 

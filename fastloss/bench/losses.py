@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import composed
 from ..sparse_targets import sparse_soft_cross_entropy
+from ..statistics import TokenStatistics
 
 Options = dict[str, Any]
 
@@ -62,6 +63,8 @@ class Loss:
         """torch's function, or what people write where torch has none."""
         if self.function == "sparse_soft_cross_entropy":
             return F.cross_entropy  # with the dense target
+        if self.function == "token_statistics":
+            return _token_statistics
         function: Callable[..., Tensor] = getattr(F, self.function, None) or getattr(composed, self.function)
         return function
 
@@ -69,6 +72,8 @@ class Loss:
         if isinstance(target, Entries):
             entries = (target.indices, target.probabilities) if function is sparse_soft_cross_entropy else (target.dense,)
             return function(input, *entries, **options)
+        if self.function == "token_statistics":
+            return _all_in_one(function, input, target, **options)
         if self.linear:
             rest = {name: value for name, value in options.items() if name != "linear_weight"}
             return function(input, options["linear_weight"], target, **rest)
@@ -82,6 +87,21 @@ class Loss:
         if "weight" in options and isinstance(target, Tensor) and not target.is_floating_point():
             return float(options["weight"].double()[target].sum())
         return float(rows)
+
+
+def _token_statistics(input: Tensor, target: Tensor, outputs: tuple[str, ...]) -> tuple[Tensor, ...]:
+    """The shortest way in torch."""
+    log_p = torch.log_softmax(input, 1)
+    p = log_p.exp()
+    found = log_p.gather(1, target.unsqueeze(1)).squeeze(1), -(p * log_p).sum(1), torch.logsumexp(input, 1)
+    return found if len(outputs) == 3 else (*found, (p * p).sum(1), input.argmax(1))
+
+
+def _all_in_one(function: Callable[..., Any], input: Tensor, target: Target, outputs: tuple[str, ...], reduction: str = "mean") -> Tensor:
+    """One number of all answers, that all are differentiated for."""
+    found = function(input, target, outputs=outputs)
+    numbers = [t for t in found if t is not None and t.is_floating_point()]
+    return torch.stack([t.mean() if reduction == "mean" else t.sum() for t in numbers]).sum()
 
 
 def _indices(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -156,6 +176,8 @@ LOSSES: dict[str, Loss] = {
         ),
         Loss("binary_cross_entropy", "binary_cross_entropy", 5, _labels, prepare=lambda x: x.sigmoid_()),
         Loss("sigmoid_focal_loss", "sigmoid_focal_loss", 5, _labels, lambda classes, dtype: {"reduction": "mean"}),
+        Loss("token_statistics", "token_statistics", 3, _indices, lambda classes, dtype: {"outputs": ("log_prob", "entropy", "lse")}),
+        Loss("token_statistics, all five", "token_statistics", 3, _indices, lambda classes, dtype: {"outputs": TokenStatistics._fields}),
         Loss("linear_cross_entropy", "linear_cross_entropy", 0, _indices, linear=True),
         Loss("nll_loss", "nll_loss", 1, _indices, prepare=lambda x: _in_place(lambda part: F.log_softmax(part, 1), x)),
         Loss("softmax", "softmax", 5, _nothing, lambda classes, dtype: {"dim": 1}, scalar=False),
@@ -173,6 +195,8 @@ ALIASES = {
     "bce-pos": "binary_cross_entropy_with_logits, pos_weight",
     "bce-prob": "binary_cross_entropy",
     "focal": "sigmoid_focal_loss",
+    "tokens": "token_statistics",
+    "tokens-all": "token_statistics, all five",
     "linear-ce": "linear_cross_entropy",
     "nll": "nll_loss",
     "softmax": "softmax",

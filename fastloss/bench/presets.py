@@ -44,6 +44,8 @@ CPU_TARGETS = (
     Target(Case(_SMOOTHED, (4096, 32000)), 11, 3.5),
     Target(Case(_PAIRS, (4096, 32000)), 12, 4),
     Target(Case(_BEST_64, (4096, 32000)), 10, 3.5),
+    Target(Case("token_statistics", (4096, 32000)), 8, 3),
+    Target(Case("token_statistics, all five", (4096, 32000)), 10, 3.5),
 )
 
 USUAL = (FASTLOSS, INPLACE, EAGER, COMPILED, EAGER_HUGE)

@@ -11,6 +11,7 @@ SHAPES = {
     "bert-mlm": Case("cross_entropy", (4096, 30522)),
     "distillation": Case("cross_entropy, probabilities", (2048, 32000), "bfloat16"),
     "distillation-top64": Case("sparse_soft_cross_entropy, 64 classes a row", (2048, 32000), "bfloat16"),
+    "grpo": Case("token_statistics", (2048, 151936), "bfloat16"),
     "imagenet": Case("cross_entropy, smoothed and weighted", (256, 1000)),
     "imagenet-mixup": Case("cross_entropy, probabilities", (256, 1000)),
     "imagenet-cutmix": Case("sparse_soft_cross_entropy, 2 classes a row", (256, 1000)),

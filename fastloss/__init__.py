@@ -12,7 +12,7 @@ from .functional import (
     sigmoid_focal_loss,
     softmax,
 )
-from .linear import linear_cross_entropy
+from .linear import linear_cross_entropy, linear_token_statistics
 from .modules import (
     BCELoss,
     BCEWithLogitsLoss,
@@ -47,6 +47,7 @@ __all__ = [
     "explain",
     "get_backend",
     "linear_cross_entropy",
+    "linear_token_statistics",
     "log_softmax",
     "memory",
     "nll_loss",

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from . import losses
 from .arguments import autocast_is_active, plain
-from .chunks import all_logits
+from .chunks import all_logits, without_ignored
 from .kernels.groups import PAD
 from .loss import COMPUTE
 
@@ -44,7 +44,7 @@ def linear_cross_entropy(
         return F.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, ignore_index=ignore_index, options=options, **rest
         )
-    _refuse_shapes(input, linear_weight, linear_bias)
+    refuse_shapes(input, linear_weight, linear_bias)
     logits = all_logits(input, linear_weight, linear_bias, logit_scale, logit_softcap or 0.0)
     if target.shape == logits.shape and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
@@ -60,7 +60,7 @@ def linear_cross_entropy(
     return loss.view(logits.shape[:-1]) if reduction == "none" else loss
 
 
-def _refuse_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def refuse_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """In torch's words."""
     problem = None
     if input.dim() < 1 or (input.dim() > 2 and linear_weight.dim() > 2):
@@ -81,6 +81,23 @@ def _refuse_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
         )
     if problem is not None:
         raise RuntimeError(problem)
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    *,
+    linear_bias: Tensor | None,
+    ignore_index: int,
+    logit_scale: float | Tensor,
+    logit_softcap: float | None,
+    wanted: str,
+) -> tuple[Tensor, ...]:
+    """The answers of the loss of this name, from all logits."""
+    counting = without_ignored(input, target, ignore_index)
+    logits = all_logits(counting, linear_weight, linear_bias, logit_scale, logit_softcap or 0.0)
+    return token_statistics(logits, target, logits.dim() - 1, ignore_index, 1.0, wanted)
 
 
 def sparse_soft_cross_entropy(

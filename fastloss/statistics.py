@@ -75,11 +75,11 @@ def token_statistics(
             [-0.2107,  0.1054,  0.1054]])
     """
     loss: Any = losses.token_statistics
-    names = _checked_outputs(outputs, target)
-    dim = _checked_dim(input, target, dim)
+    names = checked_outputs(outputs, target)
+    dim = checked_dim(input, target, dim)
     theirs = partial(composed.token_statistics, input, target, dim, ignore_index, logit_scale, " ".join(names))
     if tiny(input):
-        return _chosen(theirs(), names, target)
+        return chosen(theirs(), names, target)
     t: Any = None
     o: Any = None
     misfit = tensors_misfit(input, optional=(target,))
@@ -88,15 +88,15 @@ def token_statistics(
         misfit = loss.misfit(t, o)
     way = route(misfit, input)
     found = served_by_torch(theirs, way, theirs()) if way.path == "torch" else by_kernels(way, loss, t, o)
-    return _chosen(found, names, target)
+    return chosen(found, names, target)
 
 
-def _chosen(found: Sequence[Tensor], names: tuple[str, ...], target: Tensor | None) -> TokenStatistics:
+def chosen(found: Sequence[Tensor], names: tuple[str, ...], target: Tensor | None) -> TokenStatistics:
     wanted = set(names) - ({"log_prob"} if target is None else set())
     return TokenStatistics(*(answer if name in wanted else None for name, answer in zip(TokenStatistics._fields, found, strict=False)))
 
 
-def _checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
+def checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     for name in names:
         if name not in TokenStatistics._fields:
@@ -106,7 +106,7 @@ def _checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str
     return names
 
 
-def _checked_dim(input: Tensor, target: Tensor | None, dim: int) -> int:
+def checked_dim(input: Tensor, target: Tensor | None, dim: int) -> int:
     """`dim`, not negative. The target must fit."""
     for name, tensor in (("input", input), ("target", target)):
         if not isinstance(tensor, Tensor) and not (name == "target" and tensor is None):

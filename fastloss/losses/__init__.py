@@ -5,6 +5,7 @@ from .binary_cross_entropy import binary_cross_entropy
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_soft_cross_entropy import linear_soft_cross_entropy
+from .linear_token_statistics import linear_token_statistics
 from .nll_loss import nll_loss
 from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_cross_entropy import soft_cross_entropy
@@ -25,6 +26,7 @@ LOSSES = (
     binary_cross_entropy,
     sigmoid_focal_loss,
     token_statistics,
+    linear_token_statistics,
 )
 
 __all__ = [
@@ -34,6 +36,7 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "linear_soft_cross_entropy",
+    "linear_token_statistics",
     "log_softmax",
     "nll_loss",
     "sigmoid_focal_loss",

@@ -8,7 +8,7 @@ import pytest
 
 LAUNCHERS = {
     name: member
-    for name, member in vars(importlib.import_module("fastloss.contract").Kernels).items()
+    for name, member in vars(importlib.import_module("fastloss.launchers").Kernels).items()
     if inspect.isfunction(member) and not name.startswith("_")
 }
 

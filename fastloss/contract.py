@@ -1,5 +1,5 @@
-"""The launchers' contract: what `launchers.Kernels` says of an argument is looked at before each call. Launchers take addresses, and what does
-not fit would be read or written out of bounds."""
+"""The launchers' contract: what `launchers.Kernels` says of an argument is looked at before each call. Launchers take addresses, and what
+does not fit would be read or written out of bounds."""
 
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""Both kernel packages offer exactly what `fastloss.contract.Kernels` says, under the same names."""
+"""Both kernel packages offer exactly what `fastloss.launchers.Kernels` says, under the same names."""
 
 import importlib
 import inspect

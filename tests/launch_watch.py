@@ -12,6 +12,7 @@ from fastloss.contract import Place
 _BITS = {torch.float32: torch.int32, torch.float64: torch.int64, torch.float16: torch.int16, torch.bfloat16: torch.int16}
 # quiet NaNs with a payload that no kernel makes
 _POISON = {torch.float32: 0x7FC0BEEF, torch.float64: 0x7FF80000DEADBEEF, torch.float16: 0x7EDE, torch.bfloat16: 0x7FDE}
+_POISON[torch.int64] = _POISON[torch.float64]  # no class
 
 
 def watch(name: str, launcher: Any, arguments: Sequence[Any], places: Sequence[Place]) -> None:

@@ -25,6 +25,7 @@ from .soft_cross_entropy import (
     soft_cross_entropy_target_backward,
 )
 from .softmax import log_softmax_backward, log_softmax_forward, softmax_backward, softmax_forward
+from .token_statistics import token_statistics_backward, token_statistics_forward
 
 __all__ = [
     "bce_with_logits_backward",
@@ -56,4 +57,6 @@ __all__ = [
     "softmax_forward",
     "sum_rows",
     "sum_weights",
+    "token_statistics_backward",
+    "token_statistics_forward",
 ]

@@ -31,6 +31,7 @@ from .sparse_soft_cross_entropy import (
     sparse_soft_cross_entropy_forward_backward,
     sparse_soft_cross_entropy_prob_backward,
 )
+from .token_statistics import token_statistics_backward, token_statistics_forward
 
 __all__ = [
     "bce_with_logits_backward",
@@ -66,4 +67,6 @@ __all__ = [
     "sparse_soft_cross_entropy_prob_backward",
     "sum_rows",
     "sum_weights",
+    "token_statistics_backward",
+    "token_statistics_forward",
 ]

@@ -158,3 +158,21 @@ def test_gradients_of_a_sum_foreseen_and_not(monkeypatch: pytest.MonkeyPatch, ca
                 torch.set_num_threads(threads)
                 given = {k: t if t is None or k == "weight" else t[:n] for k, t in tensors.items()}
                 assert_same_bits(numbers_of(call, given, 1.0, "sum"), [g[:n] for g in whole], f"{call} {shape} [:{n}]")
+
+
+@pytest.mark.parametrize("classes", [3, 10, 64, 5000])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_with_a_few_classes_of_a_probability_each(dtype: str, classes: int) -> None:
+    logits, upstream = (torch.randn(ROWS, classes) * 3).to(DTYPES[dtype]), torch.randn(ROWS).to(DTYPES[dtype])
+    indices, probabilities = torch.randint(classes, (ROWS, 3)), torch.rand(ROWS, 3)
+    indices[::7, 1] = -100
+
+    def numbers(cut: slice) -> list[Tensor]:
+        leaf = logits[cut].detach().requires_grad_()
+        loss = fastloss.sparse_soft_cross_entropy(leaf, indices[cut], probabilities[cut], reduction="none", label_smoothing=0.1)
+        return [loss.detach(), *torch.autograd.grad(loss, leaf, upstream[cut])]
+
+    whole = numbers(slice(None))
+    for n in range(1, ROWS):
+        for cut in (slice(n), slice(ROWS - n, None)):
+            assert all(torch.equal(part, of_all[cut]) for part, of_all in zip(numbers(cut), whole, strict=True)), cut

@@ -9,13 +9,13 @@ import torch
 from launch_watch import watch
 from torch import Tensor
 
-from fastloss import contract, kinds
+from fastloss import contract, kinds, launchers
 from fastloss.backends import kernels
 from fastloss.kernels.groups import Answers, Focus, Reduction, Rows, Slope, Smoothing
 
 ROWS = [f"rows.{name}" for name in Rows._fields]
 ANSWERS = [f"answers.{name}" for name in Answers._fields]
-LAUNCHERS = [name for name in vars(contract.Kernels) if not name.startswith("_")]
+LAUNCHERS = [name for name in vars(launchers.Kernels) if not name.startswith("_")]
 N, C = 6, 5
 MADE: dict[str, Callable[[], Tensor]] = {
     "_Logits": lambda: torch.randn(N, C),
@@ -92,7 +92,7 @@ def kind_of(hint: Any) -> Any:
 
 
 def arguments_of(launcher: str) -> dict[str, Any]:
-    hints = get_type_hints(getattr(contract.Kernels, launcher), include_extras=True)
+    hints = get_type_hints(getattr(launchers.Kernels, launcher), include_extras=True)
     hints.pop("return")
     if launcher.startswith(("bce", "binary", "sigmoid")):
         made = {**MADE, "_LikeLogits": MADE["_Elements"], "_Gradient": MADE["_ElementResults"]}
@@ -199,7 +199,7 @@ def test_the_watch_sees_results_in_the_memory_of_arguments() -> None:
 
 def test_every_tensor_of_every_launcher_has_a_kind() -> None:
     for launcher in LAUNCHERS:
-        parameters = inspect.signature(getattr(contract.Kernels, launcher)).parameters
+        parameters = inspect.signature(getattr(launchers.Kernels, launcher)).parameters
         assert {name.partition(".")[0] for name in kinds_of(launcher)} == set(parameters) - {
             "self",
             "focus",

@@ -59,13 +59,13 @@ class Loss:
     """From normal noise to a valid input."""
 
     @property
-    def in_torch(self) -> Callable[..., Tensor]:
+    def in_torch(self) -> Callable[..., Any]:
         """torch's function, or what people write where torch has none."""
         if self.function == "sparse_soft_cross_entropy":
             return F.cross_entropy  # with the dense target
         if self.function == "token_statistics":
             return _token_statistics
-        function: Callable[..., Tensor] = getattr(F, self.function, None) or getattr(composed, self.function)
+        function: Callable[..., Any] = getattr(F, self.function, None) or getattr(composed, self.function)
         return function
 
     def call(self, function: Callable[..., Tensor], input: Tensor, target: Target, options: Options) -> Tensor:

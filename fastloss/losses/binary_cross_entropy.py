@@ -68,7 +68,7 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
         return (settle(dinput, written),)
 
     def gradient(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        """The kernel's number, and derivatives that stay finite, as torch's: the definition's are 0 times infinity where p is 0 or 1."""
+        """The kernel's number, and derivatives that stay finite, as torch's do: the definition has 0 times infinity where p is 0 or 1."""
         with torch.enable_grad():
             p, y, g = (t.to(compute_dtype(t)) for t in (s.input, s.target, dloss))
             d = (1 - y) / (1 - p + _EPSILON) - y / (p + _EPSILON)

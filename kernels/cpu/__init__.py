@@ -1,4 +1,4 @@
-"""The launchers of the Numba kernels; `fastloss.contract.Kernels` says what each does."""
+"""The launchers of the Numba kernels; `fastloss.launchers.Kernels` says what each does."""
 
 from .bce_with_logits import (
     bce_with_logits_backward,

@@ -71,7 +71,7 @@ def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
         lane = strides[2]
         if positions == 1:
             batch, positions = 1, batch
-    tile = lanes_for(logits) if classes <= few or (lane < strides[1] != 1 and classes <= MOST_IN_LANES) else 1
+    tile = lanes_for(logits) if classes <= few or (lane <= strides[1] != 1 and classes <= MOST_IN_LANES) else 1
     numel = max(1, tile * classes)
     share = batch * positions // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
     grain = max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))

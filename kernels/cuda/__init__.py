@@ -1,5 +1,5 @@
 """The kernels in Triton, twins of those in `fastloss.kernels.cpu`. Each launcher fills the buffers it is given and returns None;
-what they compute and what their arguments mean is written once, in `fastloss.contract.Kernels`."""
+what they compute and what their arguments mean is written once, in `fastloss.launchers.Kernels`."""
 
 from .bce_with_logits import (
     bce_with_logits_backward,

@@ -12,9 +12,19 @@ from .functional import (
     sigmoid_focal_loss,
     softmax,
 )
-from .linear import linear_cross_entropy
-from .modules import BCELoss, BCEWithLogitsLoss, CrossEntropyLoss, LinearCrossEntropyLoss, LogSoftmax, NLLLoss, Softmax
+from .linear import linear_cross_entropy, linear_token_statistics
+from .modules import (
+    BCELoss,
+    BCEWithLogitsLoss,
+    CrossEntropyLoss,
+    LinearCrossEntropyLoss,
+    LogSoftmax,
+    NLLLoss,
+    Softmax,
+    SparseSoftCrossEntropyLoss,
+)
 from .routing import Route, explain
+from .sparse_targets import sparse_soft_cross_entropy
 from .statistics import TokenStatistics, token_statistics
 
 __all__ = [
@@ -27,6 +37,7 @@ __all__ = [
     "NLLLoss",
     "Route",
     "Softmax",
+    "SparseSoftCrossEntropyLoss",
     "TokenStatistics",
     "__version__",
     "binary_cross_entropy",
@@ -36,12 +47,14 @@ __all__ = [
     "explain",
     "get_backend",
     "linear_cross_entropy",
+    "linear_token_statistics",
     "log_softmax",
     "memory",
     "nll_loss",
     "set_backend",
     "sigmoid_focal_loss",
     "softmax",
+    "sparse_soft_cross_entropy",
     "token_statistics",
     "use_backend",
 ]

@@ -12,7 +12,8 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from .contract import Kernels, checked
+from .contract import checked
+from .launchers import Kernels
 
 KernelsName = Literal["numba", "triton"]
 BackendName = Literal["auto", KernelsName, "torch"]

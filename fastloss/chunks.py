@@ -81,6 +81,14 @@ def all_logits(input: Tensor, weight: Tensor, bias: Tensor | None, scale: Any, s
     return softcap * torch.tanh(z / softcap) if softcap else z
 
 
+def without_ignored(input: Tensor, target: Tensor | None, ignore_index: int) -> Tensor:
+    """The input (..., D), 0 in each row whose target (...), or targets (..., K), are `ignore_index`: what it holds counts for nothing."""
+    if target is None or target.numel() == 0:
+        return input
+    ignored = target == ignore_index
+    return input.masked_fill((ignored if target.dim() < input.dim() else ignored.all(-1)).unsqueeze(-1), 0.0)
+
+
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     active = device.type in ("cpu", "cuda") and torch.is_autocast_enabled(device.type)
     return torch.autocast(device.type, enabled=False) if active else nullcontext()
@@ -152,6 +160,15 @@ def rows_of_chunk(rows: int, layer: Layer, copies: int = 1) -> int:
     most = max(budget // (copies * layer.columns * layer.products.itemsize), _FEWEST.get(device, 1))
     even = math.ceil(rows / math.ceil(rows / most)) if rows else 1
     return min(most, -(-even // 32) * 32)
+
+
+def not_ignored(target: Tensor, ignore_index: int, positions: int) -> Tensor | None:
+    """The rows of the input that any of their targets asks for, so many a row, of [rows * positions]; None for all, and where counting them
+    would mean to wait for the device."""
+    if target.device.type != "cpu":
+        return None
+    found = (target != ignore_index).view(-1, positions).any(1).nonzero().view(-1)
+    return None if len(found) * positions == len(target) else found
 
 
 def some_rows(numbers: Tensor, chosen: Tensor | None, positions: int) -> Tensor:

@@ -6,7 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .chunks import all_logits
+from . import losses
+from .arguments import autocast_is_active, plain
+from .chunks import all_logits, without_ignored
+from .kernels.groups import PAD
+from .loss import COMPUTE
 
 
 def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
@@ -40,7 +44,7 @@ def linear_cross_entropy(
         return F.linear_cross_entropy(
             input, linear_weight, target, linear_bias=linear_bias, ignore_index=ignore_index, options=options, **rest
         )
-    _refuse_shapes(input, linear_weight, linear_bias)
+    refuse_shapes(input, linear_weight, linear_bias)
     logits = all_logits(input, linear_weight, linear_bias, logit_scale, logit_softcap or 0.0)
     if target.shape == logits.shape and ignore_index is not None:
         raise RuntimeError("ignore_index cannot be specified when target contains probabilities")
@@ -56,7 +60,7 @@ def linear_cross_entropy(
     return loss.view(logits.shape[:-1]) if reduction == "none" else loss
 
 
-def _refuse_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
+def refuse_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | None) -> None:
     """In torch's words."""
     problem = None
     if input.dim() < 1 or (input.dim() > 2 and linear_weight.dim() > 2):
@@ -77,3 +81,57 @@ def _refuse_shapes(input: Tensor, linear_weight: Tensor, linear_bias: Tensor | N
         )
     if problem is not None:
         raise RuntimeError(problem)
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None,
+    *,
+    linear_bias: Tensor | None,
+    ignore_index: int,
+    logit_scale: float | Tensor,
+    logit_softcap: float | None,
+    wanted: str,
+) -> tuple[Tensor, ...]:
+    """The answers of the loss of this name, from all logits."""
+    counting = without_ignored(input, target, ignore_index)
+    logits = all_logits(counting, linear_weight, linear_bias, logit_scale, logit_softcap or 0.0)
+    return token_statistics(logits, target, logits.dim() - 1, ignore_index, 1.0, wanted)
+
+
+def sparse_soft_cross_entropy(
+    input: Tensor,
+    indices: Tensor,
+    probabilities: Tensor,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """By picking log-probabilities, in float32 for half precision: -inf at a class that no entry names makes no NaN, as in the kernels."""
+    half, dim = input.dtype in (torch.float16, torch.bfloat16), min(1, input.dim() - 1)
+    log_prob = torch.log_softmax(input.float() if half else input, dim)
+    classes, padding = input.shape[dim], indices == PAD
+    weight = log_prob.new_ones(classes) if weight is None else weight.to(log_prob.dtype)
+    # on CPU an index too large is an IndexError here; a negative one would count from the end
+    row_weight = weight[torch.where(padding, 0, torch.where(indices < 0, classes, indices))] if indices.numel() else probabilities
+    picked = row_weight * log_prob.gather(dim, indices.masked_fill(padding, 0))
+    loss = -(1 - label_smoothing) * (probabilities * picked).masked_fill(padding, 0.0).sum(dim)
+    if label_smoothing > 0:
+        loss = loss - label_smoothing / classes * (log_prob.movedim(dim, -1) * weight).sum(-1)
+    loss = loss if reduction == "none" else loss.mean() if reduction == "mean" else loss.sum()
+    return loss.to(torch.float32 if half and autocast_is_active(input) else input.dtype)
+
+
+def token_statistics(
+    input: Tensor, target: Tensor | None, dim: int, ignore_index: int, logit_scale: float, wanted: str
+) -> tuple[Tensor, ...]:
+    """As the loss defines them, computed in float32 for half precision."""
+    loss = losses.token_statistics
+    # what the kernels raise, where a target can be looked at without waiting for a device
+    if target is not None and not torch.compiler.is_compiling() and target.device.type == "cpu" and plain(target):
+        bad = target[(target != ignore_index) & ((target < 0) | (target >= input.shape[dim]))]
+        if bad.numel():
+            raise IndexError(f"Target {int(bad[0])} is out of bounds.")
+    wide = input.to(COMPUTE.get(input.dtype, input.dtype))
+    return loss.definition(loss.tensors(wide, target), loss.options(dim, ignore_index, logit_scale, wanted))

@@ -12,11 +12,12 @@ from .loss import COMPUTE, fields
 class Facts:
     """What the first tensor of a launch says of the others."""
 
-    __slots__ = ("classes", "compute", "device", "dtype", "rows", "shape")
+    __slots__ = ("classes", "compute", "device", "dtype", "entries", "rows", "shape")
 
     def __init__(self, t: Tensor, rows: int, classes: int) -> None:
         self.shape, self.dtype, self.device, self.compute = t.shape, t.dtype, t.device, COMPUTE.get(t.dtype)
         self.rows, self.classes = rows, classes
+        self.entries = 0  # of a row: known once their classes have been looked at
 
 
 class Kind:
@@ -93,6 +94,29 @@ class _RowResults(_RowNumbers):
     written = ours = True
 
 
+class _EntryIndices(Kind):
+    rule = "[N, K] of int64, contiguous"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        f.entries = t.shape[-1] if t.dim() else 0
+        return t.dtype is torch.int64 and t.dim() == 2 and t.shape[0] == f.rows and t.is_contiguous() and is_in_its_storage(t)
+
+
+class _EntryNumbers(Kind):
+    rule = "[N, K] of the compute dtype, one number for each entry"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is f.compute and t.shape == (f.rows, f.entries) and is_in_its_storage(t)
+
+
+class _EntryResults(_EntryNumbers):
+    rule = "[N, K] of the compute dtype, contiguous"
+    written = ours = True
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return super().fits(t, f) and t.is_contiguous()
+
+
 class Group:
     """A rule for some fields of a group, all of one kind; the launcher does not look at the others."""
 
@@ -129,22 +153,14 @@ class _SomeRowClasses(Kind):
         return t.dtype is torch.int64 and shape_fits and is_in_its_storage(t)
 
 
-class _IndexTable(Kind):
-    rule = "[N, K] of int64, contiguous"
+class _SomeEntryNumbers(_EntryNumbers):
+    rule = "[N, K] of the compute dtype, one number for each entry, contiguous; or without elements"
 
     def fits(self, t: Tensor, f: Facts) -> bool:
-        return t.dtype is torch.int64 and t.dim() == 2 and t.shape[0] == f.rows and t.is_contiguous() and is_in_its_storage(t)
+        return (super().fits(t, f) and t.is_contiguous()) or (t.dtype is f.compute and t.numel() == 0)
 
 
-class _SomeNumberTable(Kind):
-    rule = "[N, K] of the compute dtype, contiguous, or without elements"
-
-    def fits(self, t: Tensor, f: Facts) -> bool:
-        shape_fits = t.numel() == 0 or (t.dim() == 2 and t.shape[0] == f.rows and t.is_contiguous())
-        return t.dtype is f.compute and shape_fits and is_in_its_storage(t)
-
-
-class _SomeResultTable(_SomeNumberTable):
+class _SomeEntryResults(_SomeEntryNumbers):
     written = ours = True
 
 
@@ -222,6 +238,9 @@ Indices = Annotated[Tensor, _Indices()]
 AnyIndices = Annotated[Tensor, _AnyIndices()]
 ClassWeight = Annotated[Tensor, _ClassWeight()]
 WeightAlone = Annotated[Tensor, _WeightAlone()]
+EntryIndices = Annotated[Tensor, _EntryIndices()]
+EntryNumbers = Annotated[Tensor, _EntryNumbers()]
+EntryResults = Annotated[Tensor, _EntryResults()]
 RowNumbers = Annotated[Tensor, _RowNumbers()]
 RowResults = Annotated[Tensor, _RowResults()]
 IndexRows = Annotated[Rows, Group(_RowNumbers(), Rows, "row_weight", "top", "total")]
@@ -232,11 +251,10 @@ SoftRows = Annotated[Rows, Group(_RowNumbers(), Rows, "mass", "top", "total")]
 SoftRowResults = Annotated[Rows, Group(_RowResults(), Rows, "mass", "top", "total")]
 TopRows = Annotated[Rows, Group(_RowNumbers(), Rows, "top", "total")]
 TopRowResults = Annotated[Rows, Group(_RowResults(), Rows, "top", "total")]
-IndexTable = Annotated[Tensor, _IndexTable()]
-SomeNumberTable = Annotated[Tensor, _SomeNumberTable()]
+SomeEntryNumbers = Annotated[Tensor, _SomeEntryNumbers()]
 AnswerResults = Annotated[
     Answers,
-    Group(_SomeResultTable(), Answers, "log_prob"),
+    Group(_SomeEntryResults(), Answers, "log_prob"),
     Group(_SomeRowResults(), Answers, "entropy", "lse", "sum_sq_prob"),
     Group(_SomeRowClasses(), Answers, "argmax"),
 ]

@@ -1,20 +1,25 @@
-"""Losses of a linear layer's logits, without the logits: the last layer of a classifier or a language model and its loss in one.
+"""Losses of a linear layer's logits, and what else is asked of them, without the logits: the last layer of a classifier or a language model
+and its loss in one.
 
 Calls that the kernels do not serve go to torch, which makes all logits (`fastloss.explain` tells which and why).
 """
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import composed, losses
+from . import composed, config, losses
 from .arguments import autocast_is_active, is_int64, reduction_misfit, tensors_misfit
 from .chunks import stand_in
 from .loss import COMPUTE
 from .routing import route, served_by_torch
 from .serving import by_kernels, result_dtype
+from .statistics import USUAL, TokenStatistics, checked_dim, checked_outputs, chosen
+
+_TIMES_MIN_NUMEL = 4  # beside the layer's products, what torch takes longer for fewer logits is not worth a call of ours
 
 
 def linear_cross_entropy(
@@ -63,8 +68,7 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(x, head, torch.tensor([2, 0]))
     tensor(0.5627)
     """
-    if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(f"logit_softcap must be positive or None, got {logit_softcap!r}")
+    _refuse_softcap(logit_softcap)
     loss: Any = losses.linear_cross_entropy
     t: Any = None
     o: Any = None
@@ -81,7 +85,8 @@ def linear_cross_entropy(
             o = loss.options(-100 if ignore_index is None else ignore_index, label_smoothing, *shared)
         t = loss.tensors(x, linear_weight, linear_bias, y, weight)
         misfit = misfit or loss.misfit(t, o)
-    way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), note=_meaningless(options))
+    logits = input if misfit is not None else stand_in(t, input.dtype)
+    way = route(misfit, logits, _TIMES_MIN_NUMEL * config.min_numel, _meaningless(options))
     if way.path == "torch":
         theirs = partial(
             composed.linear_cross_entropy,
@@ -100,6 +105,104 @@ def linear_cross_entropy(
         return served_by_torch(theirs, way, theirs())
     result: Tensor = by_kernels(way, loss, t, o)
     return result.reshape(input.shape[:-1]) if reduction == "none" and input.dim() > 2 else result
+
+
+def linear_token_statistics(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor | None = None,
+    *,
+    linear_bias: Tensor | None = None,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    outputs: Sequence[str] = USUAL,
+) -> TokenStatistics:
+    """`token_statistics` of the logits input W^T + b, of which only a chunk of rows is ever in memory, with the gradients of all three.
+
+    For reinforcement learning: log-probabilities of tokens, entropies and lse from a model's last hidden states. The backward makes
+    the logits again.
+
+    Args:
+        input: (..., D), float32, float64, bfloat16 or float16, any strides.
+        linear_weight: W, (C, D), dtype of `input` (under autocast any).
+        target: class indices: (...), or K of them for each row, (..., K). Without it there is no log_prob.
+        linear_bias: b, (C,).
+        ignore_index: a target with this number has log_prob 0. A row without any other target counts for nothing, and on CPU costs nothing:
+            all its results are 0, its input is not looked at and gets a zero gradient.
+        logit_scale: 1 / temperature.
+        logit_softcap: cap of the scaled logits: cap tanh(logits / cap).
+        outputs: which results are wanted, of 'log_prob', 'entropy', 'lse', 'sum_sq_prob', 'argmax'.
+
+    Returns:
+        A TokenStatistics. log_prob has the shape of `target`, the others that of `input` without D. float32, float64 for float64; argmax
+        int64.
+
+    Raises:
+        ValueError: an unknown output, 'log_prob' asked for without a target, a target whose shape does not fit, or a logit_softcap that is
+            not positive.
+        IndexError: on CPU, a target is no class. On CUDA log_prob and gradient of that row are NaN.
+        RuntimeError: a target that does not hold integers; shapes or dtypes that make no linear layer.
+
+    >>> x, head = torch.tensor([[1.0, 2.0], [3.0, 0.0]]), torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    >>> found = linear_token_statistics(x, head, torch.tensor([2, 0]), outputs=("log_prob", "argmax"))
+    >>> found.log_prob, found.argmax
+    (tensor([-0.4076, -0.7177]), tensor([2, 0]))
+    """
+    names = checked_outputs(outputs, target)
+    _refuse_misfits(input, linear_weight, target, linear_bias, logit_softcap)
+    loss: Any = losses.linear_token_statistics
+    t: Any = None
+    o: Any = None
+    misfit = tensors_misfit(input, linear_weight, optional=(linear_bias, target))
+    if misfit is None:
+        x, y, products = *_by_row(input, target), _products(input)
+        t = loss.tensors(x, linear_weight, linear_bias, y)
+        sums = COMPUTE.get(products, products)
+        o = loss.options(ignore_index, logit_scale, logit_softcap or 0.0, 0, products, sums, result_dtype(input), " ".join(names))
+        misfit = loss.misfit(t, o)
+    way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), _TIMES_MIN_NUMEL * config.min_numel)
+    if way.path == "torch":
+        theirs = partial(
+            composed.linear_token_statistics,
+            input,
+            linear_weight,
+            target,
+            linear_bias=linear_bias,
+            ignore_index=ignore_index,
+            logit_scale=logit_scale,
+            logit_softcap=logit_softcap,
+            wanted=" ".join(names),
+        )
+        return chosen(served_by_torch(theirs, way, theirs()), names, target)
+    log_prob, *others = chosen(by_kernels(way, loss, t, o), names, target)
+    if log_prob is not None and target is not None:
+        log_prob = log_prob.reshape(target.shape)
+    return TokenStatistics(log_prob, *(None if answer is None else answer.reshape(input.shape[:-1]) for answer in others))
+
+
+def _refuse_misfits(
+    input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, logit_softcap: float | None
+) -> None:
+    _refuse_softcap(logit_softcap)
+    for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
+        if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
+            raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
+    if linear_weight.dim() != 2:
+        raise RuntimeError(f"linear_weight must have shape (C, D), got {tuple(linear_weight.shape)}")
+    composed.refuse_shapes(input, linear_weight, linear_bias)
+    checked_dim(input, target, -1)  # the rows are those of the logits
+
+
+def _refuse_softcap(logit_softcap: float | None) -> None:
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(f"logit_softcap must be positive or None, got {logit_softcap!r}")
+
+
+def _by_row(input: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """(N, D), and (N,) or (N, K)."""
+    x = input.flatten(0, -2) if input.dim() > 1 else input.unsqueeze(0)
+    return x, None if target is None else target.reshape(len(x), *target.shape[input.dim() - 1 :])
 
 
 def _two_dimensional(input: Tensor, linear_weight: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

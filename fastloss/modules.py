@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional, linear
+from . import functional, linear, sparse_targets
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -25,6 +25,23 @@ class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
             ignore_index=self.ignore_index,
             reduction=self.reduction,
             label_smoothing=self.label_smoothing,
+        )
+
+
+class SparseSoftCrossEntropyLoss(torch.nn.CrossEntropyLoss):
+    """`fastloss.sparse_soft_cross_entropy` with the arguments of torch.nn.CrossEntropyLoss, of which `ignore_index` is always -100.
+
+    >>> loss = SparseSoftCrossEntropyLoss(label_smoothing=0.1)
+    >>> loss(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[2, 0]]), torch.tensor([0.7, 0.3]))
+    tensor(1.0476)
+    """
+
+    def __init__(self, weight: Tensor | None = None, *, reduction: str = "mean", label_smoothing: float = 0.0) -> None:
+        super().__init__(weight, reduction=reduction, label_smoothing=label_smoothing)
+
+    def forward(self, input: Tensor, indices: Tensor, probabilities: Tensor) -> Tensor:  # type: ignore[override]
+        return sparse_targets.sparse_soft_cross_entropy(
+            input, indices, probabilities, self.weight, reduction=self.reduction, label_smoothing=self.label_smoothing
         )
 
 

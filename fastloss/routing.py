@@ -96,7 +96,7 @@ def _eager(misfit: str | None, logits: Any, min_numel: int) -> Route:
     if problem is not None:
         return Route("torch", "torch", problem)
     if choice == "auto" and _few(logits, min_numel):
-        return Route("torch", "torch", f"{logits.numel()} logits are fewer than config.min_numel = {min_numel}")
+        return Route("torch", "torch", f"{logits.numel()} logits are fewer than {min_numel}: config.min_numel")
     return Route(name, "kernel", f"{logits.dtype} on {logits.device.type}")
 
 

@@ -25,7 +25,10 @@ def as_rows(logits: Tensor, dim: int = 1) -> Tensor:
         return logits if dim in (1, -1) else logits.unsqueeze(0)
     if dim in (-1, logits.dim() - 1):
         return logits.flatten(0, -2)
-    return logits.flatten(0, dim - 1).flatten(2) if dim > 0 else logits.flatten(1).unsqueeze(0)
+    rows = logits.flatten(0, dim - 1) if dim > 0 else logits.unsqueeze(0)
+    if rows.dim() > 3 and rows.stride(1) < rows.stride(-1):
+        return rows.movedim(1, -1).flatten(1, -2).movedim(-1, 1)  # classes side by side stay that, also in a copy
+    return rows.flatten(2)
 
 
 def positions(logits: Tensor) -> tuple[int, ...]:
@@ -63,6 +66,26 @@ def as_indices(target: Tensor) -> Tensor:
     if target.dim() == 1 and target.dtype == torch.int64 and target.is_contiguous():
         return target
     return present(target, "target").reshape(-1).long().contiguous()
+
+
+def by_row(entries: Tensor) -> Tensor:
+    """(K,), (N, K) or (N, K, d1, ...), some numbers for each row, as [rows, K]."""
+    if entries.dim() < 3:
+        return entries if entries.dim() == 2 else entries.unsqueeze(0)
+    return entries.movedim(1, -1).flatten(0, -2)
+
+
+def as_entries(indices: Tensor, prob: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Classes [N, K], int64, side by side in memory, and [N, K] of the compute dtype: no copy where one number is for many rows."""
+    prob = present(prob, "probabilities").detach().to(compute_dtype(logits)).expand(indices.shape)
+    return by_row(present(indices, "indices")).contiguous(), by_row(prob)
+
+
+def class_table(target: Tensor | None, count: int, device: torch.device) -> Tensor:
+    """Class indices, those of a row behind all else, as [rows, K], int64, side by side in memory; K is 0 without a target."""
+    if target is None:
+        return torch.empty(count, 0, dtype=torch.int64, device=device)
+    return present(target, "target").reshape(count, -1).long().contiguous()
 
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
@@ -111,6 +134,11 @@ def row_gradient_of(number: float, divisor: Tensor, logits: Tensor) -> Tensor:
     """The same from a number that the upstream gradient is expected to be."""
     dloss = torch.full((), number, dtype=compute_dtype(logits), device=logits.device)
     return (torch.div(dloss, divisor, out=dloss) if divisor.numel() else dloss).expand(rows_in(logits))
+
+
+def answer_gradient(d: Tensor | None, logits: Tensor) -> Tensor | None:
+    """The gradient of one of several answers in the compute dtype; None if there is none."""
+    return None if d is None or not d.numel() else present(d, "an upstream gradient").to(compute_dtype(logits))
 
 
 # ---------------------------------------------------------------- reductions

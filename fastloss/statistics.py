@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import losses
-from .arguments import is_int64, plain, tensors_misfit
-from .loss import COMPUTE
+from . import composed, losses
+from .arguments import is_int64, tensors_misfit
 from .losses.token_statistics import belongs, positions
 from .routing import route, served_by_torch, tiny
 from .serving import by_kernels
@@ -43,9 +42,9 @@ def token_statistics(
 ) -> TokenStatistics:
     """Log-probabilities, entropy and more of each row of logits, from one visit to them going forward and one coming back.
 
-    With z = logit_scale * input and p = softmax(z) along `dim`: log_prob = log p at the targets, entropy = -sum p log p, lse = log sum exp(z),
-    sum_sq_prob = sum p^2, argmax = the class of the largest logit. All but argmax can be differentiated; what is not asked for, or gets no
-    gradient, costs nothing.
+    With z = logit_scale * input and p = softmax(z) along `dim`: log_prob = log p at the targets, entropy = -sum p log p,
+    lse = log sum exp(z), sum_sq_prob = sum p^2, argmax = the class of the largest logit. All but argmax can be differentiated; what is not
+    asked for, or gets no gradient, costs nothing.
 
     Args:
         input: logits of any shape, float32, float64, bfloat16 or float16, any strides.
@@ -58,8 +57,8 @@ def token_statistics(
         outputs: which results are wanted, of 'log_prob', 'entropy', 'lse', 'sum_sq_prob', 'argmax'.
 
     Returns:
-        A TokenStatistics. log_prob has the shape of `target`, the others that of `input` without `dim`. float32, float64 for float64; argmax
-        int64.
+        A TokenStatistics. log_prob has the shape of `target`, the others that of `input` without `dim`. float32, float64 for float64;
+        argmax int64.
 
     Raises:
         ValueError: an unknown output, 'log_prob' asked for without a target, or a target whose shape does not fit.
@@ -72,15 +71,15 @@ def token_statistics(
     (tensor([-0.4076, -0.5514]), tensor([0.8324, 0.9753]), tensor([2, 0]))
     >>> (-found.log_prob.mean() - 0.01 * found.entropy.mean()).backward()  # cross-entropy with an entropy bonus
     >>> logits.grad
-    tensor([[ 0.0442,  0.1208, -0.1650],
-            [-0.2104,  0.1052,  0.1052]])
+    tensor([[ 0.0443,  0.1217, -0.1660],
+            [-0.2107,  0.1054,  0.1054]])
     """
     loss: Any = losses.token_statistics
-    names = _checked_outputs(outputs, target)
-    dim = _checked_dim(input, target, dim)
-    theirs = partial(_composed, input, target, dim, ignore_index, logit_scale, names)
+    names = checked_outputs(outputs, target)
+    dim = checked_dim(input, target, dim)
+    theirs = partial(composed.token_statistics, input, target, dim, ignore_index, logit_scale, " ".join(names))
     if tiny(input):
-        return theirs()
+        return chosen(theirs(), names, target)
     t: Any = None
     o: Any = None
     misfit = tensors_misfit(input, optional=(target,))
@@ -88,28 +87,16 @@ def token_statistics(
         t, o = loss.tensors(input, target), loss.options(dim, ignore_index, logit_scale, " ".join(names))
         misfit = loss.misfit(t, o)
     way = route(misfit, input)
-    if way.path == "torch":
-        return served_by_torch(theirs, way, theirs())
-    return _chosen(by_kernels(way, loss, t, o), names, target)
+    found = served_by_torch(theirs, way, theirs()) if way.path == "torch" else by_kernels(way, loss, t, o)
+    return chosen(found, names, target)
 
 
-def _composed(
-    input: Tensor, target: Tensor | None, dim: int, ignore_index: int, logit_scale: float, names: tuple[str, ...]
-) -> TokenStatistics:
-    """The same in torch operations."""
-    loss = losses.token_statistics
-    _refuse_out_of_bounds(input, target, dim, ignore_index)
-    wide = input.to(COMPUTE.get(input.dtype, input.dtype))
-    found = loss.definition(loss.tensors(wide, target), loss.options(dim, ignore_index, logit_scale, " ".join(names)))
-    return _chosen(found, names, target)
-
-
-def _chosen(found: Sequence[Tensor], names: tuple[str, ...], target: Tensor | None) -> TokenStatistics:
+def chosen(found: Sequence[Tensor], names: tuple[str, ...], target: Tensor | None) -> TokenStatistics:
     wanted = set(names) - ({"log_prob"} if target is None else set())
     return TokenStatistics(*(answer if name in wanted else None for name, answer in zip(TokenStatistics._fields, found, strict=False)))
 
 
-def _checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
+def checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str, ...]:
     names = (outputs,) if isinstance(outputs, str) else tuple(outputs)
     for name in names:
         if name not in TokenStatistics._fields:
@@ -119,7 +106,7 @@ def _checked_outputs(outputs: Sequence[str], target: Tensor | None) -> tuple[str
     return names
 
 
-def _checked_dim(input: Tensor, target: Tensor | None, dim: int) -> int:
+def checked_dim(input: Tensor, target: Tensor | None, dim: int) -> int:
     """`dim`, not negative. The target must fit."""
     for name, tensor in (("input", input), ("target", target)):
         if not isinstance(tensor, Tensor) and not (name == "target" and tensor is None):
@@ -136,12 +123,3 @@ def _checked_dim(input: Tensor, target: Tensor | None, dim: int) -> int:
     if target.is_floating_point() or target.is_complex() or target.dtype == torch.bool:
         raise RuntimeError(f"target must hold class indices, got {target.dtype}")
     return dim
-
-
-def _refuse_out_of_bounds(input: Tensor, target: Tensor | None, dim: int, ignore_index: int) -> None:
-    """What the kernels raise, where the values of a target can be looked at without waiting for a device."""
-    if target is None or torch.compiler.is_compiling() or target.device.type != "cpu" or not plain(target):
-        return
-    bad = target[(target != ignore_index) & ((target < 0) | (target >= input.shape[dim]))]
-    if bad.numel():
-        raise IndexError(f"Target {int(bad[0])} is out of bounds.")

@@ -56,3 +56,7 @@ class Slope(NamedTuple):
     alpha: Computed
     beta: Computed
     gamma: Computed
+
+
+PAD = -100
+"""The class of an entry that counts for nothing, where a row's target is a few classes."""

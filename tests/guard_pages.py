@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from entries import PAD, dense
 from guarded import WRITE, Layout, guarded_results, overlaps, read_only
 from helpers import DTYPES, REDUCTIONS, assert_no_worse
 from torch import Tensor
@@ -34,7 +35,8 @@ from fastloss.kernels.cpu import rows
 SIZES = [*range(1, 10), 15, 16, 17, *range(31, 50), 63, 64, 65, 127, 128, 129, 255, 256, 257]
 LONG = [1000, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4097, 8191, 8192, 8193, 20011]
 FUNCTIONS = ["cross_entropy", "cross_entropy", "cross_entropy of probabilities", "cross_entropy of probabilities", "nll_loss", "softmax",
-             "log_softmax", "binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits", "binary_cross_entropy"]  # fmt: skip
+             "log_softmax", "binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits", "binary_cross_entropy",
+             "sparse_soft_cross_entropy", "sparse_soft_cross_entropy"]  # fmt: skip
 
 
 @dataclass
@@ -84,6 +86,8 @@ def make(seed: int) -> tuple[Case, Layout]:
                 kept = shape[layout.random.randint(0, len(shape)) :]
                 tensors[name] = real(tuple(size if chance(0.6) else 1 for size in kept), lambda n: torch.rand(n) + 0.1)
         return Case(kind, tensors, reduction, settings=settings), layout
+    if kind == "sparse_soft_cross_entropy":
+        return _sparse(shape, layout, real, reduction | {"label_smoothing": choice([0.0, 0.0, 0.1, 1.0])}, settings), layout
     function, _, soft = kind.partition(" of ")
     classes, rows = shape[min(1, len(shape) - 1)], shape[:1] + shape[2:] if len(shape) > 1 else ()
 
@@ -118,6 +122,30 @@ def make(seed: int) -> tuple[Case, Layout]:
         a_view = logits.dim() < 4 or logits.flatten(2).data_ptr() == logits.data_ptr()  # else in place is refused
         case.inplace = not case.refused and chance(0.15) and not overlaps(logits) and a_view
     return case, layout
+
+
+def _sparse(shape: tuple[int, ...], layout: Layout, real: Any, options: dict[str, Any], settings: dict[str, Any]) -> Case:
+    """A few classes a row, padding among them."""
+    classes, per_row = shape[min(1, len(shape) - 1)], layout.random.choice([1, 2, 2, 3, 7, 64])
+    entries, refused = (*shape[:1], per_row, *shape[2:]) if len(shape) > 1 else (per_row,), layout.random.random() < 0.04
+    wrong = layout.random.choice([classes, -2, -(2**63), 2**31, 2**63 - 1])
+
+    def indices(count: int) -> Tensor:
+        found = torch.randint(classes, (count,))
+        found[torch.rand(count) < 0.3] = PAD
+        return torch.full((count,), wrong) if refused else found
+
+    missing = layout.random.choice([0, 0, 0, *range(len(entries))])
+    broadcast = tuple(n if layout.random.random() < 0.7 else 1 for n in entries[missing:]) if missing else entries
+    tensors = {
+        "input": real(shape, torch.randn),
+        "indices": layout.place(entries, torch.int64, indices),
+        "probabilities": real(broadcast, lambda n: torch.rand(n) / per_row),
+    }
+    if layout.random.random() < 0.5:
+        tensors["weight"] = real((classes,), lambda n: torch.rand(n) + 0.1)
+    wanted = layout.random.choice([("input",), ("input", "probabilities")])
+    return Case("sparse_soft_cross_entropy", tensors, options, wanted, refused=refused and math.prod(entries) > 0, settings=settings)
 
 
 def _shape(chosen: random.Random) -> tuple[int, ...]:
@@ -190,7 +218,7 @@ def run(case: Case, layout: Layout) -> bool:
     """Whether the kernels served it; AssertionError or any exception if it is wrong."""
     for tensor in case.tensors.values():
         read_only(tensor)
-    call, reference = getattr(fastloss, case.function), getattr(F, case.function)
+    call, reference = getattr(fastloss, case.function), getattr(F, case.function, dense)
     served = fastloss.explain(call, **case.tensors, **case.options).path == "kernel"
     # torch takes bytes in some of its branches only
     plain = {
@@ -203,7 +231,7 @@ def run(case: Case, layout: Layout) -> bool:
                 call(**case.tensors, **case.options)
             except IndexError:
                 return served
-        raise AssertionError(f"class {case.tensors['target'].flatten()[0]} was accepted")
+        raise AssertionError("what is no class was accepted")
     value = reference(**plain, **case.options)
     number = layout.random.choice([torch.ones, torch.randn]) if value.dim() == 0 else torch.randn
     dloss = read_only(layout.place(tuple(value.shape), value.dtype, lambda n: number(n) * (1 if number is torch.ones else 1.7)))

@@ -160,12 +160,14 @@ def check(
     layouts: dict[str, str] | None = None,
     ulps: float = 2,
     scale: float = 0,
+    value_scale: float = 0,
     seed: int = 0,
     **options: Any,
 ) -> None:
     """Compare value and gradients with torch's and with the truth, under a random upstream gradient; and the value without autograd.
 
-    `layouts` says how arguments lie in memory, and under "dloss" how the upstream gradient does.
+    `layouts` says how arguments lie in memory, and under "dloss" how the upstream gradient does. `scale` is for the gradients and
+    `value_scale` for the value: see `assert_no_worse`.
     """
     layouts = layouts or {}
     leaves, views = dict(tensors), {}
@@ -193,7 +195,7 @@ def check(
     wide_options = {"dtype": torch.float64} if options.get("dtype") else {}
     truth, true_gradients = value_and_gradients(partial(theirs, **wide_options), wide, views, wanted, dloss.double())
     result, gradients = value_and_gradients(mine, leaves, views, wanted, dloss)
-    assert_no_worse(result, expected, truth, f"{function} value", ulps)
+    assert_no_worse(result, expected, truth, f"{function} value", ulps, value_scale)
     for name, g, e, t in zip(wanted, gradients, expected_gradients, true_gradients, strict=True):
         assert_no_worse(g, e, t, f"{function} gradient of {name}", ulps, scale)
     without_graph, _ = value_and_gradients(mine, leaves, views, wanted, None)

@@ -190,3 +190,24 @@ def test_a_broadcast_weight_is_never_written_out(dtype: torch.dtype) -> None:
     assert (wide.shape, wide.dtype) == (logits.shape, torch.float32)
     assert wide.untyped_storage().nbytes() <= 7 * 4
     assert torch.equal(wide, weight.float().expand(300, 7, 40))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_second_derivatives_at_certain_probabilities(dtype: torch.dtype, reduction: str) -> None:
+    """0 and 1, which bfloat16 rounds other numbers to: those of the definition are NaN, torch's are not."""
+    p, y = torch.tensor([0.0, 1.0, 0.25, 1e-6], dtype=dtype), torch.tensor([0.0, 0.3, 0.75, 1.0], dtype=dtype)
+    p, y = (t.flatten() for t in torch.meshgrid(p, y, indexing="ij"))
+    weight, upstream = torch.rand(p.shape, dtype=dtype), torch.randn(p.shape, dtype=dtype)
+    found = []
+    for module in (fastloss, F):
+        leaf = p.clone().requires_grad_()
+        loss = module.binary_cross_entropy(leaf, y, weight, reduction=reduction)
+        (first,) = torch.autograd.grad((loss * upstream.sum()).sum(), leaf, create_graph=True)
+        found.append((first, *torch.autograd.grad((first * upstream).sum(), leaf)))
+    (first, second), (torch_first, torch_second) = found
+    torch.testing.assert_close(first, torch_first)
+    right = (p == y) & (p * (1 - p) == 0)  # 1, as nearby, where torch has 0
+    assert bool((second[right] != 0).all())
+    assert bool((torch_second[right] == 0).all())
+    torch.testing.assert_close(second[~right], torch_second[~right], rtol=1e-5, atol=1e-5)  # torch's is that far off near 0

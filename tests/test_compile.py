@@ -217,6 +217,9 @@ def op_samples() -> Iterator[Sample]:
             out = torch.float32 if dtype == torch.bfloat16 and reduction == "sum" else dtype
             yield f"indices {name}", losses.cross_entropy, (logits, apart, w, -100, smoothing, reduction, out)
             yield f"probabilities {name}", losses.soft_cross_entropy, (logits, soft, w, smoothing, reduction, out)
+            entries = torch.stack([target, target.flip(0)], 1)
+            for prob in (torch.rand(entries.shape).to(dtype), torch.rand(2, *(1,) * (target.dim() - 1))):
+                yield f"entries {name}", losses.sparse_soft_cross_entropy, (logits, prob, entries, w, smoothing, reduction, out)
         for reduction in REDUCTIONS:
             name = f"{dtype} {tuple(shape)} {reduction}"
             yield f"nll {name}", losses.nll_loss, (logits, apart, weight, -100, reduction, dtype)
@@ -225,6 +228,13 @@ def op_samples() -> Iterator[Sample]:
             yield f"bce {name}", losses.bce_with_logits, (a.transpose(0, 1), b.transpose(0, 1), None, row, reduction, dtype)
             yield f"prob {name}", losses.binary_cross_entropy, (a, b, row, reduction)
             yield f"focal {name}", losses.sigmoid_focal_loss, (a.transpose(0, 1), b.transpose(0, 1), 0.25, 2.0, reduction, dtype)
+        outputs = (
+            ("log_prob entropy lse sum_sq_prob argmax", target),
+            ("log_prob", torch.stack([target, target], -1)),
+            ("entropy lse", None),
+        )
+        for wanted, y in outputs:
+            yield f"{wanted} {dtype} {tuple(shape)}", losses.token_statistics, (logits, y, 1, -100, 0.7, wanted)
         for way in (losses.softmax, losses.log_softmax):
             yield f"{way.name} {dtype} {tuple(shape)}", way, (logits, 1)
             yield f"{way.name} strided {dtype} {tuple(shape)}", way, (logits.transpose(0, 1).contiguous().transpose(0, 1), 0)
@@ -247,11 +257,12 @@ def test_opcheck_of_the_backward_ops(sample: Sample) -> None:
     _, loss, args = sample
     t, o = loss.tensors(*args[: len(loss.tensors._fields)]), loss.options(*args[len(loss.tensors._fields) :])
     results = loss.forward(t, o)
-    saved, dloss = loss.to_save(t, results), torch.randn_like(results[0])
+    saved = loss.to_save(t, results)
+    upstream = [torch.randn_like(answer) if answer.is_floating_point() else None for answer in results[: loss.answers]]
     for needed in {(True,) * loss.differentiable, (True, False)[: loss.differentiable]}:
-        backward = (dloss, *saved, *o, list(needed))
+        backward = (*upstream, *saved, *o, list(needed))
         torch.library.opcheck(OPS[loss.name].backward, backward)
-        torch.library.opcheck(OPS[loss.name].backward, wanting_gradients(backward, 1 + loss.differentiable))
+        torch.library.opcheck(OPS[loss.name].backward, wanting_gradients(backward, len(upstream) + loss.differentiable))
 
 
 # the ops of linear losses: test_linear_autograd
@@ -260,7 +271,9 @@ def test_ops_differentiate_twice(loss: Any) -> None:
     """In float64, by finite differences: the gradients of the gradients of every op."""
     args = next(args for name, found, args in op_samples() if found is loss and "float64" in name)
     inputs = tuple((0.1 + 0.8 * torch.rand(2, 3, dtype=torch.float64)).requires_grad_() for _ in range(loss.differentiable))
-    others = tuple(torch.tensor([1, 2]) if a.dtype == torch.int64 else torch.rand(2, 3).double() if a.dim() > 1 else torch.rand(3).double()
+    entries = torch.tensor([[1, 2, -100], [0, 2, 2]])
+    others = tuple((torch.tensor([1, 2]) if a.dim() == 1 else entries) if a.dtype == torch.int64
+                   else torch.rand(2, 3).double() if a.dim() > 1 else torch.rand(3).double()
                    for a in args[loss.differentiable : len(loss.tensors._fields)] if a is not None)  # fmt: skip
     missing = len(loss.tensors._fields) - len(inputs) - len(others)
     options = args[len(loss.tensors._fields) :]
@@ -274,7 +287,8 @@ def test_ops_differentiate_twice(loss: Any) -> None:
 
 def wanting_gradients(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
     """The same arguments, the `first` of them as leaves that require a gradient."""
-    leaves = (a.detach().clone(memory_format=torch.preserve_format).requires_grad_() for a in args[:first])
+    clones = (None if a is None else a.detach().clone(memory_format=torch.preserve_format) for a in args[:first])
+    leaves = (None if a is None else a.requires_grad_() for a in clones)
     return *leaves, *args[first:]
 
 

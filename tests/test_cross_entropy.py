@@ -149,8 +149,11 @@ def test_every_number_of_rows_and_classes(dtype: str, kind: str) -> None:
     for rows, classes in itertools.product((*range(1, 35), 63, 64, 65), (*range(1, 52, 3), *range(61, 67), 127, 128, 129)):
         tensors = class_inputs((rows, classes), DTYPES[dtype], weighted=True, soft=soft)
         options = {"wanted": ("input", "target") if soft else ("input",), "label_smoothing": 0.1 if kind == "smoothed" else 0.0}
+        # in float64 torch is its own truth, with an error of 0. Ours is an ulp of 1 in one of the rows where p is about 1: it is what
+        # p - 1 and log total, about 0, are rounded from. So there only that number can be the scale
+        own_truth = 1.0 / rows if dtype == "float64" else 0.0
         # the gradient of the only class is 0, what is left when numbers about 1 cancel
-        check("cross_entropy", tensors, scale=1.0 if classes == 1 else 0.0, **options)
+        check("cross_entropy", tensors, scale=1.0 if classes == 1 else own_truth, value_scale=own_truth, **options)
 
 
 def test_the_result_is_the_mean_over_positions_of_an_image() -> None:

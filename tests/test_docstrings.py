@@ -2,21 +2,30 @@
 
 import doctest
 import inspect
+from pathlib import Path
 
 import pytest
 import torch
 
 import fastloss
-from fastloss import functional, linear, modules, routing, statistics
+from fastloss import functional, linear, modules, routing, sparse_targets, statistics
 
 NEEDS_NONE = {"BackendError", "Route", "get_backend", "set_backend", "use_backend"}
 
 
 @pytest.mark.parametrize("min_numel", [0, 1 << 18], ids=["kernels", "defaults"])
-@pytest.mark.parametrize("module", [functional, linear, modules, routing, statistics], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [functional, linear, modules, routing, sparse_targets, statistics], ids=lambda module: module.__name__)
 def test_examples(module: object, min_numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastloss.config, "min_numel", min_numel)
     result = doctest.testmod(module, extraglobs={"torch": torch})  # type: ignore[arg-type]
+    assert result.attempted
+    assert not result.failed
+
+
+@pytest.mark.parametrize("min_numel", [0, 1 << 18], ids=["kernels", "defaults"])
+def test_recipes(min_numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastloss.config, "min_numel", min_numel)
+    result = doctest.testfile(str(Path(__file__).parent.parent / "docs" / "recipes.md"), module_relative=False)
     assert result.attempted
     assert not result.failed
 

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torch.nn.functional as F
 
 import fastloss
 
@@ -49,6 +51,23 @@ def test_digits_curves_coincide(example, tmp_path, capsys):
     assert text.count("ms per step") == 2
 
 
+def test_cutmix_and_the_regulariser_beside_the_plain_run(example, tmp_path):
+    """S4e and S4f: the loss that is trained is the composition, and makes a network that knows the digits and is less sure of them."""
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    module, picture = example("cutmix_digits"), tmp_path / "curves.png"
+    logits, classes, shares = torch.randn(20, 10, requires_grad=True), torch.randint(10, (20, 2)), torch.tensor([0.3, 0.7])
+    ours = module.regularised_loss(logits, classes, shares, 0.1)
+    pair = sum(share * F.cross_entropy(logits, y) for share, y in zip(shares, classes.unbind(1), strict=True))
+    theirs = pair + 0.1 * logits.softmax(1).square().sum(1).mean()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, logits)[0] for loss in (ours, theirs)))
+    runs = module.main(["--epochs", "6", "--plot", str(picture)])
+    plain, mixed = runs["plain"], runs["CutMix, regularised"]
+    assert min(plain.accuracies[-1], mixed.accuracies[-1]) > 0.8
+    assert mixed.confidences[-1] < plain.confidences[-1]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_loop_learns_as_with_torch(example, dtype):
     found = example("training_loop").main(["--steps", "12", "--dtype", dtype])
@@ -56,3 +75,12 @@ def test_training_loop_learns_as_with_torch(example, dtype):
     assert found["fastloss without logits"] == pytest.approx(found["torch"], rel=0.02)
     assert all(math.isfinite(loss) for loss in found["fastloss"])
     assert found["fastloss"][-1] < found["fastloss"][0] - 1
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_lightning_language_model_learns(example, precision, monkeypatch, tmp_path):
+    pytest.importorskip("lightning", reason="lightning is not installed (pip install lightning)")
+    monkeypatch.chdir(tmp_path)
+    losses = example("lightning_language_model").main(["--epochs", "4", "--precision", precision])
+    assert losses[0] == pytest.approx(math.log(2000), rel=0.05)
+    assert losses[-1] < losses[0] - 1

@@ -188,8 +188,9 @@ LAYERS = {
     "memory": {"config"},
     "loss": {"memory"},
     "kinds": {"kernels.groups", "loss"},
-    "contract": {"kernels.groups", "kinds"},
-    "backends": {"contract"},
+    "launchers": {"kernels.groups", "kinds"},
+    "contract": {"kinds", "launchers"},
+    "backends": {"contract", "launchers"},
     "rows": {"backends", "kinds", "loss", "memory"},
     "elements": {"kinds", "loss", "rows"},
     "arguments": {"loss"},
@@ -200,10 +201,12 @@ LAYERS = {
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
     "serving": {"arguments", "loss", "operation", "ops", "routing"},
-    "composed": {"chunks"},
+    "composed": {"arguments", "chunks", "kernels.groups", "loss", "losses"},
     "functional": {"arguments", "composed", "loss", "losses", "routing", "serving"},
-    "linear": {"arguments", "chunks", "composed", "loss", "losses", "routing", "serving"},
-    "modules": {"functional", "linear"},
+    "linear": {"arguments", "chunks", "composed", "config", "loss", "losses", "routing", "serving"},
+    "sparse_targets": {"arguments", "composed", "losses", "rows", "serving"},
+    "statistics": {"arguments", "composed", "losses", "routing", "serving"},
+    "modules": {"functional", "linear", "sparse_targets"},
 }
 
 

@@ -205,6 +205,20 @@ def test_s4d_bce_of_probabilities(reduction: str) -> None:
         fastloss.binary_cross_entropy(prob, target[0], reduction=reduction)
 
 
+@pytest.mark.parametrize("shape", [(64, 10), (6, 1000), (2, 21, 8, 8)])
+def test_s4f_confidence_regularised_cross_entropy(shape: tuple[int, ...]) -> None:
+    """CE + 0.1 mean(sum p^2), from one call."""
+    y = torch.randint(shape[1], (shape[0], *shape[2:]))
+    ours, theirs = (torch.randn(shape, generator=torch.Generator().manual_seed(0)).requires_grad_() for _ in range(2))
+    found = kernel_call("token_statistics", ours, y, dim=1, outputs=("log_prob", "sum_sq_prob"))
+    value = -found.log_prob.mean() + 0.1 * found.sum_sq_prob.mean()
+    expected = F.cross_entropy(theirs, y) + 0.1 * F.softmax(theirs, 1).square().sum(1).mean()
+    value.backward()
+    expected.backward()
+    close(value, expected, 1e-6)
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-8)
+
+
 def test_s5a_softmax_of_123() -> None:
     prob = kernel_call("softmax", torch.tensor([1.0, 2, 3]), 0)
     close(prob, [0.0900, 0.2447, 0.6652])

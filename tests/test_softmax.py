@@ -44,7 +44,8 @@ def test_every_shape_and_dimension(dtype: str, shape: tuple[int, ...], function:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_layout(dtype: str, shape: tuple[int, ...], layout: str, function: str) -> None:
     for dim in range(len(shape)):
-        check(function, {"input": (torch.randn(shape) * 3).to(DTYPES[dtype])}, layouts={"input": layout}, dim=dim)
+        tensors = {"input": (torch.randn(shape) * 3).to(DTYPES[dtype])}
+        check(function, tensors, layouts={"input": layout}, dim=dim, **CANCELS if function == "softmax" else {})
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .losses import LOSSES, SHORT, Loss, Options, noise
+from .losses import LOSSES, SHORT, Entries, Loss, Options, Target, noise
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -70,7 +70,7 @@ class Inputs:
     logits."""
 
     input: Tensor
-    target: Tensor | None
+    target: Target
     options: Options
     upstream: Tensor | None
 
@@ -98,6 +98,6 @@ def inputs_to_miss(case: Case, cache_bytes: int, most: int = 256) -> int:
 
 def _moved(one: Inputs, device: str) -> Inputs:
     def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
+        return value.to(device) if isinstance(value, (Tensor, Entries)) else value
 
     return Inputs(move(one.input), move(one.target), {k: move(v) for k, v in one.options.items()}, move(one.upstream))

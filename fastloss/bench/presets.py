@@ -8,6 +8,7 @@ from .shapes import SHAPES
 
 _SEGMENTATION = (8, 21, 512, 512)
 _CE, _SOFT, _SMOOTHED = "cross_entropy", "cross_entropy, probabilities", "cross_entropy, smoothed and weighted"
+_PAIRS, _BEST_64 = "sparse_soft_cross_entropy, 2 classes a row", "sparse_soft_cross_entropy, 64 classes a row"
 _BCE, _BCE_POS = "binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits, pos_weight"
 
 
@@ -41,6 +42,10 @@ CPU_TARGETS = (
     Target(Case("softmax", (4096, 32000)), 3, 2),
     Target(Case("log_softmax", (4096, 32000)), 3, 2),
     Target(Case(_SMOOTHED, (4096, 32000)), 11, 3.5),
+    Target(Case(_PAIRS, (4096, 32000)), 12, 4),
+    Target(Case(_BEST_64, (4096, 32000)), 10, 3.5),
+    Target(Case("token_statistics", (4096, 32000)), 8, 3),
+    Target(Case("token_statistics, all five", (4096, 32000)), 10, 3.5),
 )
 
 USUAL = (FASTLOSS, INPLACE, EAGER, COMPILED, EAGER_HUGE)

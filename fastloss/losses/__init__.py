@@ -5,10 +5,12 @@ from .binary_cross_entropy import binary_cross_entropy
 from .cross_entropy import cross_entropy
 from .linear_cross_entropy import linear_cross_entropy
 from .linear_soft_cross_entropy import linear_soft_cross_entropy
+from .linear_token_statistics import linear_token_statistics
 from .nll_loss import nll_loss
 from .sigmoid_focal_loss import sigmoid_focal_loss
 from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
+from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
 from .token_statistics import token_statistics
 
 LOSSES = (
@@ -16,6 +18,7 @@ LOSSES = (
     soft_cross_entropy,
     linear_cross_entropy,
     linear_soft_cross_entropy,
+    sparse_soft_cross_entropy,
     softmax,
     log_softmax,
     nll_loss,
@@ -23,6 +26,7 @@ LOSSES = (
     binary_cross_entropy,
     sigmoid_focal_loss,
     token_statistics,
+    linear_token_statistics,
 )
 
 __all__ = [
@@ -32,10 +36,12 @@ __all__ = [
     "cross_entropy",
     "linear_cross_entropy",
     "linear_soft_cross_entropy",
+    "linear_token_statistics",
     "log_softmax",
     "nll_loss",
     "sigmoid_focal_loss",
     "soft_cross_entropy",
     "softmax",
+    "sparse_soft_cross_entropy",
     "token_statistics",
 ]

@@ -13,6 +13,8 @@ from ..loss import Loss, Spec, compute_dtype, reduced
 from ..memory import empty_like
 from ..rows import settle
 
+_EPSILON = 1e-12  # torch's: no denominator is smaller
+
 
 class Tensors(NamedTuple):
     input: Tensor  # probabilities p of any shape
@@ -64,6 +66,18 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
         p, y, w, g, written = as_elements(*s, element_gradient(dloss, o.reduction, s.input), dinput)
         kernels_for(p).binary_cross_entropy_backward(p, y, computed(w, p), g, written)
         return (settle(dinput, written),)
+
+    def gradient(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
+        """The kernel's number, and derivatives that stay finite, as torch's do: the definition has 0 times infinity where p is 0 or 1."""
+        with torch.enable_grad():
+            p, y, g = (t.to(compute_dtype(t)) for t in (s.input, s.target, dloss))
+            d = (1 - y) / (1 - p + _EPSILON) - y / (p + _EPSILON)
+            d = g * (d + ((p - y) / (p * (1 - p)).clamp(min=_EPSILON) - d).detach())
+            if s.weight is not None:
+                d = d * s.weight.to(compute_dtype(s.weight))
+            if o.reduction == "mean":
+                d = d / s.input.numel()
+        return (d.to(s.input.dtype),)
 
 
 binary_cross_entropy = BinaryCrossEntropy("binary_cross_entropy")

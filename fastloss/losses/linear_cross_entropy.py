@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import memory, rows
 from ..arguments import class_indices_misfit, linear_misfit, smoothing_misfit
 from ..backends import kernels_for
-from ..chunks import Chunks, layer_of, logits_of, some_rows, stand_in
+from ..chunks import Chunks, layer_of, logits_of, not_ignored, some_rows, stand_in
 from ..kernels.groups import Rows, Smoothing
 from ..loss import Loss, Spec
 
@@ -102,13 +102,14 @@ def _visit(t: Any, o: Options, dloss: Tensor | None, r: Results | None, needed: 
     classes, positions = rows.classes_of(logits), layer.columns // rows.classes_of(logits)
     weight = rows.dense_class_weight(t.weight, logits) if o.label_smoothing > 0 else rows.class_weight(t.weight, logits)
     smoothing = Smoothing(1 - o.label_smoothing, o.label_smoothing / classes)
-    chosen = _not_ignored(target, o.ignore_index, positions)
+    chosen = not_ignored(target, o.ignore_index, positions)
     target = some_rows(target, chosen, positions)
     loss = memory.empty(target.shape, weight.dtype, target.device)
     dloss = None if dloss is None else some_rows(dloss, chosen, positions)
     chunks = Chunks(layer, needed, chosen)
     for at, x in chunks:
-        y, written, numbers = target[at], loss[at], Rows(*(torch.empty_like(loss[at]) for _ in range(4)))
+        y, written = target[at], loss[at]
+        numbers = Rows(*written.new_empty(4, len(written)).unbind())
         if dloss is None and o.label_smoothing > 0:
             kernels.smoothed_cross_entropy_forward(x, y, weight, o.ignore_index, smoothing, written, numbers)
         elif dloss is None:
@@ -120,14 +121,6 @@ def _visit(t: Any, o: Options, dloss: Tensor | None, r: Results | None, needed: 
     if r is not None:
         _reduce(loss, chosen, positions, r, o, logits)
     return chunks.gradients()
-
-
-def _not_ignored(target: Tensor, ignore_index: int, positions: int) -> Tensor | None:
-    """The rows of the input that any target asks for; None for all, and where counting them would mean to wait for the device."""
-    if target.device.type != "cpu":
-        return None
-    found = (target != ignore_index).view(-1, positions).any(1).nonzero().view(-1)
-    return None if len(found) * positions == len(target) else found
 
 
 def _reduce(losses: Tensor, chosen: Tensor | None, positions: int, r: Results, o: Options, logits: Tensor) -> None:

@@ -102,7 +102,7 @@ def _visit(t: Any, o: Options, dloss: Tensor | None, r: Results | None, needed: 
     chunks = Chunks(layer, needed[:3])
     for at, x in chunks:
         here = slice(at.start // positions, at.stop // positions)
-        q, numbers = target[here].to(x.dtype), Rows(None, *(torch.empty_like(loss[at]) for _ in range(3)))
+        q, numbers = target[here].to(x.dtype), Rows(None, *loss.new_empty(3, at.stop - at.start).unbind())
         if written is not None and dloss is not None:  # before the logits are overwritten
             kernels.soft_cross_entropy_forward(x, q, weight, smoothing, loss[at], numbers)
             found = torch.empty_like(x)

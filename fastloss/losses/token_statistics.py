@@ -6,6 +6,7 @@ A target that is `ignore_index` has log_prob 0; a row all of whose targets are h
 """
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,6 @@ from .. import rows
 from ..arguments import is_int64
 from ..backends import kernels_for
 from ..kernels.groups import Answers, Rows, Slope
-from ..kinds import present
 from ..loss import Loss, Spec, compute_dtype
 from ..memory import empty_like
 
@@ -116,28 +116,34 @@ class TokenStatistics(Loss[Tensors, Options, Saved]):
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
         r, logits = self.allocate(t, o), rows.as_rows(t.input, o.dim)
         answers = Answers(r.log_prob.view(r.top.numel(), -1) if r.log_prob.numel() else r.log_prob, *(a.view(-1) for a in r[1:5]))
-        target, kernels = _table(t.target, r.top.numel(), t.input.device), kernels_for(t.input)
+        target, kernels = rows.class_table(t.target, r.top.numel(), t.input.device), kernels_for(t.input)
         kernels.token_statistics_forward(logits, target, o.ignore_index, o.logit_scale, answers, Rows(None, None, r.top, r.total))
         return tuple(r)
 
     def backward(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
-        count, compute = s.top.numel(), compute_dtype(s.input)
-        da, dh, dlse, ds, _ = (None if d is None or not d.numel() else present(d, "an upstream gradient").to(compute) for d in dloss)
-        nothing, target, dinput = s.top.new_empty(0), _table(s.target, count, s.input.device), empty_like(s.input)
-        alpha, beta, gamma = s.top.new_zeros(count) if dlse is None else dlse.reshape(-1).contiguous(), nothing, nothing
-        if dh is not None:
-            beta = dh.reshape(-1).neg()
-            alpha = torch.addcmul(alpha, beta, s.entropy.view(-1))
-        if ds is not None:
-            gamma = ds.reshape(-1) * 2
-            alpha = torch.addcmul(alpha, gamma, s.sum_sq_prob.view(-1), value=-1)
-        taken = nothing if da is None else da.reshape(count, -1).contiguous()
-        logits, written, slope = rows.as_rows(s.input, o.dim), rows.as_rows(dinput, o.dim), Slope(alpha, beta, gamma)
-        numbers = Rows(None, None, s.top, s.total)
+        count, dinput = s.top.numel(), empty_like(s.input)
+        target = rows.class_table(s.target, count, s.input.device)
+        slope, taken = slope_of([rows.answer_gradient(d, s.input) for d in dloss], s.entropy, s.sum_sq_prob, count)
+        logits, written, numbers = rows.as_rows(s.input, o.dim), rows.as_rows(dinput, o.dim), Rows(None, None, s.top, s.total)
         kernels_for(s.input).token_statistics_backward(
             logits, target, o.ignore_index, o.logit_scale, numbers, slope, taken, written
         )  # fmt: skip
         return (rows.settle(dinput, written),)
+
+
+def slope_of(upstream: Sequence[Tensor | None], entropy: Tensor, sum_sq_prob: Tensor, count: int) -> tuple[Slope, Tensor]:
+    """What the backward of so many rows wants, from the gradients of their answers and the two answers that it needs; and that of
+    log_prob as a table."""
+    da, dh, dlse, ds = upstream[:4]
+    nothing = entropy.new_empty(0)
+    alpha, beta, gamma = entropy.new_zeros(count) if dlse is None else dlse.reshape(-1).contiguous(), nothing, nothing
+    if dh is not None:
+        beta = dh.reshape(-1).neg()
+        alpha = torch.addcmul(alpha, beta, entropy.view(-1))
+    if ds is not None:
+        gamma = ds.reshape(-1) * 2
+        alpha = torch.addcmul(alpha, gamma, sum_sq_prob.view(-1), value=-1)
+    return Slope(alpha, beta, gamma), nothing if da is None else da.reshape(count, -1).contiguous()
 
 
 def positions(logits: Tensor, dim: int) -> tuple[int, ...]:
@@ -154,13 +160,6 @@ def belongs(target: Tensor, logits: Tensor, dim: int) -> bool:
     """Whether there is a target, or K of them, for each row."""
     shape, rows = tuple(target.shape), positions(logits, dim)
     return shape == rows or (len(shape) > len(rows) and shape[:-1] == rows)
-
-
-def _table(target: Tensor | None, count: int, device: torch.device) -> Tensor:
-    """Class indices [N, K], int64, side by side in memory; K is 0 without a target."""
-    if target is None:
-        return torch.empty(count, 0, dtype=torch.int64, device=device)
-    return present(target, "target").reshape(count, -1).long().contiguous()
 
 
 token_statistics = TokenStatistics("token_statistics")

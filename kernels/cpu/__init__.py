@@ -1,4 +1,4 @@
-"""The launchers of the Numba kernels; `fastloss.contract.Kernels` says what each does."""
+"""The launchers of the Numba kernels; `fastloss.launchers.Kernels` says what each does."""
 
 from .bce_with_logits import (
     bce_with_logits_backward,
@@ -24,6 +24,12 @@ from .soft_cross_entropy import (
     soft_cross_entropy_target_backward,
 )
 from .softmax import log_softmax_backward, log_softmax_forward, softmax_backward, softmax_forward
+from .sparse_soft_cross_entropy import (
+    sparse_soft_cross_entropy_backward,
+    sparse_soft_cross_entropy_forward,
+    sparse_soft_cross_entropy_forward_backward,
+    sparse_soft_cross_entropy_prob_backward,
+)
 from .token_statistics import token_statistics_backward, token_statistics_forward
 
 __all__ = [
@@ -54,6 +60,10 @@ __all__ = [
     "soft_cross_entropy_target_backward",
     "softmax_backward",
     "softmax_forward",
+    "sparse_soft_cross_entropy_backward",
+    "sparse_soft_cross_entropy_forward",
+    "sparse_soft_cross_entropy_forward_backward",
+    "sparse_soft_cross_entropy_prob_backward",
     "sum_rows",
     "sum_weights",
     "token_statistics_backward",

@@ -32,7 +32,18 @@ from .blocks import (
     term,
 )
 from .cross_entropy import FEW_TO_GATHER, cross_entropy_backward, cross_entropy_forward, no_statistics, see_targets, write_losses
-from .gradient import ABREAST, GAPLESS, abreast, gradient_of_row, gradient_of_short_rows, layout_of, near_target, row_numbers, write_zeros
+from .gradient import (
+    ABREAST,
+    GAPLESS,
+    abreast,
+    any_near,
+    gradient_of_row,
+    gradient_of_short_rows,
+    layout_of,
+    near,
+    row_numbers,
+    write_zeros,
+)
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, exp
 from .memory import offset, stream, to_alignment
@@ -158,7 +169,7 @@ def _rows_in_turn(block: Any) -> None:
                 tops, totals = row_statistics(x, classes, mine, 1)
             else:
                 r = row_numbers(a, a.rows.row_weight, x, before)
-                tops, totals = _statistics_and_gradient(x, classes, mine, one_row(before_dx), theirs, r, a.past_caches)
+                tops, totals = statistics_and_gradient(x, classes, mine, one_row(before_dx), theirs, r, a.past_caches)
             if see_targets(a, x, row, tops, totals):
                 raise_flag(block)
             if a.target[row] != a.ignore_index:
@@ -175,8 +186,8 @@ def _rows_in_turn(block: Any) -> None:
 
 
 @njit(**INLINE)
-def _statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_terms: Any, r: Any, past_caches: Any) -> Any:
-    """`row_statistics` of the row at x, and meanwhile `gradient_of_row` of the other one at dx, whose terms are in `other_terms`."""
+def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_terms: Any, r: Any, past_caches: Any) -> Any:
+    """`row_statistics` of the row at x, and meanwhile the gradient of the other one at dx, whose terms are in `other_terms`."""
     lanes, size = lanes_of(x.at), block_size(terms, 1)
     top, total = no_statistics(x)
     for first in range(0, classes, size):
@@ -189,12 +200,12 @@ def _statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_te
         # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
         c, k = first, min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
         if k > first:
-            store_at(dx, first, k - first, near_target(x, other, first, k - first, factor, r))
+            store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
         while c + 4 * lanes <= last and k + 4 * lanes <= last:
             here_total = here_total + four_terms(x, here_top, c, lanes, mine, c - first)
-            if k <= r.y_row < k + 4 * lanes:
+            if any_near(r, dx, k):
                 for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx.at, i, near_target(x, other, i, lanes, factor, r), past_caches)
+                    stream(dx.at, i, near(x, other, i, lanes, factor, r), past_caches)
             else:
                 for i in range(k, k + 4 * lanes, lanes):
                     stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
@@ -204,7 +215,7 @@ def _statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_te
         here_total = sum_with_rest(x, here_top, here_total, first, c, last, mine)
         while k < last:
             n = min(lanes, last - k)
-            store_at(dx, k, n, near_target(x, other, k, n, factor, r))
+            store_at(dx, k, n, near(x, other, k, n, factor, r))
             k += n
         if first == 0:
             top, total = here_top, here_total

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from numba import njit
+from numba.extending import overload
 
 from .blocks import Block, block_of, block_size, block_top, kept_top, term
 from .math import INLINE, exp, exp_for
@@ -22,6 +23,30 @@ class RowNumbers(NamedTuple):
     y_row: int  # the target where the lanes are one row
     g: Any  # dloss w_y
     scale: Any  # g / total
+
+
+def near(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
+    """The gradient of n classes of one row from c on, some of which may be targets: whatever kind of numbers a row has (`targets_of`)."""
+    raise NotImplementedError("compiled code only")
+
+
+def any_near(r: Any, dx: Any, c: Any) -> Any:
+    """Whether there may be a target in the four vectors of one row from class c on."""
+    raise NotImplementedError("compiled code only")
+
+
+def targets_of(kind: type, near_them: Any, any_near_them: Any) -> None:
+    """What `near` and `any_near` are where a row's numbers are of this kind."""
+
+    @overload(near, jit_options=INLINE)
+    def typed_near(x, block, c, n, factor, r):  # type: ignore[no-untyped-def]  # Numba compares this signature with the lambda's
+        if getattr(r, "instance_class", None) is not kind:
+            return None
+        return lambda x, block, c, n, factor, r: near_them(x, block, c, n, factor, r)
+
+    @overload(any_near, jit_options=INLINE)
+    def typed_any_near(r, dx, c):  # type: ignore[no-untyped-def]
+        return (lambda r, dx, c: any_near_them(r, dx, c)) if getattr(r, "instance_class", None) is kind else None
 
 
 def layout_of(way: Walk, dstrides: Strides) -> int:
@@ -121,6 +146,14 @@ def _stream_classes(x: Any, dx: Any, block: Any, begin: Any, end: Any, factor: A
 def near_target(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
     """The gradient of n classes of one row from c on, one of which may be the target."""
     return less_at(term(x, block, c, n) * factor, r.y_row - c, r.g)
+
+
+@njit(**INLINE)
+def _is_target_near(r: Any, dx: Any, c: Any) -> Any:
+    return c <= r.y_row < c + 4 * lanes_of(dx.at)
+
+
+targets_of(RowNumbers, near_target, _is_target_near)
 
 
 @njit(**INLINE)

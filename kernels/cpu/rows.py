@@ -1,6 +1,6 @@
 """How the kernels go over logits [N, C] or [B, C, P].
 
-The lanes of a vector are either rows (*rows in lanes*: few classes, or classes that do not lie side by side) or classes of one row
+The lanes of a vector are either rows (*rows in lanes*: few classes, or rows that lie closer together than classes) or classes of one row
 (*row by row*). Every kernel is written once for both, over `Lanes`; `load_numbers` reads [N] vectors for either, and `advance` goes on to
 the next vector.
 """
@@ -34,9 +34,10 @@ class Strides(NamedTuple):
 
 
 def strides_of(tensor: Tensor, tile: int) -> Strides:
-    """[B, C, P] as it is; the N rows of [N, C] are the positions of one batch entry."""
+    """[B, C, P] as it is; the N rows of [N, C], and of [N, C, 1], are the positions of one batch entry."""
     strides = tensor.stride()
-    batch, class_, position = (0, strides[1], strides[0]) if len(strides) == 2 else strides
+    one_entry = len(strides) == 2 or tensor.shape[2] == 1
+    batch, class_, position = (0, strides[1], strides[0]) if one_entry else strides
     return Strides(batch, class_, position, position if tile > 1 else class_)
 
 
@@ -56,16 +57,23 @@ class Walk(NamedTuple):
 
 
 def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
-    """With at most `few` classes, lanes are rows."""
+    """With at most `few` classes, or if rows lie closer together than classes, lanes are rows.
+
+    The number of rows must not be asked here, and of strides only those that a slice keeps: row by row a sum has another order, and so
+    perhaps other bits, and the numbers of a row are not to depend on how many there are beside it. Few rows leave lanes empty.
+    """
+    strides = logits.stride()
     if logits.dim() == 2:
         batch, (positions, classes) = 1, logits.shape
+        lane = strides[0]
     else:
         batch, classes, positions = logits.shape
-    rows, lanes = batch * positions, lanes_for(logits)
-    in_lanes = classes <= few or (logits.stride(1) != 1 and classes <= MOST_IN_LANES)
-    tile = lanes if in_lanes and rows >= lanes else 1
+        lane = strides[2]
+        if positions == 1:
+            batch, positions = 1, batch
+    tile = lanes_for(logits) if classes <= few or (lane <= strides[1] != 1 and classes <= MOST_IN_LANES) else 1
     numel = max(1, tile * classes)
-    share = rows // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
+    share = batch * positions // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
     grain = max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))
     return Walk(batch, classes, positions, strides_of(logits, tile), tile, grain)
 

@@ -81,7 +81,7 @@ def smoothed_cross_entropy_forward(
 ) -> None:
     way = walk(logits)
     out_of_bounds = _forward(way.tasks, Forward(
-        logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
+        logits=logits, target=target, zero=zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
         ignore_index=ignore_index, smoothing=smoothing, loss=loss, rows=rows, terms=scratch(1, logits), way=way,
     ))  # fmt: skip
     if out_of_bounds:
@@ -93,7 +93,7 @@ def smoothed_cross_entropy_backward(
 ) -> None:
     way = walk(logits)
     _backward(way.tasks, Backward(
-        logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
+        logits=logits, target=target, zero=zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
         ignore_index=ignore_index, smoothing=smoothing, rows=rows, dloss=dloss, dloss_stride=dloss.stride(0),
         dlogits=dlogits, dstrides=strides_of(dlogits, way.tile), past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
@@ -106,7 +106,7 @@ def smoothed_cross_entropy_forward_backward(
     way = walk(logits)
     kept = blocks_kept(way, logits)
     out_of_bounds = _forward_backward(way.tasks, ForwardBackward(
-        logits=logits, target=target, zero=_zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
+        logits=logits, target=target, zero=zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
         ignore_index=ignore_index, smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
         dlogits=dlogits, dstrides=strides_of(dlogits, way.tile), terms=scratch(kept, logits), kept=kept,
         past_caches=bypass_caches(logits, dlogits), way=way,
@@ -116,7 +116,7 @@ def smoothed_cross_entropy_forward_backward(
 
 
 @cache
-def _zero(dtype: torch.dtype) -> Tensor:
+def zero(dtype: torch.dtype) -> Tensor:
     return torch.zeros(1, dtype=dtype, device="cpu")
 
 

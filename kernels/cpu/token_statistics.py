@@ -17,12 +17,13 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Answers, Rows, Slope
-from .arguments import Computed, Int64, Known, Stored, arguments
+from .arguments import Computed, Known, Stored, arguments
 from .blocks import block_of, block_size, blocks_apart, real_total, scratch
+from .class_table import Targets, classes_at, counting, is_ignored
 from .gradient import write_zeros
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, log
-from .memory import load, load_classes, load_each, store, store_classes
+from .memory import load, load_each, store, store_classes
 from .moments import GAP, SQUARES, Moments, block_moments, first_at, first_nan, merge_moments, no_moments
 from .rows import Strides, Walk, bypass_caches, lanes_at, last_tile, load_numbers, strides_of, tile_of, tiles_of, walk
 from .simd import any_lane, first_lane, lane_numbers, lane_sum, lanes_of, select, splat
@@ -30,12 +31,6 @@ from .slope import LOG, SQUARE, Piece, SlopeNumbers, keep_slope, write_slope
 from .targets import refuse_out_of_bounds
 
 LOG_PROB, ENTROPY, LSE, SUM_SQ_PROB, ARGMAX = 1, 2, 4, 8, 16  # what is wanted, as the bits of a number
-
-
-class Targets(NamedTuple):
-    classes: Int64  # [N, count]
-    count: int
-    ignore_index: int
 
 
 class Blocks(NamedTuple):
@@ -108,38 +103,6 @@ def token_statistics_backward(
     ))  # fmt: skip
 
 
-# ---------------------------------------------------------------- which rows count
-
-
-@njit(**INLINE)
-def _is_ignored(targets: Any, row: Any) -> Any:
-    """Whether all targets of a row are `ignore_index`."""
-    first, last = row * targets.count, (row + 1) * targets.count
-    k = first
-    while k < last and targets.classes[k] == targets.ignore_index:
-        k += 1
-    return k == last > first
-
-
-@njit(**INLINE)
-def _classes(targets: Any, x: Any, row: Any, k: Any, like: Any) -> Any:
-    """Target k of the rows in the lanes, or targets k and those after it of the one row; -1 for `ignore_index`."""
-    first = row * targets.count + k
-    if x.tile > 1:
-        return load_classes(targets.classes, first, targets.count, x.rows, targets.ignore_index, like)
-    return load_classes(targets.classes, first, 1, targets.count - k, targets.ignore_index, like)
-
-
-@njit(**INLINE)
-def _counting(targets: Any, x: Any, row: Any, like: Any) -> Any:
-    """Which rows in the lanes have a target, or need none."""
-    counts = lane_numbers(like) < (0 if targets.count > 0 else lanes_of(like))
-    for k in range(targets.count):
-        y = _classes(targets, x, row, k, like)
-        counts = counts | (y > -1) | (y < -1)
-    return counts
-
-
 # ---------------------------------------------------------------- forward
 
 
@@ -150,7 +113,7 @@ def _moments_of_blocks(block: Any) -> None:
     task = next_task(block)
     while task >= 0:
         row = task // a.blocks
-        if not _is_ignored(a.targets, row):
+        if not is_ignored(a.targets, row):
             x = lanes_at(a.logits, a.way.strides, tile_of(row, a.way), a.way)
             first = task % a.blocks * size
             m = block_moments(x, a.scale, first, min(a.way.classes, first + size), a.moments)
@@ -197,7 +160,7 @@ def _see_row(a: Any, x: Any, row: Any) -> Any:
         odd = first_nan(x, a.way.classes)
         largest = select(odd > -1, odd, largest)
         lse = select((odd < 0) & (m.top == np.inf), np.inf, lse)
-    counts = _counting(a.targets, x, row, total) if x.tile > 1 else lane_numbers(total) > -1
+    counts = counting(a.targets, x, row, total) if x.tile > 1 else lane_numbers(total) > -1
     # answers
     store(a.rows.top, row, 1, x.rows, select(counts, m.top, 0.0))
     store(a.rows.total, row, 1, x.rows, select(counts, total, 0.0))
@@ -215,9 +178,9 @@ def _see_row(a: Any, x: Any, row: Any) -> Any:
 @njit(**INLINE)
 def _write_log_probs(a: Any, x: Any, row: Any, top: Any, log_total: Any) -> Any:
     """log_prob of all targets of the rows at x; 0 for `ignore_index`. True if a target is no class."""
-    lanes, count, classes, bad = lanes_of(top), a.targets.count, a.way.classes, False
+    lanes, count, classes, bad = lanes_of(top), a.targets.per_row, a.way.classes, False
     for k in range(0, count, 1 if x.tile > 1 else lanes):
-        y = _classes(a.targets, x, row, k, top)
+        y = classes_at(a.targets, x, row, k, top)
         is_class = (y > -1) & (y < classes)
         x_y = load_each(x.at, x.lane if x.tile > 1 else 0, y, x.class_, is_class)
         log_prob = select(is_class, (x_y - top) * a.scale - log_total, 0.0)
@@ -234,7 +197,7 @@ def _write_nothing(a: Any, row: Any) -> None:
     """The answers of one row that does not count."""
     a.rows.top[row], a.rows.total[row] = 0, 0
     if a.wanted & LOG_PROB:
-        for k in range(row * a.targets.count, (row + 1) * a.targets.count):
+        for k in range(row * a.targets.per_row, (row + 1) * a.targets.per_row):
             a.answers.log_prob[k] = 0
     if a.wanted & ENTROPY:
         a.answers.entropy[row] = 0
@@ -254,7 +217,7 @@ def _forward(block: Any) -> None:
         for number in range(task * a.way.grain, last_tile(task, a.way)):
             t = tile_of(number, a.way)
             x = lanes_at(a.logits, a.way.strides, t, a.way)
-            if x.tile == 1 and _is_ignored(a.targets, t.row):
+            if x.tile == 1 and is_ignored(a.targets, t.row):
                 _write_nothing(a, t.row)
             elif _see_row(a, x, t.row):
                 raise_flag(block)
@@ -267,9 +230,9 @@ def _forward(block: Any) -> None:
 @njit(**INLINE)
 def _taken(a: Any, x: Any, row: Any, like: Any) -> Any:
     """sum_k a_k of the rows at x."""
-    count, taken = a.targets.count, splat(0.0, like)
+    count, taken = a.targets.per_row, splat(0.0, like)
     for k in range(0, a.taken, 1 if x.tile > 1 else lanes_of(like)):
-        y = _classes(a.targets, x, row, k, like)
+        y = classes_at(a.targets, x, row, k, like)
         step, n = (count, x.rows) if x.tile > 1 else (1, count - k)
         taken = taken + select(y > -1, load(a.dlog_prob, row * count + k, step, n, 0.0), 0.0)
     return taken if x.tile > 1 else splat(lane_sum(taken), like)
@@ -287,7 +250,7 @@ def _slope_numbers(a: Any, x: Any, row: Any) -> Any:
         c = load_numbers(a.slope.gamma, 1, row, x, 0.0) * inverse / total
     y, g = splat(-1, lane_numbers(top)), nothing
     if x.tile > 1 and a.taken == 1:
-        y, g = _classes(a.targets, x, row, 0, top), load(a.dlog_prob, row, 1, x.rows, 0.0) * a.scale
+        y, g = classes_at(a.targets, x, row, 0, top), load(a.dlog_prob, row, 1, x.rows, 0.0) * a.scale
     return SlopeNumbers(top, a.scale, alpha * inverse, b, c, total != 0.0, y, g)
 
 
@@ -295,7 +258,7 @@ def _slope_numbers(a: Any, x: Any, row: Any) -> Any:
 def _give_targets(a: Any, x: Any, row: Any, piece: Any) -> Any:
     """Add what the targets take to the gradient of a piece in scratch memory."""
     for i in range(x.rows):
-        for k in range((row + i) * a.targets.count, (row + i + 1) * a.targets.count):
+        for k in range((row + i) * a.targets.per_row, (row + i + 1) * a.targets.per_row):
             y = a.targets.classes[k]
             if piece.first <= y < piece.last and y != a.targets.ignore_index:
                 at = (y - piece.first) * lanes_of(x.at) + i if x.tile > 1 else y - piece.first
@@ -307,7 +270,7 @@ def _has_target(a: Any, x: Any, row: Any, first: Any, last: Any) -> Any:
     """Whether targets take something here that the row's numbers do not know."""
     if x.tile > 1:
         return a.taken > 1
-    k, end = row * a.targets.count, row * a.targets.count + a.taken
+    k, end = row * a.targets.per_row, row * a.targets.per_row + a.taken
     while k < end and not first <= a.targets.classes[k] < last:
         k += 1
     return k < end

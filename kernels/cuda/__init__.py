@@ -1,5 +1,5 @@
 """The kernels in Triton, twins of those in `fastloss.kernels.cpu`. Each launcher fills the buffers it is given and returns None;
-what they compute and what their arguments mean is written once, in `fastloss.contract.Kernels`."""
+what they compute and what their arguments mean is written once, in `fastloss.launchers.Kernels`."""
 
 from .bce_with_logits import (
     bce_with_logits_backward,
@@ -25,6 +25,12 @@ from .soft_cross_entropy import (
     soft_cross_entropy_target_backward,
 )
 from .softmax import log_softmax_backward, log_softmax_forward, softmax_backward, softmax_forward
+from .sparse_soft_cross_entropy import (
+    sparse_soft_cross_entropy_backward,
+    sparse_soft_cross_entropy_forward,
+    sparse_soft_cross_entropy_forward_backward,
+    sparse_soft_cross_entropy_prob_backward,
+)
 from .token_statistics import token_statistics_backward, token_statistics_forward
 
 __all__ = [
@@ -55,6 +61,10 @@ __all__ = [
     "soft_cross_entropy_target_backward",
     "softmax_backward",
     "softmax_forward",
+    "sparse_soft_cross_entropy_backward",
+    "sparse_soft_cross_entropy_forward",
+    "sparse_soft_cross_entropy_forward_backward",
+    "sparse_soft_cross_entropy_prob_backward",
     "sum_rows",
     "sum_weights",
     "token_statistics_backward",

@@ -189,6 +189,48 @@ def soft_cross_entropy(
     assert_inside(dlogits, dtarget)
 
 
+def sparse_soft_cross_entropy(
+    k: Any, logits: Tensor, indices: Tensor, prob: Tensor, weight: Tensor | None = None, smoothing: float = 0.0
+) -> None:
+    """Both directions, and the gradient of the probabilities. An index outside [0, C) must make a NaN row; a row of nothing but padding
+    counts only if something is smoothed."""
+    classes, compute = logits.shape[1], real(logits.dtype)
+    w = torch.ones((), dtype=compute, device=logits.device).expand(classes) if weight is None else weight
+    keep, spread = eps = Smoothing(1.0 - smoothing, smoothing / classes)
+    padding = indices == NOT_A_ROW
+    out_of_range = ~padding & ((indices < 0) | (indices >= classes))
+    y = torch.where(padding | out_of_range, 0, indices)
+    of_entries = torch.where(padding, 0.0, torch.where(out_of_range, float("nan"), keep * w.double()[y] * prob.double()))
+    zeros = torch.zeros(indices.shape[0], classes, dtype=torch.float64, device=logits.device)
+    truth = Truth(logits, zeros.scatter_add(1, y, of_entries) + spread * w.double())
+    is_row = ~padding.all(1) if smoothing == 0 else padding.new_ones(indices.shape[0])
+    bad = out_of_range.any(1)
+    dloss = random_rows(logits)
+    loss, row_weight, mass, top, total = (poisoned_rows(logits) for _ in range(5))
+    rows, dlogits, dprob = Rows(row_weight, mass, top, total), poisoned(logits), poisoned(indices, compute)
+    k.sparse_soft_cross_entropy_forward(logits, indices, prob, w, eps, loss, rows)
+    k.sparse_soft_cross_entropy_backward(logits, indices, prob, w, eps, rows, dloss, dlogits)
+    again = poisoned_rows(logits), Rows(*(poisoned_rows(logits) for _ in rows)), poisoned(logits)
+    k.sparse_soft_cross_entropy_forward_backward(logits, indices, prob, w, eps, dloss, *again)
+    assert_same((loss, *rows, dlogits), (again[0], *again[1], again[2]))
+    k.sparse_soft_cross_entropy_prob_backward(logits, indices, w, keep, rows, dloss, dprob)
+
+    def of_rows(want: Tensor) -> Tensor:
+        """`want`, NaN in rows with an index that is no class, 0 in those that do not count."""
+        shape = (-1, *(1,) * (want.dim() - 1))
+        return torch.where(is_row.view(shape), torch.where(bad.view(shape), float("nan"), want), 0.0)
+
+    scale = max(1.0, dloss.abs().max().item()) * max(1.0, truth.mass.nan_to_num().abs().max().item())
+    assert_close(loss, of_rows(truth.loss), scale=scale, what="loss")
+    assert_close(row_weight, of_rows(torch.ones_like(truth.loss)), what="row_weight")
+    assert_close(mass, of_rows(truth.mass), what="mass")
+    assert_close(total[is_row].log(), truth.log_total[is_row], what="total")
+    assert_close(by_row(dlogits).to(logits.dtype), of_rows(truth.gradient(dloss)), scale=scale, what="dlogits")
+    want = dloss.double()[:, None] * keep * w.double()[y] * -truth.log_p.gather(1, y)
+    assert_close(dprob, torch.where(padding, 0.0, torch.where(out_of_range, float("nan"), want)), scale=scale, what="dprob")
+    assert_inside(dlogits, dprob)
+
+
 def softmax(k: Any, logits: Tensor) -> None:
     """softmax and log_softmax, both directions. The backward kernels are given rounded results, as autograd would."""
     x = by_row(logits)

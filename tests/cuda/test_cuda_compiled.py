@@ -46,6 +46,11 @@ def launch_everything(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     k.soft_cross_entropy_forward(x, y, w, smoothing, n, numbers)
     k.soft_cross_entropy_backward(x, y, w, smoothing, numbers, n, x)
     k.soft_cross_entropy_target_backward(x, w, smoothing.keep, numbers, n, y)
+    entries, prob = torch.empty(rows, 4, dtype=torch.int64), torch.empty(rows, 4, dtype=real)
+    for plain_or_smoothed in (Smoothing(1.0, 0.0), smoothing):
+        k.sparse_soft_cross_entropy_forward(x, entries, prob, w, plain_or_smoothed, n, numbers)
+        k.sparse_soft_cross_entropy_backward(x, entries, prob, w, plain_or_smoothed, numbers, n, x)
+    k.sparse_soft_cross_entropy_prob_backward(x, entries, w, smoothing.keep, numbers, n, prob)
     k.softmax_forward(x, y)
     k.softmax_backward(x, y, x)
     k.log_softmax_forward(x, y)

@@ -44,6 +44,8 @@ def test_dense(k: Any, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits = torch.randn(shape, device="cuda").mul(3).to(dtype)
     q = torch.softmax(torch.randn(shape, device="cuda"), 1).to(dtype)
     check.soft_cross_entropy(k, logits, q, torch.rand(shape[1], dtype=check.real(dtype), device="cuda") + 0.5, 0.1)
+    indices = torch.randint(shape[1], (logits.numel() // shape[1], 5), device="cuda")
+    check.sparse_soft_cross_entropy(k, logits, indices, torch.rand(indices.shape, dtype=check.real(dtype), device="cuda"))
     check.softmax(k, logits)
 
 

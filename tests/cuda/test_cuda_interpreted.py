@@ -337,6 +337,22 @@ def broadcast_cases(dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", [name for name, (shape, _) in SHAPES.items() if shape[0]])
+def test_sparse_soft_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
+    """A class twice, padding, a row of nothing else whose logits are NaN, an index that is no class."""
+    shape, layout = SHAPES[name]
+    logits, target, weight = make(shape, dtype, layout)
+    indices = torch.randint(shape[1], (target.numel(), 5))
+    indices[:, 4], indices[:, 2] = indices[:, 0], check.NOT_A_ROW
+    indices[1:2] = check.NOT_A_ROW
+    prob = torch.rand(indices.shape, dtype=check.real(dtype))
+    check.sparse_soft_cross_entropy(k, logits, indices, prob, weight)
+    indices[2:3, 3] = shape[1]
+    check.sparse_soft_cross_entropy(k, logits, indices, prob)
+    check.sparse_soft_cross_entropy(k, logits.nan_to_num(), indices, prob[:1].expand(indices.shape), weight, smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", broadcast_cases(torch.float32))
 def test_bce_with_logits(k: Any, name: str, dtype: torch.dtype) -> None:
     x, pos_weight, weight = broadcast_cases(dtype)[name]

@@ -62,6 +62,10 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("smoothed_cross_entropy.py", "- g[:, None] * w", "", index_targets((5, 10), 0.1)),
     ("soft_cross_entropy.py", "+ spread.to(real))\n    d = ", ")\n    d = ", SOFT),
     ("soft_cross_entropy.py", "log_total[:, None] - (x", "log_total[:, None] * 0 - (x", SOFT),
+    ("sparse_soft_cross_entropy.py", "d - less[:, None]", "d", lambda k: sparse(k)),
+    ("sparse_soft_cross_entropy.py", "tl.where(is_entry, factor, 0.0)", "factor", lambda k: sparse(k)),
+    ("sparse_soft_cross_entropy.py", "(y < first + BLOCK_C)", "(y < first + BLOCK_C - 1)", lambda k: sparse(k)),
+    ("sparse_soft_cross_entropy.py", "d -= g", "d -= 0 * g", lambda k: sparse(k, 0.1)),
     ("softmax.py", "(dy - dot[:, None])", "dy", SOFTMAX),
     ("softmax.py", "dy - _exp(y) * dot[:, None]", "dy - dot[:, None]", SOFTMAX),
     ("nll_loss.py", "-g[:, None], elsewhere[:, None]", "-g[:, None], -0.5", NLL),
@@ -79,6 +83,11 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
 def elements_transposed(k: Any) -> None:
     x = torch.randn(1, 30, 40).transpose(1, 2)
     check.bce_with_logits(k, x, torch.rand(1, 40, 30), torch.rand(1, 40, 30), torch.ones(1, 1, 1).expand(1, 40, 30))
+
+
+def sparse(k: Any, smoothing: float = 0.0) -> None:
+    indices = torch.tensor([[1, 2047, -100], [0, 5, 0], [2999, 2047, 2048]])
+    check.sparse_soft_cross_entropy(k, torch.randn(3, 3000), indices, torch.rand(3, 3), torch.rand(3000) + 0.5, smoothing)
 
 
 def focal(k: Any) -> None:

@@ -1,4 +1,4 @@
-"""Both kernel packages offer exactly what `fastloss.contract.Kernels` says, under the same names."""
+"""Both kernel packages offer exactly what `fastloss.launchers.Kernels` says, under the same names."""
 
 import importlib
 import inspect
@@ -8,7 +8,7 @@ import pytest
 
 LAUNCHERS = {
     name: member
-    for name, member in vars(importlib.import_module("fastloss.contract").Kernels).items()
+    for name, member in vars(importlib.import_module("fastloss.launchers").Kernels).items()
     if inspect.isfunction(member) and not name.startswith("_")
 }
 

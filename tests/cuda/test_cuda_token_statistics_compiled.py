@@ -1,4 +1,4 @@
-"""token_statistics compiled for GPUs that are not here: see test_cuda_compiled."""
+"""token_statistics compiled for GPUs that are not here, see test_cuda_compiled; and on one, where there is one."""
 
 import re
 from collections.abc import Sequence
@@ -10,7 +10,7 @@ pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 is not instal
 
 import kernel_checks as check
 from test_cuda_compiled import untouched
-from token_statistics_checks import ALL, IGNORED
+from token_statistics_checks import ALL, IGNORED, token_statistics
 from triton_compiler import compiling
 
 import fastloss.kernels.cuda as k
@@ -59,3 +59,16 @@ def test_compiles_without_spills(per_row: int, target: str, dtype: torch.dtype, 
         launch(dtype, shape, per_row)
     for one in launches:
         assert one.registers_spilled == 0, one.name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: these run on one only")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(3, 1), (1000, 10), (64, 300), (2, 128256), (700, 5001), (300, 50257), (4, 19, 1024)], ids=str)
+def test_on_the_device(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(shape, device="cuda").mul(3).to(dtype)
+    for per_row in (0, 1, 5):
+        target = torch.randint(shape[1], (logits.numel() // shape[1], per_row), device="cuda")
+        target[:1] = IGNORED
+        token_statistics(k, logits, target, scale=0.7)

@@ -85,7 +85,7 @@ def class_table(target: Tensor | None, count: int, device: torch.device) -> Tens
     """Class indices, those of a row behind all else, as [rows, K], int64, side by side in memory; K is 0 without a target."""
     if target is None:
         return torch.empty(count, 0, dtype=torch.int64, device=device)
-    return present(target, "target").reshape(count, -1).long().contiguous()
+    return present(target, "target").reshape(count, target.numel() // max(1, count)).long().contiguous()
 
 
 def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:

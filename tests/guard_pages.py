@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+from answers import ALL, composed
 from entries import PAD, dense
 from guarded import WRITE, Layout, guarded_results, overlaps, read_only
 from helpers import DTYPES, REDUCTIONS, assert_no_worse
@@ -36,7 +37,7 @@ SIZES = [*range(1, 10), 15, 16, 17, *range(31, 50), 63, 64, 65, 127, 128, 129, 2
 LONG = [1000, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4097, 8191, 8192, 8193, 20011]
 FUNCTIONS = ["cross_entropy", "cross_entropy", "cross_entropy of probabilities", "cross_entropy of probabilities", "nll_loss", "softmax",
              "log_softmax", "binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits", "binary_cross_entropy",
-             "sparse_soft_cross_entropy", "sparse_soft_cross_entropy"]  # fmt: skip
+             "sparse_soft_cross_entropy", "sparse_soft_cross_entropy", "token_statistics", "token_statistics"]  # fmt: skip
 
 
 @dataclass
@@ -88,6 +89,8 @@ def make(seed: int) -> tuple[Case, Layout]:
         return Case(kind, tensors, reduction, settings=settings), layout
     if kind == "sparse_soft_cross_entropy":
         return _sparse(shape, layout, real, reduction | {"label_smoothing": choice([0.0, 0.0, 0.1, 1.0])}, settings), layout
+    if kind == "token_statistics":
+        return _statistics(shape, layout, real, settings), layout
     function, _, soft = kind.partition(" of ")
     classes, rows = shape[min(1, len(shape) - 1)], shape[:1] + shape[2:] if len(shape) > 1 else ()
 
@@ -148,6 +151,42 @@ def _sparse(shape: tuple[int, ...], layout: Layout, real: Any, options: dict[str
     return Case("sparse_soft_cross_entropy", tensors, options, wanted, refused=refused and math.prod(entries) > 0, settings=settings)
 
 
+def _statistics(shape: tuple[int, ...], layout: Layout, real: Any, settings: dict[str, Any]) -> Case:
+    """Some of the answers, for one target a row or a few, some of them ignored."""
+    chosen, dim = layout.random, layout.random.choice([dim for dim in range(-len(shape), len(shape)) if shape[dim]])
+    classes, positions = shape[dim], [n for i, n in enumerate(shape) if i != dim % len(shape)]
+    ignored, per_row = chosen.choice([-100, 0, classes - 1]), chosen.choice([0, 0, 1, 2, 3, 7, 64])
+    wrong, refused = chosen.choice([classes, -2, -(2**63), 2**31, 2**63 - 1]), chosen.random() < 0.04 and math.prod(positions) > 0
+
+    def indices(count: int) -> Tensor:
+        found = torch.randint(classes, (count,))
+        found[torch.rand(count) < 0.4] = ignored
+        return torch.full((count,), wrong) if refused else found
+
+    rows = tuple(positions) + ((per_row,) if per_row else ())
+    tensors = {"input": real(shape, torch.randn), "target": layout.place(rows, torch.int64, indices)}
+    outputs = [name for name in ALL if chosen.random() < 0.6 or name == "log_prob"]
+    options = {"dim": dim, "ignore_index": ignored, "logit_scale": chosen.choice([1.0, 0.3]), "outputs": outputs}
+    return Case("token_statistics", tensors, options, refused=refused, scale=4.0 * max(1, per_row), settings=settings)
+
+
+def _joined(function: Callable[..., Any]) -> Callable[..., Tensor]:
+    """A function of several answers as one of a tensor that has them all."""
+
+    def call(**arguments: Any) -> Tensor:
+        found = function(**arguments)._asdict()
+        return torch.cat([found[name].to(found["log_prob"].dtype).reshape(-1) for name in arguments["outputs"]])
+
+    return call
+
+
+def calls_of(function: str) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """Ours and what it is held against."""
+    if function == "token_statistics":
+        return _joined(fastloss.token_statistics), _joined(composed)
+    return getattr(fastloss, function), getattr(F, function, dense)
+
+
 def _shape(chosen: random.Random) -> tuple[int, ...]:
     """(C,), (N, C) or (N, C, ...), some thousand numbers; some without any."""
     if chosen.random() < 0.1:
@@ -202,7 +241,7 @@ def _differentiate(call: Callable[..., Tensor], case: Case, dloss: Tensor | None
 
 
 def ours(case: Case, dloss: Tensor | None) -> list[Tensor]:
-    call = getattr(fastloss, case.function)
+    call, _ = calls_of(case.function)
     if not case.inplace:
         return _differentiate(call, case, dloss, {k: t.detach() for k, t in case.tensors.items()})
     start = case.tensors["input"].detach().clone().requires_grad_()
@@ -218,7 +257,7 @@ def run(case: Case, layout: Layout) -> bool:
     """Whether the kernels served it; AssertionError or any exception if it is wrong."""
     for tensor in case.tensors.values():
         read_only(tensor)
-    call, reference = getattr(fastloss, case.function), getattr(F, case.function, dense)
+    call, reference = calls_of(case.function)
     served = fastloss.explain(call, **case.tensors, **case.options).path == "kernel"
     # torch takes bytes in some of its branches only
     plain = {

@@ -239,3 +239,14 @@ def test_what_does_not_fit_is_named(what: str) -> None:
     arguments, options, kind, message = REFUSED[what]
     with pytest.raises(kind, match=message):
         token_statistics(*arguments, **options)
+
+
+def test_nothing_in() -> None:
+    x = torch.randn(0, 5, requires_grad=True)
+    for target in (torch.zeros(0, dtype=torch.int64), torch.zeros(0, 3, dtype=torch.int64)):
+        found = ours(x, target, outputs=ALL)
+        assert [t.shape for t in found] == [target.shape, *[(0,)] * 4]
+        assert torch.autograd.grad(found[0].sum() + found[1].sum(), x)[0].shape == (0, 5)
+    none = token_statistics(torch.randn(4, 5), torch.zeros(4, 0, dtype=torch.int64))
+    assert none.log_prob.shape == (4, 0)
+    assert bool((none.entropy > 0).all())

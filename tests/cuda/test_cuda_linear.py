@@ -15,9 +15,12 @@ from triton_interpreter import interpreted
 import fastloss
 from fastloss import chunks, rows
 from fastloss.composed import linear_cross_entropy as composed
+from fastloss.composed import linear_token_statistics
 from fastloss.contract import checked
+from fastloss.losses.token_statistics import ANSWERS
 
-LOSSES = [importlib.import_module(f"fastloss.losses.{name}") for name in ("linear_cross_entropy", "linear_soft_cross_entropy")]
+NAMES = ("linear_cross_entropy", "linear_soft_cross_entropy", "linear_token_statistics")
+LOSSES = [importlib.import_module(f"fastloss.losses.{name}") for name in NAMES]
 
 
 @pytest.fixture
@@ -27,7 +30,8 @@ def on_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     with interpreted("fastloss.kernels.cuda"):
         for module in (rows, *LOSSES):
             monkeypatch.setattr(module, "kernels_for", lambda tensor: checked(package, "cpu"))
-        monkeypatch.setattr(LOSSES[0], "not_ignored", lambda *arguments: None)
+        for module in (LOSSES[0], LOSSES[2]):
+            monkeypatch.setattr(module, "not_ignored", lambda *arguments: None)
         monkeypatch.setattr(chunks, "_FEWEST", {"cpu": 5})
         monkeypatch.setattr(fastloss.config, "linear_chunk_bytes", 1)
         yield
@@ -69,6 +73,30 @@ def test_interpreted(on_triton: None, out: tuple[int, ...], options: dict[str, A
     compare(*arguments("cpu", soft, out, dtype, 12, 37), **options)
 
 
+def compare_statistics(t: list[Tensor], target: Tensor, softcap: float | None) -> None:
+    found = []
+    for function, wide in ((fastloss.linear_token_statistics, False), (theirs, True)):
+        x, w, b = (a.detach().double().requires_grad_() for a in t) if wide else t
+        answers = function(x, w, target, linear_bias=b, logit_softcap=softcap, outputs=ANSWERS)[:4]
+        upstream = [torch.linspace(-1, 2, a.numel(), dtype=a.dtype, device=a.device).view(a.shape) for a in answers]
+        found.append((*(a.detach() for a in answers), *torch.autograd.grad(answers, (x, w, b), upstream)))
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[t[0].dtype]
+    for mine, truth in zip(*found, strict=True):
+        assert (mine.double() - truth).norm() <= tolerance * truth.norm()
+
+
+def theirs(*arguments: Any, outputs: tuple[str, ...], **options: Any) -> tuple[Tensor, ...]:
+    return linear_token_statistics(*arguments, **options, ignore_index=-100, logit_scale=1.0, wanted=" ".join(outputs))
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("count", [0, 2], ids=["one target", "two targets"])
+def test_statistics_interpreted(on_triton: None, count: int, dtype: torch.dtype, softcap: float | None) -> None:
+    t, target = arguments("cpu", False, (), dtype, 12, 37)
+    compare_statistics(t, torch.stack([target, target.clamp(max=5)], 1) if count else target, softcap)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: these run on one only")
 @pytest.mark.parametrize("soft", [False, True], ids=["indices", "probabilities"])
@@ -80,6 +108,7 @@ def test_on_the_device(dtype: torch.dtype, soft: bool, monkeypatch: pytest.Monke
     t, target = arguments("cuda", soft, (), dtype, 1000, 5003)
     for options in ({}, {"label_smoothing": 0.1, "logit_softcap": 3.0}, {"reduction": "none"}):
         compare(t, target, **options)
+    compare_statistics(t, target if not soft else torch.randint(5003, (1000, 2), device="cuda"), 3.0)
 
 
 @pytest.mark.gpu

@@ -17,9 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import fastloss
+from fastloss import composed
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 N, C = 48, 301
+NAMES = fastloss.TokenStatistics._fields
 
 _HEAD = """# Who computes what, and how exactly
 
@@ -98,12 +100,38 @@ def rows(logits_shape: tuple[int, ...]) -> list[Row]:
         option("softmax", "", dim=dim),
         option("log_softmax", "", dim=dim),
     ]
+    found += _of_a_few_classes(torch.stack([target, padded, (target + 1) % classes], min(1, len(positions))), generator)
     bce = option("binary_cross_entropy", "mean", target=labels)
     bce_weight = option("binary_cross_entropy", "weight, none", target=labels, weight=labels + 0.5, reduction="none")
     # probabilities, in the input's dtype before either library sees them
     return [
         *found,
         *(Row(b.function, b.option, lambda lib, x, stored, b=b: b.call(lib, _probability(x, stored), stored)) for b in (bce, bce_weight)),
+    ]
+
+
+def _of_a_few_classes(indices: Tensor, generator: torch.Generator) -> list[Row]:
+    """What torch has no function for, against its composition in torch; `indices` (N, K, d1, ...)."""
+    share = torch.rand(indices.shape, generator=generator)
+    targets, along = indices.movedim(min(1, indices.dim() - 1), -1), min(1, indices.dim() - 1)
+
+    def sparse(library: Any, x: Tensor, stored: torch.dtype) -> Tensor:
+        function = fastloss if library is fastloss else composed
+        loss: Tensor = function.sparse_soft_cross_entropy(x, indices, share.to(stored).to(x.dtype))
+        return loss
+
+    def statistic(name: str) -> Callable[[Any, Tensor, torch.dtype], Tensor]:
+        def call(library: Any, x: Tensor, stored: torch.dtype) -> Tensor:
+            if library is not fastloss:
+                return composed.token_statistics(x, targets, along, -100, 1.0, name)[NAMES.index(name)]
+            found: Tensor = getattr(fastloss.token_statistics(x, targets, dim=along, outputs=(name,)), name)
+            return found
+
+        return call
+
+    return [
+        Row("sparse_soft_cross_entropy", "mean, K = 3", sparse),
+        *(Row("token_statistics", f"{name}, K = 3", statistic(name)) for name in NAMES[:4]),
     ]
 
 

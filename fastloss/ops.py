@@ -74,7 +74,7 @@ class _Arguments:
     def __init__(self, loss: AnyLoss) -> None:
         self.loss = loss
         self.tensors, self.saved = len(fields(loss.tensors)), len(fields(loss.saved))
-        self.upstream = [f"d{field}" for field in fields(loss.results)[: loss.answers]]
+        self.upstream = ["dloss"] if loss.answers == 1 else [f"d{field}" for field in fields(loss.results)[: loss.answers]]
 
     def of_forward(self, arguments: Any) -> tuple[Any, Any]:
         return self.loss.tensors(*arguments[: self.tensors]), self.loss.options(*arguments[self.tensors :])
@@ -102,9 +102,14 @@ class _Arguments:
         self._refuse_missing(s, upstream)
         t = self.loss.given(s)
         self._refuse(self.loss.misfit(t, o))
-        for field, d, spec in zip(self.upstream, upstream, self.loss.outputs(t, o), strict=False):
+        specs = dict(zip(fields(self.loss.results), self.loss.outputs(t, o), strict=True))
+        for field, d, spec in zip(self.upstream, upstream, specs.values(), strict=False):
             if d is not None and tuple(d.shape) != tuple(spec.shape):
                 self._refuse(f"{field} has shape {tuple(d.shape)}, the result had {tuple(spec.shape)}")
+        for field, left in zip(s._fields, s, strict=True):
+            spec = specs.get(field)
+            if spec is not None and (left.dtype, tuple(left.shape)) != (spec.dtype, tuple(spec.shape)):
+                self._refuse(f"{field} is {left.dtype} {tuple(left.shape)}, the forward left {spec.dtype} {tuple(spec.shape)}")
         found = self.loss.backward(self.dloss(upstream), s, o, needed, None)
         return _one_or_all(tuple(s[0].new_empty(0) if gradient is None else gradient for gradient in found))
 

@@ -108,7 +108,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
 
 
 def _numbers(numbers: Tensor) -> Rows:
-    row_weight, *mass, top, total = numbers.unbind()
+    row_weight, *mass, top, total = numbers.contiguous().unbind()
     return Rows(row_weight, mass[0] if mass else None, top, total)
 
 

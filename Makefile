@@ -22,7 +22,7 @@ bench: $(VENV)/.bench ## check fastloss against torch, then time both on large b
 	$(BIN)/python bench/report.py $(OUT)/bench.json --out $(OUT)
 
 # in two halves of about the same length, side by side
-ONE_HALF := tests/cuda $(wildcard tests/test_[a-bd-fu-z]*.py)
+ONE_HALF := tests/cuda tests/test_guard_pages.py $(wildcard tests/test_[a-bd-fu-z]*.py)
 
 test: $(VENV)/.dev ## all tests but the long ones
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-one-half test-other-half

@@ -64,12 +64,16 @@ def test_an_interrupted_compilation_is_finished_first(monkeypatch: pytest.Monkey
             super().compile()
 
     monkeypatch.setattr(launch, "CFunc", Interrupted)
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.default_int_handler
+    before = signal.signal(signal.SIGINT, handler)  # a process started in the background of a shell ignores Ctrl-C
     region = launch.Region(reduction._sum.body, reduction.Sum)
-    with pytest.raises(KeyboardInterrupt):
-        region.compile(torch.float32)
-    assert (torch.float32,) in region._compiled
-    assert signal.getsignal(signal.SIGINT) is handler
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            region.compile(torch.float32)
+        assert (torch.float32,) in region._compiled
+        assert signal.getsignal(signal.SIGINT) is handler
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_numba_that_does_not_compile() -> None:

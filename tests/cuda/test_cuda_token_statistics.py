@@ -21,7 +21,7 @@ from fastloss.contract import checked
 from fastloss.kernels.cuda.plan import Device
 
 PACKAGE = "fastloss.kernels.cuda"
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DTYPES = [torch.float32, torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.long) for dtype in (torch.float64, torch.float16))]
 INF = float("inf")
 
 
@@ -146,7 +146,7 @@ SPECIAL = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES[2:]], ids=str)
 @pytest.mark.parametrize("shape", [(3, 9), (3, 4111), (2, 9, 2), (2, 20000)], ids=str)
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_values(k: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:

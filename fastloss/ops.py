@@ -107,9 +107,9 @@ class _Arguments:
             if d is not None and tuple(d.shape) != tuple(spec.shape):
                 self._refuse(f"{field} has shape {tuple(d.shape)}, the result had {tuple(spec.shape)}")
         for field, left in zip(s._fields, s, strict=True):
-            spec = specs.get(field)
-            if spec is not None and (left.dtype, tuple(left.shape)) != (spec.dtype, tuple(spec.shape)):
-                self._refuse(f"{field} is {left.dtype} {tuple(left.shape)}, the forward left {spec.dtype} {tuple(spec.shape)}")
+            declared = specs.get(field)
+            if declared is not None and (left.dtype, tuple(left.shape)) != (declared.dtype, tuple(declared.shape)):
+                self._refuse(f"{field} is {left.dtype} {tuple(left.shape)}, the forward left {declared.dtype} {tuple(declared.shape)}")
         found = self.loss.backward(self.dloss(upstream), s, o, needed, None)
         return _one_or_all(tuple(s[0].new_empty(0) if gradient is None else gradient for gradient in found))
 

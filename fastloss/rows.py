@@ -141,6 +141,11 @@ def answer_gradient(d: Tensor | None, logits: Tensor) -> Tensor | None:
     return None if d is None or not d.numel() else present(d, "an upstream gradient").to(compute_dtype(logits))
 
 
+def each_number(numbers: Tensor) -> tuple[Tensor, ...]:
+    """[count, N] as one [N] each, side by side in memory whatever the caller of an op gave."""
+    return numbers.contiguous().unbind()
+
+
 # ---------------------------------------------------------------- reductions
 
 
@@ -162,6 +167,13 @@ def reduce_rows(rows: Tensor, divisor: Tensor, reduction: str, loss: Tensor) -> 
         torch.div(total, divisor, out=loss)
     elif total is not loss:
         loss.copy_(total)
+
+
+def reduce_index_rows(losses: Tensor, divisor: Tensor, o: Any, loss: Tensor) -> None:
+    """The same where rows have weights and `o` says how much is smoothed."""
+    reduce_rows(losses, divisor, o.reduction, loss)
+    if o.label_smoothing > 0 and o.reduction == "mean":
+        loss.add_(0 / divisor)  # no weight at all: NaN, although the smoothed part of the sum is not 0
 
 
 # ---------------------------------------------------------------- results of the logits' size

@@ -5,7 +5,7 @@
 and 'mean' divides by the sum of w_y.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -69,7 +69,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
             weight = rows.class_weight(t.weight, t.input)
             kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, numbers)
         rows.sum_row_weights(numbers.row_weight, r.divisor)
-        _reduce(loss, r, o)
+        rows.reduce_index_rows(loss, r.divisor, o, r.loss)
         return tuple(r)
 
     def forward_backward(
@@ -85,7 +85,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
             kernels.smoothed_cross_entropy_forward_backward(
                 logits, target, weight.contiguous(), o.ignore_index, _smoothing(t, o), g, loss, numbers, dlogits
             )
-            _reduce(loss, r, o)
+            rows.reduce_index_rows(loss, r.divisor, o, r.loss)
         else:
             reduction = Reduction(dloss, r.divisor, r.loss if r.loss.dtype is loss.dtype else loss.new_empty(()))
             kernels.reduced_cross_entropy_forward_backward(logits, target, weight, o.ignore_index, reduction, loss, numbers, dlogits)
@@ -108,18 +108,12 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
 
 
 def _numbers(numbers: Tensor) -> Rows:
-    row_weight, *mass, top, total = numbers.contiguous().unbind()
+    row_weight, *mass, top, total = rows.each_number(numbers)
     return Rows(row_weight, mass[0] if mass else None, top, total)
 
 
 def _smoothing(t: Tensors | Saved, o: Options) -> Smoothing:
     return Smoothing(1 - o.label_smoothing, o.label_smoothing / rows.classes_of(t.input))
-
-
-def _reduce(loss: Tensor, r: Any, o: Options) -> None:
-    rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
-    if o.label_smoothing > 0 and o.reduction == "mean":
-        r.loss.add_(0 / r.divisor)  # no weight at all: NaN, although the smoothed part of the sum is not 0
 
 
 cross_entropy = CrossEntropy("cross_entropy")

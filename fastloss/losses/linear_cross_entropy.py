@@ -128,9 +128,7 @@ def _reduce(losses: Tensor, chosen: Tensor | None, positions: int, r: Results, o
         every = losses.new_zeros(rows.rows_in(logits))
         every.view(-1, positions)[chosen] = losses.view(-1, positions)
         losses = every
-    rows.reduce_rows(losses, r.divisor, o.reduction, r.loss)
-    if o.label_smoothing > 0 and o.reduction == "mean":
-        r.loss.add_(0 / r.divisor)  # no weight at all: NaN, although the smoothed part of the sum is not 0
+    rows.reduce_index_rows(losses, r.divisor, o, r.loss)
 
 
 linear_cross_entropy = LinearCrossEntropy("linear_cross_entropy")

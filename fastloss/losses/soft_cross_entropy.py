@@ -117,7 +117,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
 
 
 def _numbers(numbers: Tensor) -> Rows:
-    return Rows(None, *numbers.contiguous().unbind())
+    return Rows(None, *rows.each_number(numbers))
 
 
 def _smoothing(t: Tensors | Saved, o: Options) -> Smoothing:

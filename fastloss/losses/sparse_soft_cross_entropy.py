@@ -82,7 +82,7 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         indices, prob = rows.as_entries(t.indices, t.probabilities, t.input)
         loss = rows.row_losses(r.loss, t.input, o.reduction)
         kernels_for(t.input).sparse_soft_cross_entropy_forward(
-            logits, indices, prob, weight, _smoothing(t, o), loss, Rows(*r.numbers.unbind())
+            logits, indices, prob, weight, _smoothing(t, o), loss, Rows(*rows.each_number(r.numbers))
         )
         r.divisor.fill_(loss.numel())
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
@@ -100,7 +100,7 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         r.divisor.fill_(loss.numel())
         g = rows.row_gradient_of(dloss, r.divisor, t.input)
         kernels_for(t.input).sparse_soft_cross_entropy_forward_backward(
-            logits, indices, prob, weight, _smoothing(t, o), g, loss, Rows(*r.numbers.unbind()), dlogits
+            logits, indices, prob, weight, _smoothing(t, o), g, loss, Rows(*rows.each_number(r.numbers)), dlogits
         )
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return (rows.settle(dinput, dlogits),), tuple(r)
@@ -108,7 +108,7 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         logits, weight, kernels = rows.as_rows(s.input), _weight(s, o), kernels_for(s.input)
         (indices, prob), g = rows.as_entries(s.indices, s.probabilities, s.input), rows.row_gradient(dloss, s.divisor, s.input)
-        smoothing, numbers = _smoothing(s, o), Rows(*s.numbers.unbind())
+        smoothing, numbers = _smoothing(s, o), Rows(*rows.each_number(s.numbers))
         dinput = dprobabilities = None
         if needed[1]:  # before the logits may be overwritten
             dprob = empty(tuple(indices.shape), prob.dtype, prob.device)

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from ..groups import PAD
 from .arguments import Computed, Int64
-from .blocks import Block, block_of, block_size, block_top, kept_top, term
+from .blocks import term
 from .gradient import targets_of
-from .math import INLINE, exp
+from .math import INLINE
 from .memory import load_one, offset, stream, to_alignment
 from .rows import Lanes, Walk, lanes_for, load_at, load_numbers, one_row, store_at
 from .simd import lanes_of, select
@@ -210,30 +210,9 @@ def _are_entries_near(r: Any, dx: Any, c: Any) -> Any:
     return r.lists.heads[_bucket_at(r.lists, dx, c)] >= 0
 
 
-targets_of(EntryNumbers, _near_entries, _are_entries_near)
-
-
-@njit(**INLINE)
-def gradient_of_entries(x: Any, dx: Any, classes: Any, terms: Any, kept: Any, r: Any, past_caches: Any) -> None:
-    """scale exp(x - top), less what smoothing and entries take; zero for rows that do not count. `terms` has the terms of all blocks
-    (`kept` = 1), or none (0)."""
-    size = block_size(terms, x.tile)
-    for first in range(0, classes, size):
-        last = min(classes, first + size)
-        mine, top, factor = terms, r.top, r.scale  # the top of the only block is the row's
-        if kept:
-            mine = block_of(terms, first // size)
-        if classes > size:
-            top = kept_top(mine) if kept else block_top(x, first, last)
-            factor = exp(top - r.top) * r.scale
-        if kept:
-            _gradient_of_block(x, dx, Block(first, last, top, mine, 1), factor, r, past_caches)
-        else:
-            _gradient_of_block(x, dx, Block(first, last, top, mine, 0), factor, r, past_caches)
-
-
 @njit(**INLINE)
 def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
+    """term * factor, less what smoothing and entries take; zero for rows that do not count."""
     lanes, first, last = lanes_of(x.at), block.first, block.last
     if x.tile > 1:
         for c in range(first, last):
@@ -283,3 +262,6 @@ def _four_of_gradient(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, 
     else:
         for i in range(c, c + 4 * lanes, lanes):
             stream(dx.at, i, _far(x, block, i, lanes, factor, r), past_caches)
+
+
+targets_of(EntryNumbers, _gradient_of_block, _near_entries, _are_entries_near)

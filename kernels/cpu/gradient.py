@@ -25,8 +25,13 @@ class RowNumbers(NamedTuple):
     scale: Any  # g / total
 
 
+def gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
+    """Write the gradient of the classes of a block: whatever kind of numbers its rows have (`targets_of`), as the next two."""
+    raise NotImplementedError("compiled code only")
+
+
 def near(x: Any, block: Any, c: Any, n: Any, factor: Any, r: Any) -> Any:
-    """The gradient of n classes of one row from c on, some of which may be targets: whatever kind of numbers a row has (`targets_of`)."""
+    """The gradient of n classes of one row from c on, some of which may be targets."""
     raise NotImplementedError("compiled code only")
 
 
@@ -35,11 +40,17 @@ def any_near(r: Any, dx: Any, c: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-def targets_of(kind: type, near_them: Any, any_near_them: Any) -> None:
-    """What `near` and `any_near` are where a row's numbers are of this kind."""
+def targets_of(kind: type, gradient: Any, near_them: Any, any_near_them: Any) -> None:
+    """What `gradient_of_block`, `near` and `any_near` are where a row's numbers are of this kind."""
+
+    @overload(gradient_of_block, jit_options=INLINE)
+    def typed_gradient(x, dx, block, factor, r, past_caches):  # type: ignore[no-untyped-def]  # Numba compares this signature with the lambda's
+        if getattr(r, "instance_class", None) is not kind:
+            return None
+        return lambda x, dx, block, factor, r, past_caches: gradient(x, dx, block, factor, r, past_caches)
 
     @overload(near, jit_options=INLINE)
-    def typed_near(x, block, c, n, factor, r):  # type: ignore[no-untyped-def]  # Numba compares this signature with the lambda's
+    def typed_near(x, block, c, n, factor, r):  # type: ignore[no-untyped-def]
         if getattr(r, "instance_class", None) is not kind:
             return None
         return lambda x, block, c, n, factor, r: near_them(x, block, c, n, factor, r)
@@ -67,8 +78,8 @@ def abreast(x: Any) -> Any:
 
 @njit(**INLINE)
 def gradient_of_row(x: Any, dx: Any, begin: Any, end: Any, classes: Any, terms: Any, kept: Any, r: Any, past_caches: Any) -> None:
-    """dlogits of classes begin .. end - 1, whole blocks: scale exp(x - top), less g at the target. `terms` has the terms of all blocks
-    (`kept` = 1), or none (0)."""
+    """dlogits of classes begin .. end - 1, whole blocks: scale exp(x - top), less what the targets take. `terms` has the terms of all
+    blocks (`kept` = 1), or none (0)."""
     size = block_size(terms, x.tile)
     for first in range(begin, end, size):
         last = min(end, first + size)
@@ -79,9 +90,9 @@ def gradient_of_row(x: Any, dx: Any, begin: Any, end: Any, classes: Any, terms: 
             top = kept_top(mine) if kept else block_top(x, first, last)
             factor = exp(top - r.top) * r.scale
         if kept:
-            _gradient_of_block(x, dx, Block(first, last, top, mine, 1), factor, r, past_caches)
+            gradient_of_block(x, dx, Block(first, last, top, mine, 1), factor, r, past_caches)
         else:
-            _gradient_of_block(x, dx, Block(first, last, top, mine, 0), factor, r, past_caches)
+            gradient_of_block(x, dx, Block(first, last, top, mine, 0), factor, r, past_caches)
 
 
 @njit(**INLINE)
@@ -153,7 +164,7 @@ def _is_target_near(r: Any, dx: Any, c: Any) -> Any:
     return c <= r.y_row < c + 4 * lanes_of(dx.at)
 
 
-targets_of(RowNumbers, near_target, _is_target_near)
+targets_of(RowNumbers, _gradient_of_block, near_target, _is_target_near)
 
 
 @njit(**INLINE)

@@ -20,14 +20,13 @@ from .entries import (
     empty_lists,
     entries_of,
     entry_numbers,
-    gradient_of_entries,
     hang_entries,
     only_pads,
     scratch_lists,
     see_entries,
     take_down,
 )
-from .gradient import write_zeros
+from .gradient import gradient_of_row, write_zeros
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, log
 from .memory import load_one, store
@@ -183,7 +182,7 @@ def _gradient(a: Any, x: Any, dx: Any, row: Any, terms: Any, kept: Any, lists: A
         write_zeros(dx, 0, a.way.classes, a.past_caches)
         return
     hung, count = hang_entries(a, dx, row, lists)
-    gradient_of_entries(x, dx, a.way.classes, terms, kept, entry_numbers(a, x, row, hung), a.past_caches)
+    gradient_of_row(x, dx, 0, a.way.classes, a.way.classes, terms, kept, entry_numbers(a, x, row, hung), a.past_caches)
     take_down(hung, count)
 
 

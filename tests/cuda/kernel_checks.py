@@ -23,6 +23,28 @@ def real(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+SHAPES = {  # each with a layout
+    "one class": ((3, 1), "contiguous"),
+    "two classes": ((70, 2), "contiguous"),
+    "few classes": ((5, 10), "contiguous"),
+    "middling": ((5, 300), "contiguous"),
+    "one long row": ((1, 5001), "contiguous"),
+    "long rows, not a multiple of anything": ((3, 4099), "contiguous"),
+    "long rows, aligned": ((2, 8192), "contiguous"),
+    "just long": ((3, 1024), "contiguous"),
+    "padded rows": ((3, 4101), "padded7"),
+    "padded few": ((6, 11), "padded2"),
+    "stored as [C, N]": ((37, 21), "classes last"),
+    "images": ((2, 7, 5), "contiguous"),
+    "images, channels last": ((2, 19, 6), "classes last"),
+    "long images, channels last": ((2, 1500, 3), "classes last"),
+    "shifted tokens": ((2, 1031, 3), "shifted"),
+    "shifted few": ((3, 12, 4), "shifted"),
+    "every other class": ((4, 1100), "every other class"),
+    "no rows": ((0, 10), "contiguous"),
+}
+
+
 def laid_out(values: Tensor, layout: str) -> Tensor:
     """The same numbers with other strides; what lies between them is NaN."""
     if layout == "contiguous":

@@ -47,32 +47,10 @@ def make(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous")
     return check.laid_out(logits, layout), target, torch.rand(classes, dtype=check.real(dtype)) + 0.5
 
 
-SHAPES = {
-    "one class": ((3, 1), "contiguous"),
-    "two classes": ((70, 2), "contiguous"),
-    "few classes": ((5, 10), "contiguous"),
-    "middling": ((5, 300), "contiguous"),
-    "one long row": ((1, 5001), "contiguous"),
-    "long rows, not a multiple of anything": ((3, 4099), "contiguous"),
-    "long rows, aligned": ((2, 8192), "contiguous"),
-    "just long": ((3, 1024), "contiguous"),
-    "padded rows": ((3, 4101), "padded7"),
-    "padded few": ((6, 11), "padded2"),
-    "stored as [C, N]": ((37, 21), "classes last"),
-    "images": ((2, 7, 5), "contiguous"),
-    "images, channels last": ((2, 19, 6), "classes last"),
-    "long images, channels last": ((2, 1500, 3), "classes last"),
-    "shifted tokens": ((2, 1031, 3), "shifted"),
-    "shifted few": ((3, 12, 4), "shifted"),
-    "every other class": ((4, 1100), "every other class"),
-    "no rows": ((0, 10), "contiguous"),
-}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", check.SHAPES)
 def test_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
-    shape, layout = SHAPES[name]
+    shape, layout = check.SHAPES[name]
     logits, target, weight = make(shape, dtype, layout)
     if logits.numel() == 0:
         nothing = torch.empty(0, dtype=check.real(dtype))
@@ -177,7 +155,7 @@ def test_scalar_upstream_gradient(k: Any) -> None:
 @pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
 def test_smoothed_cross_entropy(k: Any, name: str, dtype: torch.dtype, smoothing: float) -> None:
-    logits, target, weight = make(*[SHAPES[name][0], dtype, SHAPES[name][1]])
+    logits, target, weight = make(*[check.SHAPES[name][0], dtype, check.SHAPES[name][1]])
     check.cross_entropy(k, logits, target, weight, smoothing=smoothing)
     check.cross_entropy(k, logits, target, smoothing=smoothing, inplace=True)
 
@@ -185,7 +163,7 @@ def test_smoothed_cross_entropy(k: Any, name: str, dtype: torch.dtype, smoothing
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
 def test_soft_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
-    shape, layout = SHAPES[name]
+    shape, layout = check.SHAPES[name]
     logits = check.laid_out(torch.randn(shape).mul(3).to(dtype), layout)
     q = torch.softmax(torch.randn(shape), 1).to(dtype)
     weight = torch.rand(shape[1], dtype=check.real(dtype)) + 0.5
@@ -311,7 +289,7 @@ def test_nan_and_infinity_are_torchs(k: Any, name: str, classes: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
 def test_softmax(k: Any, name: str, dtype: torch.dtype) -> None:
-    shape, layout = SHAPES[name]
+    shape, layout = check.SHAPES[name]
     check.softmax(k, check.laid_out(torch.randn(shape).mul(3).to(dtype), layout))
 
 
@@ -337,10 +315,10 @@ def broadcast_cases(dtype: torch.dtype) -> dict[str, tuple[Tensor, Tensor, Tenso
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", [name for name, (shape, _) in SHAPES.items() if shape[0]])
+@pytest.mark.parametrize("name", [name for name, (shape, _) in check.SHAPES.items() if shape[0]])
 def test_sparse_soft_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     """A class twice, padding, a row of nothing else whose logits are NaN, an index that is no class."""
-    shape, layout = SHAPES[name]
+    shape, layout = check.SHAPES[name]
     logits, target, weight = make(shape, dtype, layout)
     indices = torch.randint(shape[1], (target.numel(), 5))
     indices[:, 4], indices[:, 2] = indices[:, 0], check.NOT_A_ROW

@@ -33,32 +33,10 @@ def k() -> Iterator[Any]:
         yield checked(package, "cpu")  # the interpreter's tensors are on the CPU
 
 
-SHAPES = {
-    "one class": ((3, 1), "contiguous"),
-    "two classes": ((70, 2), "contiguous"),
-    "few classes": ((5, 10), "contiguous"),
-    "middling": ((5, 300), "contiguous"),
-    "one long row": ((1, 5001), "contiguous"),
-    "long rows, not a multiple of anything": ((3, 4099), "contiguous"),
-    "long rows, aligned": ((2, 8192), "contiguous"),
-    "just long": ((3, 1024), "contiguous"),
-    "padded rows": ((3, 4101), "padded7"),
-    "padded few": ((6, 11), "padded2"),
-    "stored as [C, N]": ((37, 21), "classes last"),
-    "images": ((2, 7, 5), "contiguous"),
-    "images, channels last": ((2, 19, 6), "classes last"),
-    "long images, channels last": ((2, 1500, 3), "classes last"),
-    "shifted tokens": ((2, 1031, 3), "shifted"),
-    "shifted few": ((3, 12, 4), "shifted"),
-    "every other class": ((4, 1100), "every other class"),
-    "no rows": ((0, 10), "contiguous"),
-}
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("name", check.SHAPES)
 def test_interpreted(k: Any, name: str, dtype: torch.dtype) -> None:
-    shape, layout = SHAPES[name]
+    shape, layout = check.SHAPES[name]
     if shape[0] == 0:
         forward(k, torch.empty(shape, dtype=dtype), torch.empty(0, 3, dtype=torch.int64))
         return

@@ -107,9 +107,11 @@ def linear_misfit(input: Tensor, weight: Tensor, bias: Tensor | None, o: Any) ->
         return f"linear_bias of shape {tuple(bias.shape)}, linear_weight of shape {tuple(weight.shape)}"
     if 0 in (*input.shape, *weight.shape):
         return "there is nothing to multiply"
-    for t in (input, weight) if bias is None else (input, weight, bias):
-        if t.dtype is not o.products and (o.dtype is o.products or t.dtype not in COMPUTE or t.dtype is torch.float64):
-            return f"input is {input.dtype}, linear_weight {weight.dtype}, their product {o.products}"
+    for name, t in (("input", input), ("linear_weight", weight), ("linear_bias", bias)):
+        if t is None or t.dtype is o.products:
+            continue
+        if o.dtype is o.products or t.dtype not in COMPUTE or t.dtype is torch.float64:
+            return f"{name} is {t.dtype}, the products are {o.products}"
     if not isinstance(o.logit_scale, (int, float)) or not 0 <= o.logit_softcap < math.inf or o.chunk_rows < 0:
         return f"logit_scale is {o.logit_scale!r}, logit_softcap {o.logit_softcap!r}, chunk_rows {o.chunk_rows!r}"
     return None if o.sums in (o.products, COMPUTE[o.products]) else f"sums of {o.products} in {o.sums}"

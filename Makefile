@@ -21,8 +21,8 @@ bench: $(VENV)/.bench ## check fastloss against torch, then time both on large b
 	$(BIN)/python bench/run.py --preset $(PRESET) --json $(OUT)/bench.json --csv $(OUT)/bench.csv
 	$(BIN)/python bench/report.py $(OUT)/bench.json --out $(OUT)
 
-# in two halves of about the same length, side by side
-ONE_HALF := tests/cuda tests/test_guard_pages.py $(wildcard tests/test_[a-bd-fu-z]*.py)
+# in two halves of about the same length, side by side; the guard pages come last: by then the other half has compiled most of what they call
+ONE_HALF := tests/cuda $(wildcard tests/test_[a-bd-fu-z]*.py) tests/test_guard_pages.py
 
 test: $(VENV)/.dev ## all tests but the long ones
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-one-half test-other-half

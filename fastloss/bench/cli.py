@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import extras, machine, tables
+from . import compare, extras, machine, tables
 from .cases import DTYPES, Case
 from .losses import ALIASES
 from .measure import measure
@@ -33,6 +33,8 @@ examples:
   fastloss bench --preset cpu-table --json table.json  every CPU target, met or not
   fastloss bench --loss ce bce --shape 4096x32000 8x21x512x512 --dtype float32 bfloat16
   fastloss bench --loss softmax --shape 4096x1000 --provider fastloss 'torch eager' --seconds 20
+
+  fastloss bench compare before.json after.json        what got slower, faster, larger or less exact between two --json files
 
 exit status: 0; 1 if fastloss was wrong or failed on any case; 2 for a wrong command line.
 """
@@ -59,15 +61,18 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--rounds", type=int, default=5, metavar="R", help="rounds at the least, whatever the budget (default: 5)")
     how.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process for each case")
     out = found.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="FILE", help="everything, with machine, versions and commit; bench/compare.py reads it")
+    out.add_argument("--json", type=Path, metavar="FILE", help="everything, with machine, versions, commit; for fastloss bench compare")
     out.add_argument("--csv", type=Path, metavar="FILE", help="a line for each case and provider")
     out.add_argument("--details", action="store_true", help="also print a table of all providers for each case")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit status."""
-    options = parser().parse_args(arguments)
+    """Run the benchmark, or compare two results; the exit status."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["compare"]:
+        return compare.main(words[1:])
+    options = parser().parse_args(words)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -99,7 +104,7 @@ def run(
         try:
             for case, weight in zip(preset.cases, weights, strict=True):
                 bar.begin(case.key)
-                found = measure(case, preset.providers, preset.seconds, device, memory, rounds)
+                found = measure(case, preset.providers, preset.seconds, device, memory, rounds, bar.now)
                 result["cases"].append(found)
                 bar.say(_one_line(found))
                 bar.end(weight)

@@ -3,16 +3,35 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .presets import CPU_TARGETS, Target
+from .presets import CPU_TARGETS, FRONT, Target
 from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
 
 Table = tuple[list[str], list[list[str]]]
+
+NOTHING = "–"  # not measured, in tables of which every cell is looked at
+
+
+def front(result: dict[str, Any]) -> Table:
+    """What decides, for some ten cases: how fast as used by default, beside torch and beside the machine's floor; memory; error."""
+    header = ["loss", "logits", "dtype", "× eager", "× compile", "of the floor", "extra memory", "torch's", "error", "torch's"]
+    by_key = {case["key"]: case for case in result["cases"]}
+    lines = []
+    for wanted in FRONT:
+        case = by_key.get(wanted.key)
+        ours = case["providers"].get(FASTLOSS) if case else None
+        if case is None or ours is None or ours["status"] != "timed":
+            continue
+        eager = case["providers"].get(EAGER, {})
+        times = [ratio(ours["slower"].get(other)) for other in (EAGER, COMPILED)]
+        numbers = [*times, share(ours), memory(ours, case), memory(eager, case), error(ours), error(eager)]
+        lines.append([case["loss"], size(case["shape"]), case["dtype"], *(word or NOTHING for word in numbers)])
+    return header, lines
 
 
 def overview(result: dict[str, Any]) -> Table:
     """One line for each case and mode of ours: error, ratios, memory."""
     header = ["loss", "logits", "dtype", "mode", "error", "torch's", "vs eager", "vs compile", "vs eager+huge", "vs compile+huge"]
-    header += ["copies", "of copy speed", "extra memory", "torch's"]
+    header += ["copies", "of the floor", "extra memory", "torch's"]
     lines = []
     for case in result["cases"]:
         eager = case["providers"].get(EAGER, {})
@@ -25,27 +44,15 @@ def overview(result: dict[str, Any]) -> Table:
                 lines.append([*line, f"{found['status'].upper()}: {found['reason']}", *[""] * (len(header) - 5)])
                 continue
             times = [ratio(found["slower"].get(other)) for other in (EAGER, COMPILED, EAGER_HUGE, COMPILED_HUGE)]
-            copies = [number(found["copies"]["middle"]), f"{found['share_of_copy_speed']:.0%}"]
+            copies = [number(found["copies"]["middle"]), share(found)]
             lines.append([*line, error(found), error(eager), *times, *copies, memory(found, case), memory(eager, case)])
     return header, lines
 
 
 def targets(result: dict[str, Any]) -> Table:
     """The targets of the CPU kernels beside what was measured."""
-    header = [
-        "loss",
-        "logits",
-        "dtype",
-        "mode",
-        "vs eager",
-        "target",
-        "vs compile",
-        "target",
-        "copies",
-        "target",
-        "extra memory",
-        "verdict",
-    ]
+    header = ["loss", "logits", "dtype", "mode", "vs eager", "target", "vs compile", "target", "copies", "target", "of the floor"]
+    header += ["extra memory", "verdict"]
     by_key = {case["key"]: case for case in result["cases"]}
     lines = []
     for target in CPU_TARGETS:
@@ -56,7 +63,8 @@ def targets(result: dict[str, Any]) -> Table:
         verdicts = judge(target, found)
         line = [case["loss"], size(case["shape"]), case["dtype"], "in-place" if target.provider == INPLACE else "default"]
         line += [ratio(found["slower"].get(EAGER)), f"≥ {target.eager:g}", ratio(found["slower"].get(COMPILED)), f"≥ {target.compiled:g}"]
-        line += [number(found["copies"]["middle"]), "" if target.copies is None else f"≤ {target.copies:g}", memory(found, case)]
+        line += [number(found["copies"]["middle"]), "" if target.copies is None else f"≤ {target.copies:g}"]
+        line += [share(found), memory(found, case)]
         lines.append([*line, "met" if not verdicts else "not met: " + ", ".join(verdicts)])
     return header, lines
 
@@ -75,7 +83,7 @@ def judge(target: Target, found: dict[str, Any]) -> list[str]:
 
 def providers(case: dict[str, Any]) -> Table:
     """Everybody on one case, in milliseconds."""
-    header = ["provider", "forward ms", "backward ms", "step ms", "quartiles", "copies", "bytes/logit", "error", "extra memory", "note"]
+    header = ["provider", "forward ms", "backward ms", "step ms", "quartiles", "copies", "of the floor", "error", "extra memory", "note"]
     lines = []
     for name, found in case["providers"].items():
         if found["status"] != "timed":
@@ -83,7 +91,7 @@ def providers(case: dict[str, Any]) -> Table:
             continue
         parts = [number(found[part]["middle"] * 1e3) for part in ("forward", "backward", "step")]
         spread = f"{number(found['step']['low'] * 1e3)} to {number(found['step']['high'] * 1e3)}"
-        copies = [number(found["copies"]["middle"]), number(found["bytes_per_logit"])]
+        copies = [number(found["copies"]["middle"]), share(found)]
         lines.append([name, *parts, spread, *copies, error(found), memory(found, case), ""])
     return header, lines
 
@@ -131,6 +139,12 @@ def ratio(spread: dict[str, float] | None) -> str:
 
 def error(found: dict[str, Any]) -> str:
     return f"{max(found['error'].values()):.1e}" if "error" in found else ""
+
+
+def share(found: dict[str, Any]) -> str:
+    """How much of a step's time reading and writing what the loss has to takes alone."""
+    measured = found.get("share_of_floor")
+    return f"{measured['middle']:.0%}" if measured else NOTHING
 
 
 def memory(found: dict[str, Any], case: dict[str, Any]) -> str:

@@ -156,7 +156,7 @@ def _print(result: dict[str, Any], options: argparse.Namespace) -> None:
     if options.details:
         for case in result["cases"]:
             print(f"\n{case['title']}, {case['rounds']} rounds\n" + tables.as_text(tables.providers(case)))
-    for title, table in tables.extras(result).items():
+    for title, table in tables.extras(result).values():
         print(f"\n{title}\n{tables.as_text(table)}")
     if options.preset == "cpu-table":
         print("\nThe CPU targets\n" + tables.as_text(tables.targets(result)))

@@ -11,7 +11,7 @@ _HALF = "arithmetic: as many exps for half the bytes"
 _TWO_READS = "three streams at a time, and exp and products of two arrays"
 _LOGISTIC = "an exp, a logarithm and a division for each element, where a softmax has one exp"
 _ENTRIES = _EXP + "; entries are hung into lists, 1.00 to 1.14 of cross_entropy's time"
-_RESULTS = "two fresh N×C results for both sides; nothing but memory"
+_RESULTS = "arithmetic of the forward that memory does not hide, and two results of N×C to allocate"
 
 WHY = {
     "ce 4096x32000 float32": _EXP,

@@ -68,14 +68,19 @@ def where(result: dict[str, Any]) -> str:
 
 
 def blocks(result: dict[str, Any]) -> dict[str, str]:
-    """What goes between `<!-- NAME -->` and `<!-- /NAME -->` in Markdown."""
+    """What goes between `<!-- NAME -->` and `<!-- /NAME -->` in Markdown. A result that is a sweep over sizes fills in that alone."""
+    if tables.sizes(result)[1]:
+        return {"sizes": f"{where(result)}.\n\n{tables.as_markdown(tables.sizes(result))}"}
+    extras = {name: f"{title}:\n\n{tables.as_markdown(table)}" for name, (title, table) in tables.extras(result).items()}
     return {
+        **extras,
         "bench": f"{tables.as_markdown(tables.front(result))}\n\n{where(result)}. {_SHORT_NOTE}",
         "where": f"{where(result)}.",
         "limits": tables.as_markdown(limits(result)),
         "bench-all": f"{where(result)}.\n\n{tables.as_markdown(tables.overview(result))}\n\n{_NOTE}",
         "targets": f"{where(result)}.\n\n{tables.as_markdown(tables.targets(result))}",
-        "extras": "\n\n".join(f"{title}:\n\n{tables.as_markdown(table)}" for title, table in tables.extras(result).items()),
+        "extras": "\n\n".join(extras.values()),
+        "least": f"{where(result)}.\n\n{tables.as_markdown(tables.least(result))}",
         "errors": tables.as_markdown(_errors(result)),
     }
 
@@ -110,7 +115,7 @@ def as_html(result: dict[str, Any], pictures: Sequence[Path]) -> str:
     parts += ["<h2>Overview</h2>", _html(tables.overview(result)), f'<p class="note">{_NOTE}</p>']
     if tables.targets(result)[1]:
         parts += ["<h2>CPU targets</h2>", _html(tables.targets(result))]
-    for title, table in tables.extras(result).items():
+    for title, table in tables.extras(result).values():
         parts += [f"<h2>{html.escape(title)}</h2>", _html(table)]
     parts.append("<h2>Every provider</h2>")
     for case in result["cases"]:

@@ -1,6 +1,7 @@
 """Results as rows of words: one source for the terminal, the README and the HTML page."""
 
 from collections.abc import Iterable, Sequence
+from math import prod
 from typing import Any
 
 from .presets import CPU_TARGETS, FRONT, Target
@@ -8,6 +9,7 @@ from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INP
 
 Table = tuple[list[str], list[list[str]]]
 
+MODES = {"default": FASTLOSS, "in-place": INPLACE, "no foresight": NO_FORESIGHT, "no pool": NO_POOL}
 NOTHING = "–"  # not measured, in tables of which every cell is looked at
 
 
@@ -35,7 +37,7 @@ def overview(result: dict[str, Any]) -> Table:
     lines = []
     for case in result["cases"]:
         eager = case["providers"].get(EAGER, {})
-        for mode, name in (("default", FASTLOSS), ("in-place", INPLACE), ("no foresight", NO_FORESIGHT), ("no pool", NO_POOL)):
+        for mode, name in MODES.items():
             found = case["providers"].get(name)
             if found is None or found["status"] == "skipped":
                 continue
@@ -81,6 +83,36 @@ def judge(target: Target, found: dict[str, Any]) -> list[str]:
     return missed
 
 
+def least(result: dict[str, Any], limit: float = 3.0) -> Table:
+    """Every case and mode of ours that is less than `limit` times as fast as compiled torch, the worst first."""
+    header = ["loss", "logits", "dtype", "mode", "× eager", "× compile"]
+    found = []
+    for case in result["cases"]:
+        for mode, name in MODES.items():
+            slower = case["providers"].get(name, {}).get("slower", {})
+            if COMPILED in slower and slower[COMPILED]["middle"] < limit:
+                line = [case["loss"], size(case["shape"]), case["dtype"], mode, ratio(slower.get(EAGER)), ratio(slower[COMPILED])]
+                found.append((slower[COMPILED]["middle"], line))
+    return header, [line for _, line in sorted(found, key=lambda pair: pair[0])]
+
+
+def sizes(result: dict[str, Any]) -> Table:
+    """A sweep over the number of classes, in milliseconds; no lines for a result that is none."""
+    header = ["classes", "logits", "fastloss ms", "torch eager ms", "torch.compile ms", "× eager", "× compile", "of the floor"]
+    cases = result["cases"]
+    if len(cases) < 4 or len({(case["loss"], case["dtype"], case["shape"][0], len(case["shape"])) for case in cases}) > 1:
+        return header, []
+    lines = []
+    for case in sorted(cases, key=lambda case: case["shape"][1]):
+        timed = {name: found for name, found in case["providers"].items() if found["status"] == "timed"}
+        if FASTLOSS not in timed:
+            continue
+        times = [number(timed[name]["step"]["middle"] * 1e3) if name in timed else NOTHING for name in (FASTLOSS, EAGER, COMPILED)]
+        ratios = [ratio(timed[FASTLOSS]["slower"].get(other)) or NOTHING for other in (EAGER, COMPILED)]
+        lines.append([str(case["shape"][1]), f"{prod(case['shape']):,}", *times, *ratios, share(timed[FASTLOSS])])
+    return header, lines
+
+
 def providers(case: dict[str, Any]) -> Table:
     """Everybody on one case, in milliseconds."""
     header = ["provider", "forward ms", "backward ms", "step ms", "quartiles", "copies", "of the floor", "error", "extra memory", "note"]
@@ -96,20 +128,20 @@ def providers(case: dict[str, Any]) -> Table:
     return header, lines
 
 
-def extras(result: dict[str, Any]) -> dict[str, Table]:
-    """Small calls, threads, start-up: a table for each that was measured."""
-    tables: dict[str, Table] = {}
+def extras(result: dict[str, Any]) -> dict[str, tuple[str, Table]]:
+    """Small calls, threads, start-up: title and table for each that was measured."""
+    tables: dict[str, tuple[str, Table]] = {}
     found = result.get("extras", {})
     if "overhead" in found:
         lines = [[name, number(spread["middle"] * 1e6)] for name, spread in found["overhead"]["seconds"].items()]
-        tables["A small step (cross_entropy 32x10, forward and backward)"] = (["provider", "µs"], lines)
+        tables["overhead"] = "A small step (cross_entropy 32x10, forward and backward)", (["provider", "µs"], lines)
     if "scaling" in found:
         lines = []
         for key, names in found["scaling"].items():
             for name, counts in names.items():
                 lines.append([key, name, *(number(spread["middle"]) for spread in counts.values())])
         counts = next(iter(next(iter(found["scaling"].values())).values()))
-        tables["Threads: times as fast as with one"] = (["case", "provider", *counts], lines)
+        tables["scaling"] = "Threads: times as fast as with one", (["case", "provider", *counts], lines)
     if "startup" in found:
         lines = []
         for name, states in found["startup"].items():
@@ -118,7 +150,8 @@ def extras(result: dict[str, Any]) -> dict[str, Table]:
         parts = list(found["startup"][FASTLOSS]["cold"])
         imports = found["startup"].get("imports", {})
         lines += [[f"import {name}", "", number(seconds), *[""] * (len(parts) - 1)] for name, seconds in imports.items()]
-        tables["A new process, seconds (cold: nothing compiled is cached yet)"] = (["provider", "caches", *parts], lines)
+        title = "A new process, seconds (cold: nothing compiled is cached yet)"
+        tables["startup"] = title, (["provider", "caches", *parts], lines)
     return tables
 
 

@@ -173,7 +173,7 @@ def _front(cases: list[dict[str, Any]]) -> Figure | None:
     axes.set_yscale("log")
     floors = [(case["shape"][1], case["floor"]["step"]["middle"] * 1e3) for case in sweep if case.get("floor")]
     if floors:
-        x, y = zip(*floors, strict=True)
+        x, y = [classes for classes, _ in floors], [milliseconds for _, milliseconds in floors]
         axes.set_ylim(bottom=min(y) / 1.5)
         axes.fill_between(x, y, axes.get_ylim()[0], color="#ececec", linewidth=0)
         axes.plot(x, y, color="#888888", linewidth=1)

@@ -178,8 +178,9 @@ def _cache() -> list[Finding]:
     except RuntimeError:
         return [_nothing_kept("no folder can be written")]
     try:
-        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(bytes(1 << 16))
+            file.flush()
     except OSError as problem:  # a full disk, a quota
         return [_nothing_kept(f"nothing can be kept in {folder} ({problem.strerror})")]
     return [Finding("compiled kernels", "ok", f"kept in {folder}")]

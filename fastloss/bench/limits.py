@@ -8,10 +8,10 @@ from .tables import NOTHING, Table, number, share, size
 
 _EXP = "arithmetic that the waiting for memory does not hide: 10 ms for one walk over 4096×32000 (kernels/README.md)"
 _HALF = "arithmetic: as many exps for half the bytes"
-_TWO_READS = "three streams at a time, and exp and products of two arrays"
-_LOGISTIC = "an exp, a logarithm and a division for each element, where a softmax has one exp"
+_TWO_READS = "not taken apart: exps, and products of two arrays"
+_LOGISTIC = "not taken apart: an exp, a logarithm and a division for each element, where a softmax has one exp"
 _ENTRIES = _EXP + "; entries are hung into lists, 1.00 to 1.14 of cross_entropy's time"
-_RESULTS = "arithmetic of the forward that memory does not hide, and two results of N×C to allocate"
+_RESULTS = "not taken apart: exps of the forward, and two results of N×C to allocate"
 
 WHY = {
     "ce 4096x32000 float32": _EXP,

@@ -170,8 +170,8 @@ def _one_line(found: dict[str, Any]) -> str:
     ours = found["providers"].get(FASTLOSS, {})
     if ours.get("status") != "timed":
         return f"{found['key']:34} {ours.get('status', 'not asked for')} {ours.get('reason', '')}"
-    eager = tables.ratio(ours["slower"].get(EAGER))
-    return f"{found['key']:34} correct; {eager or '?'} as fast as eager, {tables.number(ours['copies']['middle'])} copies, {tables.share(ours)} of the floor"
+    eager, copies = tables.ratio(ours["slower"].get(EAGER)), tables.number(ours["copies"]["middle"])
+    return f"{found['key']:34} correct; {eager or '?'} as fast as eager, {copies} copies, {tables.share(ours)} of the floor"
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:

@@ -93,3 +93,23 @@ def test_what_was_not_measured_is_a_dash() -> None:
     assert {line[header.index("of the floor")] for line in lines} == {tables.NOTHING}
     assert {line[header.index("extra memory")] for line in lines} == {tables.NOTHING}
     assert {line[4] for line in limits.limits(result)[1]} == {tables.NOTHING}
+
+
+@pytest.mark.parametrize("measured", [True, False])
+def test_the_picture_has_the_floor_where_it_was_measured(measured: bool) -> None:
+    from fastloss.bench import charts
+
+    def case(classes: int) -> dict[str, object]:
+        found = {"status": "timed", "step": {"middle": classes * 2e-6}}
+        least = {"step": {"middle": classes * 1e-6}} if measured else None
+        return {"loss": "cross_entropy", "dtype": "float32", "shape": [4096, classes], "providers": {FASTLOSS: found}, "floor": least}
+
+    figure = charts._front([case(classes) for classes in (10, 100, 1000, 10000)])
+    assert figure is not None
+    (axes,) = figure.axes
+    words = " ".join(text.get_text() for text in axes.texts)
+    assert FASTLOSS in words
+    assert ("floor" in words) == measured
+    assert len(axes.lines) == (2 if measured else 1)
+    charts.plt.close(figure)
+    assert charts._front([case(10), case(100)]) is None

@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 OUT := bench/out
 MEASURED := docs/measured
 
-.PHONY: help bench test test-one-half test-other-half test-all matrix lint docs measure clean
+.PHONY: help bench test test-one-half test-other-half test-all matrix lint docs site measure clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -48,8 +48,11 @@ lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
 
 docs: $(VENV)/.bench ## regenerate every generated table and picture from docs/measured and from the code
 	$(BIN)/python bench/report.py $(MEASURED)/cpu.json --out $(MEASURED) --tables README.md docs
-	if [ -f $(MEASURED)/sizes.json ]; then $(BIN)/python bench/report.py $(MEASURED)/sizes.json --out $(MEASURED)/sizes; fi
+	if [ -f $(MEASURED)/sizes.json ]; then $(BIN)/python bench/report.py $(MEASURED)/sizes.json --out $(MEASURED)/sizes --tables README.md docs; fi
 	$(BIN)/python docs/make_coverage.py
+
+site: $(VENV)/.dev ## static pages of the documentation and the API reference, in build/site
+	$(BIN)/python docs/make_site.py
 
 measure: $(VENV)/.bench ## measure this machine for the README (about half an hour), then `make docs`
 	$(BIN)/python bench/run.py --preset cpu-table --extra overhead scaling startup --json $(MEASURED)/cpu.json

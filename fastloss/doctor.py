@@ -5,7 +5,8 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -23,6 +24,8 @@ from .bench import machine
 
 Status = Literal["ok", "note", "FAIL"]
 
+_TOPIC_WIDTH = len("NUMBA_DISABLE_JIT")
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -38,29 +41,29 @@ def main(arguments: Sequence[str]) -> int:
     if set(arguments) - {"--json"}:
         print("usage: fastloss doctor [--json]", file=sys.stderr)
         return 2
-    found = examine()
+    found: list[Finding] = []
+    for finding in examine():
+        found.append(finding)
+        if not arguments:  # line by line: where nothing is compiled yet, the self-checks take a minute
+            print(f"{finding.status:5}{finding.topic:{_TOPIC_WIDTH}}  {finding.text}", flush=True)
     failed = any(finding.status == "FAIL" for finding in found)
     if arguments:
         report = {"healthy": not failed, "machine": machine.describe(), "findings": [asdict(finding) for finding in found]}
         print(json.dumps(report, indent=1))
     else:
-        width = max(len(finding.topic) for finding in found)
-        print("\n".join(f"{finding.status:5}{finding.topic:{width}}  {finding.text}" for finding in found))
         print("\n" + ("something is wrong: see FAIL above" if failed else "fastloss is sound on this machine"))
     return 1 if failed else 0
 
 
-def examine() -> list[Finding]:
-    """All findings. A check that cannot be made is a finding, not an exception."""
+def examine() -> Iterator[Finding]:
+    """All findings, as they come. A check that cannot be made is a finding, not an exception."""
     # the pool last: by then it has been used
     checks = (_versions, _devices, _environment, _backends, _threads, _openmp, _cache, _self_checks, _speed, _pool)
-    found: list[Finding] = []
     for check in checks:
         try:
-            found += check()
+            yield from check()
         except Exception as problem:
-            found.append(Finding(check.__name__.strip("_"), "FAIL", _short(problem)))
-    return found
+            yield Finding(check.__name__.strip("_"), "FAIL", _short(problem))
 
 
 def _versions() -> list[Finding]:
@@ -173,9 +176,19 @@ def _cache() -> list[Finding]:
     try:
         folder = FunctionCache(launch.region).cache_path  # that of every function in its folder
     except RuntimeError:
-        text = "no folder can be written, so every process compiles its kernels again (seconds each): set NUMBA_CACHE_DIR"
-        return [Finding("compiled kernels", "note", text)]
+        return [_nothing_kept("no folder can be written")]
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(1 << 16))
+            file.flush()
+    except OSError as problem:  # a full disk, a quota
+        return [_nothing_kept(f"nothing can be kept in {folder} ({problem.strerror})")]
     return [Finding("compiled kernels", "ok", f"kept in {folder}")]
+
+
+def _nothing_kept(why: str) -> Finding:
+    text = f"{why}, so this check and every process compile their kernels again (seconds each): set NUMBA_CACHE_DIR"
+    return Finding("compiled kernels", "note", text)
 
 
 def _self_checks() -> list[Finding]:
@@ -272,8 +285,8 @@ def _pool() -> list[Finding]:
     elif policy in ("always", "madvise"):
         huge = Finding("huge pages", "ok", policy)
     else:
-        where = "/sys/kernel/mm/transparent_hugepage/enabled"
-        huge = Finding("huge pages", "note", f"{policy} in {where} ('madvise' is enough): the first use of a gradient's memory is slower")
+        where = "for this process (PR_SET_THP_DISABLE)" if policy == "off" else f"in {machine.HUGE_PAGES} ('madvise' is enough)"
+        huge = Finding("huge pages", "note", f"{policy} {where}: the first use of a gradient's memory is slower")
     pool = f"keeps up to {limit >> 20} MiB, holds {fastloss.memory.pool_bytes() >> 20} MiB now" if limit > 0 else "turned off"
     return [huge, Finding("gradient pool", "ok", pool)]
 

@@ -23,9 +23,10 @@ def test_examples(module: object, min_numel: int, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("min_numel", [0, 1 << 18], ids=["kernels", "defaults"])
-def test_recipes(min_numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("page", ["recipes", "migration"])
+def test_pages(page: str, min_numel: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastloss.config, "min_numel", min_numel)
-    result = doctest.testfile(str(Path(__file__).parent.parent / "docs" / "recipes.md"), module_relative=False)
+    result = doctest.testfile(str(Path(__file__).parent.parent / "docs" / f"{page}.md"), module_relative=False)
     assert result.attempted
     assert not result.failed
 

@@ -68,6 +68,27 @@ def test_cutmix_and_the_regulariser_beside_the_plain_run(example, tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_mixup_as_timm_does_it(example):
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    module = example("mixup_digits")
+    _, mixed = module.Mixup()(torch.rand(4, 64), torch.tensor([1, 2, 3, 4]))
+    torch.testing.assert_close(mixed.sum(1), torch.ones(4))
+    assert fastloss.explain(fastloss.CrossEntropyLoss(), torch.randn(4, 10), mixed).path == "kernel"
+    runs = module.main(["--epochs", "3"])
+    for way in ("mixup", "smoothed"):
+        assert runs[f"{way}, fastloss"] == pytest.approx(runs[f"{way}, torch"], rel=1e-3)
+        assert runs[f"{way}, fastloss"][-1] < runs[f"{way}, fastloss"][0] - 0.3
+
+
+def test_segmentation_as_torchvision_does_it(example):
+    runs = example("segmentation").main(["--epochs", "8"])
+    (losses, iou), (theirs, their_iou) = runs["fastloss"], runs["torch"]
+    assert losses == pytest.approx(theirs, rel=0.02)
+    assert iou == pytest.approx(their_iou, abs=0.02)
+    assert losses[-1] < losses[0] / 2
+    assert iou > 0.5
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_training_loop_learns_as_with_torch(example, dtype):
     found = example("training_loop").main(["--steps", "12", "--dtype", dtype])

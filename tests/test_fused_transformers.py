@@ -10,7 +10,7 @@ import torch
 
 import fastloss
 from fastloss import chunks
-from fastloss.integrations.transformers import fuse, patch, unfuse
+from fastloss.integrations.transformers import FusedLoss, fuse, patch, trainer_loss, unfuse
 
 
 @pytest.fixture(autouse=True)
@@ -112,23 +112,85 @@ def test_models_that_do_something_else_are_refused() -> None:
     fuse(patched)
 
 
-def test_trainer(tmp_path: Path) -> None:
-    """Nothing but `fuse` is needed, with gradient accumulation and a last batch of another size."""
+def test_a_copy_of_a_fused_model_computes_with_its_own_weights() -> None:
+    """As averaged models are made, and references for preference training."""
+    model = made("Llama")
+    fuse(model)
+    twin = copy.deepcopy(model)
+    expected = step(model, **batch())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(2)
+    for mine, theirs in zip(step(twin, **batch()), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+    unfuse(twin)
+    assert twin(**batch()).logits is not None
+    assert model(**batch()).logits is None
+
+
+def test_a_model_that_does_not_ask_for_its_loss_by_name_is_refused() -> None:
+    """BART's is not shifted, and its `loss_function` says ForCausalLMLoss all the same."""
+    import transformers
+
+    config = transformers.BartConfig(vocab_size=311, d_model=16, decoder_layers=1, decoder_attention_heads=2, decoder_ffn_dim=32)
+    with pytest.raises(ValueError, match=r"fuse: the l\w+ of a BartForCausalLM must be"):
+        fuse(transformers.BartForCausalLM(config))
+
+
+def test_a_forward_of_the_users_own_comes_back() -> None:
+    model = made("Llama")
+    theirs, calls = model.forward, []
+    model.forward = lambda *args, **kwargs: calls.append(1) or theirs(*args, **kwargs)
+    mine = model.forward
+    fuse(model)
+    model.eval()(**batch())
+    assert calls
+    unfuse(model)
+    assert model.forward is mine
+
+
+@pytest.mark.parametrize("way", ["fuse", "mixin", "model_init", "compute_loss_func"])
+def test_trainer(way: str, tmp_path: Path) -> None:
+    """With gradient accumulation and a last batch of another size: the losses of the plain Trainer."""
     import transformers
 
     pytest.importorskip("accelerate", reason="accelerate is not installed: transformers.Trainer needs it")
 
-    def train(fused: bool) -> list[float]:
-        model = made("Llama")
-        if fused:
-            fuse(model)
+    class Mixed(FusedLoss, transformers.Trainer):
+        pass
+
+    def train(kind: Any, model: Any, **options: Any) -> list[float]:
         data = [{k: v[i] for k, v in batch().items()} for i in range(3)] * 5
         how = transformers.TrainingArguments(
             str(tmp_path), per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, logging_steps=1, report_to=[],
             use_cpu=True, save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
         )  # fmt: skip
-        trainer = transformers.Trainer(model, how, train_dataset=data)
+        trainer = kind(model, how, train_dataset=data, **options)
         trainer.train()
+        if kind is Mixed:
+            assert trainer.model(**batch()).logits is None
         return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
-    assert train(True) == pytest.approx(train(False), rel=1e-3)
+    def model() -> Any:
+        return None if way == "model_init" else made("Llama")
+
+    initial = {"model_init": lambda: made("Llama")} if way == "model_init" else {}
+    plain, mine = train(transformers.Trainer, model(), **initial), model()
+    if way == "fuse":
+        fuse(mine)
+    loss = {"compute_loss_func": trainer_loss} if way == "compute_loss_func" else {}
+    found = train(Mixed if way in ("mixin", "model_init") else transformers.Trainer, mine, **initial, **loss)
+    assert found == pytest.approx(plain, rel=1e-3)
+
+
+def test_a_trainer_that_computes_its_loss_from_logits_is_refused(tmp_path: Path) -> None:
+    import transformers
+
+    pytest.importorskip("accelerate", reason="accelerate is not installed: transformers.Trainer needs it")
+
+    class Mixed(FusedLoss, transformers.Trainer):
+        pass
+
+    how = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match=r"FusedLoss: label_smoother must be None, got .*: it needs the logits"):
+        Mixed(made("Llama"), how)

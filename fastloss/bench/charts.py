@@ -36,7 +36,7 @@ def draw(result: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True})
     cases = [case for case in result["cases"] if any(found["status"] == "timed" for found in case["providers"].values())]
-    figures = {"speed": _speed(cases), "memory": _memory(cases), "error": _error(cases), "sizes": _sizes(cases)}
+    figures = {"speed": _speed(cases), "memory": _memory(cases), "error": _error(cases), "sizes": _sizes(cases), "front": _front(cases)}
     written = []
     for name, figure in figures.items():
         if figure is not None:
@@ -143,8 +143,8 @@ def _error(cases: list[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def _sizes(cases: list[dict[str, Any]]) -> Figure | None:
-    """Time against the number of classes, where one loss was measured with at least four of them on the same rows."""
+def _sweep(cases: list[dict[str, Any]]) -> tuple[str, str, int, list[dict[str, Any]]] | None:
+    """The loss, dtype and rows that were measured with most numbers of classes, at least four, and these cases in their order."""
     sweeps: dict[tuple[str, str, int], list[dict[str, Any]]] = defaultdict(list)
     for case in cases:
         if len(case["shape"]) == 2:
@@ -152,7 +152,46 @@ def _sizes(cases: list[dict[str, Any]]) -> Figure | None:
     (loss, dtype, rows), sweep = max(sweeps.items(), key=lambda item: len(item[1]), default=(("", "", 0), []))
     if len(sweep) < 4:
         return None
-    sweep.sort(key=lambda case: case["shape"][1])
+    return loss, dtype, rows, sorted(sweep, key=lambda case: case["shape"][1])
+
+
+def _front(cases: list[dict[str, Any]]) -> Figure | None:
+    """The picture of the README: a step's time against the number of classes, over the floor, each line with its name at its end."""
+    swept = _sweep(cases)
+    if swept is None:
+        return None
+    loss, dtype, rows, sweep = swept
+    figure, axes = plt.subplots(figsize=(8, 4.2), layout="constrained")
+    for name in (EAGER, COMPILED, FASTLOSS):
+        timed = [case for case in sweep if case["providers"].get(name, {}).get("status") == "timed"]
+        if timed:
+            x, y = [case["shape"][1] for case in timed], [case["providers"][name]["step"]["middle"] * 1e3 for case in timed]
+            colour, mark = STYLE[name]
+            axes.plot(x, y, color=colour, marker=mark, markersize=5, linewidth=2.4 if name == FASTLOSS else 1.5)
+            axes.annotate(f" {name}", (x[-1], y[-1]), color=colour, va="center", fontsize=11, fontweight="bold", annotation_clip=False)
+    _plain_log(axes)
+    axes.set_yscale("log")
+    floors = [(case["shape"][1], case["floor"]["step"]["middle"] * 1e3) for case in sweep if case.get("floor")]
+    if floors:
+        x, y = [classes for classes, _ in floors], [milliseconds for _, milliseconds in floors]
+        axes.set_ylim(bottom=min(y) / 1.5)
+        axes.fill_between(x, y, axes.get_ylim()[0], color="#ececec", linewidth=0)
+        axes.plot(x, y, color="#888888", linewidth=1)
+        axes.annotate(" the floor: only\n read and write", (x[-1], y[-1]), color="#666666", va="top", fontsize=10, annotation_clip=False)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_xlabel(f"classes, of {rows} rows")
+    axes.set_ylabel("milliseconds")
+    axes.set_title(f"{loss}, {dtype}: forward and backward", loc="left", fontsize=12, fontweight="bold")
+    axes.grid(color="#ececec")
+    return figure
+
+
+def _sizes(cases: list[dict[str, Any]]) -> Figure | None:
+    """Time for each logit against the number of classes, everybody."""
+    swept = _sweep(cases)
+    if swept is None:
+        return None
+    loss, dtype, rows, sweep = swept
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for name, (colour, mark) in STYLE.items():
         timed = [case for case in sweep if case["providers"].get(name, {}).get("status") == "timed"]
@@ -164,6 +203,9 @@ def _sizes(cases: list[dict[str, Any]]) -> Figure | None:
     axes.plot(
         x, [case["copy"]["middle"] / (rows * case["shape"][1]) * 1e9 for case in sweep], "--", color="#333333", label="a copy of the logits"
     )
+    floors = [(case["shape"][1], case["floor"]["step"]["middle"] / (rows * case["shape"][1]) * 1e9) for case in sweep if case.get("floor")]
+    if floors:
+        axes.plot(*zip(*floors, strict=True), ":", color="#333333", label="the floor: read once, write once")
     _plain_log(axes)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import extras, machine, tables
+from . import compare, extras, machine, tables
 from .cases import DTYPES, Case
 from .losses import ALIASES
 from .measure import measure
@@ -33,6 +33,8 @@ examples:
   fastloss bench --preset cpu-table --json table.json  every CPU target, met or not
   fastloss bench --loss ce bce --shape 4096x32000 8x21x512x512 --dtype float32 bfloat16
   fastloss bench --loss softmax --shape 4096x1000 --provider fastloss 'torch eager' --seconds 20
+
+  fastloss bench compare before.json after.json        what got slower, faster, larger or less exact between two --json files
 
 exit status: 0; 1 if fastloss was wrong or failed on any case; 2 for a wrong command line.
 """
@@ -59,15 +61,18 @@ def parser() -> argparse.ArgumentParser:
     how.add_argument("--rounds", type=int, default=5, metavar="R", help="rounds at the least, whatever the budget (default: 5)")
     how.add_argument("--no-memory", action="store_true", help="leave out peak memory, which takes a process for each case")
     out = found.add_argument_group("results")
-    out.add_argument("--json", type=Path, metavar="FILE", help="everything, with machine, versions and commit; bench/compare.py reads it")
+    out.add_argument("--json", type=Path, metavar="FILE", help="everything, with machine, versions, commit; for fastloss bench compare")
     out.add_argument("--csv", type=Path, metavar="FILE", help="a line for each case and provider")
     out.add_argument("--details", action="store_true", help="also print a table of all providers for each case")
     return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the benchmark; the exit status."""
-    options = parser().parse_args(arguments)
+    """Run the benchmark, or compare two results; the exit status."""
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    if words[:1] == ["compare"]:
+        return compare.main(words[1:])
+    options = parser().parse_args(words)
     if options.threads:
         torch.set_num_threads(options.threads)
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -99,7 +104,7 @@ def run(
         try:
             for case, weight in zip(preset.cases, weights, strict=True):
                 bar.begin(case.key)
-                found = measure(case, preset.providers, preset.seconds, device, memory, rounds)
+                found = measure(case, preset.providers, preset.seconds, device, memory, rounds, bar.now)
                 result["cases"].append(found)
                 bar.say(_one_line(found))
                 bar.end(weight)
@@ -151,7 +156,7 @@ def _print(result: dict[str, Any], options: argparse.Namespace) -> None:
     if options.details:
         for case in result["cases"]:
             print(f"\n{case['title']}, {case['rounds']} rounds\n" + tables.as_text(tables.providers(case)))
-    for title, table in tables.extras(result).items():
+    for title, table in tables.extras(result).values():
         print(f"\n{title}\n{tables.as_text(table)}")
     if options.preset == "cpu-table":
         print("\nThe CPU targets\n" + tables.as_text(tables.targets(result)))
@@ -165,8 +170,8 @@ def _one_line(found: dict[str, Any]) -> str:
     ours = found["providers"].get(FASTLOSS, {})
     if ours.get("status") != "timed":
         return f"{found['key']:34} {ours.get('status', 'not asked for')} {ours.get('reason', '')}"
-    eager = tables.ratio(ours["slower"].get(EAGER))
-    return f"{found['key']:34} correct; {eager or '?'} as fast as eager, {tables.number(ours['copies']['middle'])} copies"
+    eager, copies = tables.ratio(ours["slower"].get(EAGER)), tables.number(ours["copies"]["middle"])
+    return f"{found['key']:34} correct; {eager or '?'} as fast as eager, {copies} copies, {tables.share(ours)} of the floor"
 
 
 def _write_json(path: Path | None, result: dict[str, Any]) -> None:

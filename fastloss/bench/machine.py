@@ -1,5 +1,6 @@
 """Where a measurement was made: machine, versions, commit, and how fast this machine copies."""
 
+import ctypes
 import os
 import platform
 import re
@@ -13,6 +14,8 @@ import torch
 
 import fastloss
 
+HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
+_PR_GET_THP_DISABLE = 42  # linux/prctl.h
 _UNKNOWN_CACHE = 32 << 20
 _LARGEST_CACHE = 512 << 20  # a guest may see the cache of a whole host; rotating through more than this costs memory for nothing
 
@@ -64,8 +67,13 @@ def last_level_cache() -> int:
 
 
 def huge_pages() -> str:
-    """The kernel's policy for anonymous memory: 'always', 'madvise', 'never' or 'unknown'."""
-    found = re.search(r"\[(\w+)\]", _read("/sys/kernel/mm/transparent_hugepage/enabled"))
+    """The kernel's policy for anonymous memory: 'always', 'madvise', 'never' or 'unknown'; 'off' if this process is denied them."""
+    try:
+        if ctypes.CDLL(None).prctl(_PR_GET_THP_DISABLE, 0, 0, 0, 0) == 1:
+            return "off"
+    except (AttributeError, OSError, TypeError):  # not Linux
+        return "unknown"
+    found = re.search(r"\[(\w+)\]", _read(HUGE_PAGES))
     return found.group(1) if found else "unknown"
 
 

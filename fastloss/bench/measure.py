@@ -1,6 +1,6 @@
 """A case from inputs to numbers: check everybody, time who is right, measure memory. The result is plain data, ready for JSON."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from tempfile import NamedTemporaryFile
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import accuracy, footprint
+from . import accuracy, floor, footprint
 from .cases import Case, Inputs, inputs_to_miss, make_inputs
 from .child import child
 from .machine import last_level_cache
@@ -20,14 +20,24 @@ from .timing import Series, Step, interleave
 COPY = "copy"
 
 
-def measure(case: Case, names: Sequence[str], seconds: float, device: str = "cpu", memory: bool = True, least: int = 5) -> dict[str, Any]:
-    """The result of one case: a dictionary for every provider, and what a copy of the logits costs."""
+def measure(
+    case: Case,
+    names: Sequence[str],
+    seconds: float,
+    device: str = "cpu",
+    memory: bool = True,
+    least: int = 5,
+    now: Callable[[str], None] = lambda doing: None,
+) -> dict[str, Any]:
+    """The result of one case: a dictionary for every provider, and what a copy of the logits costs. `now` is told what is being done."""
+    now("making inputs and the float64 truth")
     inputs = make_inputs(case, inputs_to_miss(case, last_level_cache()), device)
     true = accuracy.truth(case, inputs[0])
     eager = _checked(Runner(PROVIDERS[EAGER], case, inputs), true)
     limit = accuracy.allowed(case, eager)
     providers: dict[str, dict[str, Any]] = {}
-    steps: dict[str, Step] = {COPY: _copier(inputs)}
+    steps: dict[str, Step] = {COPY: _copier(inputs), **floor.steps(case.loss, inputs, device)}
+    nobody = set(steps)
     with ExitStack() as processes:
         for name in names:
             provider = PROVIDERS[name]
@@ -35,6 +45,7 @@ def measure(case: Case, names: Sequence[str], seconds: float, device: str = "cpu
             if reason is not None:
                 providers[name] = {"status": "skipped", "reason": reason}
                 continue
+            now(f"checking {name}")
             try:
                 if provider.environment:
                     error, step = _elsewhere(provider, case, len(inputs), true, processes)
@@ -49,9 +60,12 @@ def measure(case: Case, names: Sequence[str], seconds: float, device: str = "cpu
                 providers[name] |= {"status": "wrong", "reason": f"error {error.worst:.1e}, torch eager has {eager.worst:.1e}: not timed"}
                 continue
             steps[name] = step
+        now(f"timing {len(steps) - len(nobody)} providers in turn, {seconds:g} s")
         series = interleave(steps, seconds, least)
-    for name in steps.keys() - {COPY}:
-        providers[name] |= _numbers(case, series, name)
+    least_possible = floor.of(case.loss, series)
+    for name in steps.keys() - nobody:
+        rivals = {other: times for other, times in series.items() if other not in nobody}
+        providers[name] |= _numbers(case, rivals, name, series[COPY], least_possible)
     copied = series[COPY].spread()
     result: dict[str, Any] = {
         "key": case.key,
@@ -63,12 +77,13 @@ def measure(case: Case, names: Sequence[str], seconds: float, device: str = "cpu
         "rounds": len(series[COPY].times),
         "inputs": len(inputs),
         "copy": asdict(copied) | {"bytes_per_second": 2 * case.bytes / copied.middle},
+        "floor": _floor(series, least_possible),
         "providers": {name: providers[name] for name in names},
     }
     del inputs, steps, series, true
     release_memory()
     if memory and device == "cpu" and footprint.can_measure():
-        _add_memory(case, result["providers"])
+        _add_memory(case, result["providers"], now)
     return result
 
 
@@ -102,27 +117,38 @@ def _elsewhere(provider: Provider, case: Case, inputs: int, true: accuracy.Truth
     return error, lambda turn: Times(*process.ask(do="step", turn=turn))
 
 
-def _numbers(case: Case, series: dict[str, Series], name: str) -> dict[str, Any]:
-    """Times in seconds; `slower` is how many times longer another took; `copies` the step in copies of the logits."""
+def _floor(series: dict[str, Series], floor_series: Series | None) -> dict[str, Any] | None:
+    """Seconds of the two kernels that compute nothing, and of what the loss needs of them."""
+    if floor_series is None:
+        return None
+    parts = {"read": series[floor.READ], "read and write": series[floor.READ_AND_WRITE], "step": floor_series}
+    return {part: asdict(times.spread()) for part, times in parts.items()}
+
+
+def _numbers(case: Case, series: dict[str, Series], name: str, copy: Series, least: Series | None) -> dict[str, Any]:
+    """Times in seconds; `slower` is how many times longer another took; `copies` the step in copies of the logits; `share_of_floor` how
+    much of it the machine would need in any case."""
     mine = series[name]
-    copies = series[COPY].ratio_to(mine)
+    copies = copy.ratio_to(mine)
     return {
         "forward": asdict(mine.spread("forward")),
         "backward": asdict(mine.spread("backward")),
         "step": asdict(mine.spread("step")),
         "copies": asdict(copies),
         "share_of_copy_speed": case.spec.passes / (2 * copies.middle),
+        "share_of_floor": None if least is None else asdict(mine.ratio_to(least)),
         "bytes_per_logit": 2 * case.torch_dtype.itemsize * copies.middle,
-        "slower": {other: asdict(mine.ratio_to(theirs)) for other, theirs in series.items() if other not in (name, COPY)},
+        "slower": {other: asdict(mine.ratio_to(theirs)) for other, theirs in series.items() if other != name},
     }
 
 
-def _add_memory(case: Case, providers: dict[str, dict[str, Any]]) -> None:
+def _add_memory(case: Case, providers: dict[str, dict[str, Any]], now: Callable[[str], None]) -> None:
     """Peak memory, in a fresh process: nothing of this one's may be in the way. Huge pages change when memory is mapped, not how much."""
     with child() as process:
         for name, found in providers.items():
             if found["status"] != "timed" or PROVIDERS[name].environment:
                 continue
+            now(f"peak memory of {name}")
             try:
                 found["memory"] = process.ask(do="memory", provider=name, case=case.key, threads=torch.get_num_threads())
             except RuntimeError as problem:

@@ -48,6 +48,20 @@ CPU_TARGETS = (
     Target(Case("token_statistics, all five", (4096, 32000)), 10, 3.5),
 )
 
+FRONT = (
+    Case(_CE, (4096, 32000)),
+    Case(_CE, (2048, 128256)),
+    Case(_CE, (65536, 1000)),
+    Case(_CE, (4096, 32000), "bfloat16"),
+    Case(_CE, _SEGMENTATION),
+    Case(_SMOOTHED, (4096, 32000)),
+    Case(_SOFT, (4096, 32000)),
+    Case(_PAIRS, (4096, 32000)),
+    Case(_BCE, (65536, 1000)),
+    Case("token_statistics", (4096, 32000)),
+)
+"""The cases of the README's table."""
+
 USUAL = (FASTLOSS, INPLACE, EAGER, COMPILED, EAGER_HUGE)
 EVERYBODY = (FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL, EAGER, COMPILED, EAGER_HUGE, COMPILED_HUGE)
 RIVALS = ("liger-kernel", "flash-attn", "quack-kernels", "liger-kernel, linear", "quack-kernels, linear", "cut-cross-entropy")

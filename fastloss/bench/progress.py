@@ -9,13 +9,14 @@ class Progress(Protocol):
     def __enter__(self) -> "Progress": ...
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None: ...
     def begin(self, what: str) -> None: ...
+    def now(self, detail: str) -> None: ...
     def end(self, weight: float) -> None: ...
     def say(self, text: str) -> None: ...
 
 
 class _Lines:
     def __init__(self, total: float) -> None:
-        self.total, self.done = total, 0.0
+        self.total, self.done, self.what = total, 0.0, ""
 
     def __enter__(self) -> "_Lines":
         return self
@@ -24,7 +25,11 @@ class _Lines:
         pass
 
     def begin(self, what: str) -> None:
+        self.what = what
         self.say(f"[{self.done / self.total:4.0%}] {what}")
+
+    def now(self, detail: str) -> None:
+        self.say(f"       {self.what}: {detail}")
 
     def end(self, weight: float) -> None:
         self.done += weight
@@ -38,6 +43,7 @@ class _Bar:
         from tqdm import tqdm
 
         layout = "{percentage:3.0f}% |{bar:24}| {elapsed} elapsed, {remaining} left  {desc}"
+        self._what = ""
         self._bar: Any = tqdm(total=total, bar_format=layout, file=sys.stderr, mininterval=0.5)
 
     def __enter__(self) -> "_Bar":
@@ -48,7 +54,11 @@ class _Bar:
         self._bar.close()
 
     def begin(self, what: str) -> None:
+        self._what = what
         self._bar.set_description_str(what)
+
+    def now(self, detail: str) -> None:
+        self._bar.set_description_str(f"{self._what}: {detail}")
 
     def end(self, weight: float) -> None:
         self._bar.update(weight)

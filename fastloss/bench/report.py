@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tables
+from .limits import limits
 from .tables import Table
 
 _STYLE = """
@@ -21,8 +22,13 @@ img{max-width:100%}.wide{overflow-x:auto}details{margin:.4em 0}p.note{color:#555
 """
 _NOTE = (
     "Medians of ratios within interleaved rounds. Error: the largest of loss and gradient against float64, relative to the largest true "
-    "value. Copies: the time of a step in copies of the logits into mapped memory. Of copy speed: the bytes a step cannot do without, per "
-    "second, as a share of what the copy moves. N×C: the size of the logits."
+    "value. Copies: the time of a step in copies of the logits into mapped memory. Of the floor: how much of a step's time two kernels of "
+    "ours take that only read and write what the loss has to, in the same round. N×C: the size of the logits."
+)
+_SHORT_NOTE = (
+    "Forward and backward, medians of ratios within interleaved rounds. Of the floor: how much of our time this machine needs for the "
+    "reading and writing alone. Extra memory: the peak beyond the inputs; N×C is the size of the logits, and a gradient is 1. Error: the "
+    "largest of loss and gradient against float64."
 )
 
 
@@ -62,16 +68,19 @@ def where(result: dict[str, Any]) -> str:
 
 
 def blocks(result: dict[str, Any]) -> dict[str, str]:
-    """What goes between `<!-- NAME -->` and `<!-- /NAME -->` in Markdown."""
-    header, lines = tables.overview(result)
-    keep = [header.index(name) for name in ("loss", "logits", "dtype", "mode", "error", "torch's", "vs eager", "vs compile", "copies")]
-    keep += [header.index("extra memory"), len(header) - 1]
-    short = [[line[column] for column in keep] for line in lines if line[3] != "no pool"]
+    """What goes between `<!-- NAME -->` and `<!-- /NAME -->` in Markdown. A result that is a sweep over sizes fills in that alone."""
+    if tables.sizes(result)[1]:
+        return {"sizes": f"{where(result)}.\n\n{tables.as_markdown(tables.sizes(result))}"}
+    extras = {name: f"{title}:\n\n{tables.as_markdown(table)}" for name, (title, table) in tables.extras(result).items()}
     return {
-        "bench": f"{where(result)}.\n\n{tables.as_markdown(([header[column] for column in keep], short))}\n\n{_NOTE}",
-        "bench-all": f"{where(result)}.\n\n{tables.as_markdown((header, lines))}\n\n{_NOTE}",
+        **extras,
+        "bench": f"{tables.as_markdown(tables.front(result))}\n\n{where(result)}. {_SHORT_NOTE}",
+        "where": f"{where(result)}.",
+        "limits": tables.as_markdown(limits(result)),
+        "bench-all": f"{where(result)}.\n\n{tables.as_markdown(tables.overview(result))}\n\n{_NOTE}",
         "targets": f"{where(result)}.\n\n{tables.as_markdown(tables.targets(result))}",
-        "extras": "\n\n".join(f"{title}:\n\n{tables.as_markdown(table)}" for title, table in tables.extras(result).items()),
+        "extras": "\n\n".join(extras.values()),
+        "least": f"{where(result)}.\n\n{tables.as_markdown(tables.least(result))}",
         "errors": tables.as_markdown(_errors(result)),
     }
 
@@ -106,7 +115,7 @@ def as_html(result: dict[str, Any], pictures: Sequence[Path]) -> str:
     parts += ["<h2>Overview</h2>", _html(tables.overview(result)), f'<p class="note">{_NOTE}</p>']
     if tables.targets(result)[1]:
         parts += ["<h2>CPU targets</h2>", _html(tables.targets(result))]
-    for title, table in tables.extras(result).items():
+    for title, table in tables.extras(result).values():
         parts += [f"<h2>{html.escape(title)}</h2>", _html(table)]
     parts.append("<h2>Every provider</h2>")
     for case in result["cases"]:

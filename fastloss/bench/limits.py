@@ -1,0 +1,54 @@
+"""What stands between a step and its floor, case by case: the numbers from the result, the reason from what was measured of the kernels."""
+
+from typing import Any
+
+from .floor import TRAFFIC
+from .providers import FASTLOSS
+from .tables import NOTHING, Table, number, share, size
+
+_EXP = "arithmetic that the waiting for memory does not hide: 10 ms for one walk over 4096×32000 (kernels/README.md)"
+_HALF = "arithmetic: as many exps for half the bytes"
+_TWO_READS = "not taken apart: exps, and products of two arrays"
+_LOGISTIC = "not taken apart: an exp, a logarithm and a division for each element, where a softmax has one exp"
+_ENTRIES = _EXP + "; entries are hung into lists, 1.00 to 1.14 of cross_entropy's time"
+_RESULTS = "not taken apart: exps of the forward, and two results of N×C to allocate"
+
+WHY = {
+    "ce 4096x32000 float32": _EXP,
+    "ce 2048x128256 float32": _EXP,
+    "ce 65536x1000 float32": _EXP,
+    "ce 65536x128 float32": "the call: 0.3 ms of Python and reductions beside 2.4 ms of kernel",
+    "ce 65536x10 float32": "the call: 2.6 MB stay in the cache; a logarithm and four numbers a row for every 10 logits",
+    "ce 4096x32000 bfloat16": _HALF,
+    "ce 65536x1000 bfloat16": _HALF,
+    "ce 8x21x512x512 float32": "21 streams read and 21 written; a gather, a logarithm and four row numbers for every 21 logits",
+    "ce-soft 4096x32000 float32": _TWO_READS,
+    "bce 65536x1000 float32": _LOGISTIC,
+    "bce 4096x32000 float32": _LOGISTIC,
+    "bce-pos 65536x1000 float32": _LOGISTIC,
+    "bce-pos 4096x32000 float32": _LOGISTIC,
+    "bce 65536x1000 bfloat16": _LOGISTIC + ", for half the bytes",
+    "softmax 4096x32000 float32": _RESULTS,
+    "log-softmax 4096x32000 float32": _RESULTS,
+    "ce-smoothed 4096x32000 float32": _EXP + ", and a weight for each class",
+    "sparse-2 4096x32000 float32": _ENTRIES,
+    "sparse-64 4096x32000 float32": _ENTRIES,
+    "tokens 4096x32000 float32": "a second exp: forward and backward are two visits, 1.10 of cross_entropy's 'none'",
+    "tokens-all 4096x32000 float32": "a second exp: forward and backward are two visits, 1.14 of cross_entropy's 'none'",
+}
+
+
+def limits(result: dict[str, Any]) -> Table:
+    """A line for each case: what has to be read and written, what that takes, what the step takes, and what the rest is."""
+    header = ["loss", "logits", "dtype", "N×C reads, writes", "floor ms", "step ms", "of the floor", "what the rest is"]
+    lines = []
+    for case in result["cases"]:
+        ours = case["providers"].get(FASTLOSS)
+        if ours is None or ours["status"] != "timed" or case["loss"] not in TRAFFIC:
+            continue
+        floor = case.get("floor")
+        reads, writes = TRAFFIC[case["loss"]]
+        times = [number(floor["step"]["middle"] * 1e3) if floor else NOTHING, number(ours["step"]["middle"] * 1e3)]
+        line = [case["loss"], size(case["shape"]), case["dtype"], f"{reads}, {writes}", *times, share(ours)]
+        lines.append([*line, WHY.get(case["key"], NOTHING)])
+    return header, lines

@@ -32,9 +32,11 @@ def tensors_misfit(logits: Any, *required: Any, optional: tuple[Any, ...] = ()) 
     return None if logits.dtype in COMPUTE else f"there are no kernels for {logits.dtype}"
 
 
-def plain(*tensors: Tensor) -> bool:
+def plain(*tensors: Tensor | None) -> bool:
     """True if nothing but the numbers in memory matters: no subclass, vmap, forward-mode level, trace, mode or lazy tensor."""
     for t in tensors:
+        if t is None:
+            continue
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return False
         # a lazy minus sign; no memory at all; a batch of `is_grads_batched`

@@ -4,6 +4,7 @@ around the kernels. Views only, unless strides leave no choice."""
 import torch
 from torch import Tensor
 
+from .backends import kernels_for
 from .kinds import present
 from .loss import Spec, compute_dtype
 from .rows import ones
@@ -67,9 +68,15 @@ def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
     return dloss / first.numel() if reduction == "mean" else dloss
 
 
+def place_of_sum(loss: Tensor, first: Tensor) -> Tensor:
+    """Where the kernels write the sum of the losses: the loss itself, if its dtype is that for computing."""
+    compute = compute_dtype(first)
+    return loss if loss.dtype is compute else torch.empty((), dtype=compute, device=loss.device)
+
+
 def reduce_elements(total: Tensor, count: int, reduction: str, loss: Tensor) -> None:
     """Write the loss, from the sum of the losses of `count` elements."""
     if reduction == "mean":
-        torch.div(total, count, out=loss)
-    elif total is not loss:
+        kernels_for(total).divide(total, torch.full((), count, dtype=total.dtype, device=total.device), total)
+    if total is not loss:
         loss.copy_(total)

@@ -23,14 +23,14 @@ _waiting: dict[int, int] = {}  # bytes of every gradient that waits. Without a l
 class Foresight:
     """What a forward expects as upstream gradient, None if it trusts no number; and the gradients for it, until the backward takes them."""
 
-    def __init__(self, kind: tuple[Any, ...]) -> None:
+    def __init__(self, kind: tuple[Any, ...], size: int) -> None:
         number, trusted = _last.get(kind, (1.0, True))
         self.expected = number if trusted else None
-        self._kind = kind
+        self._kind, self._size = kind, size  # bytes
         self._gradients: list[tuple[Tensor | None, ...]] = []
 
     def keep(self, gradients: tuple[Tensor | None, ...]) -> None:
-        _waiting[id(self)] = _bytes(gradients)
+        _waiting[id(self)] = self._size
         self._gradients.append(gradients)
 
     def take(self, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -57,21 +57,20 @@ def foresee(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Fo
     """For the gradients of these tensors; None where they would be useless ahead of time, or in the way."""
     if reduction == "none" or not torch.is_grad_enabled():
         return None
-    size, first = _bytes(tuple(t for t in tensors if t is not None and t.requires_grad)), tensors[0]
+    size, first = 0, tensors[0]
     assert first is not None
+    for t in tensors:
+        if t is not None and t.requires_grad:
+            size += t.nbytes
     if (
         not 0 < size <= config.foresight_max_bytes
-        or first.device.type != "cpu"  # elsewhere the backward could not look at the number without waiting for the device
+        or not first.is_cpu  # elsewhere the backward could not look at the number without waiting for the device
         or (_waiting and size + sum(_waiting.copy().values()) > config.foresight_waiting_bytes)
         # saved tensors are moved or dropped until the backward (offloading, checkpointing): memory is scarce
         or _saved_tensors_are_hooked()
     ):
         return None
-    return Foresight((loss, first.dtype, first.shape[min(1, first.dim() - 1)] if first.dim() else 1, reduction))
-
-
-def _bytes(tensors: tuple[Tensor | None, ...]) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+    return Foresight((loss, first.dtype, first.shape[min(1, first.dim() - 1)] if first.dim() else 1, reduction), size)
 
 
 def _saved_tensors_are_hooked() -> bool:

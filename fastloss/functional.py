@@ -15,9 +15,10 @@ from torch import Tensor
 
 from . import composed, losses
 from .arguments import REDUCTIONS, autocast_is_active, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
+from .calls import kind_of, recall
 from .loss import COMPUTE
-from .routing import route, served_by_torch, tiny
-from .serving import by_kernels, result_dtype, serve
+from .routing import route, tiny
+from .serving import again, by_kernels, by_torch, result_dtype, serve
 
 
 def cross_entropy(
@@ -63,6 +64,11 @@ def cross_entropy(
     theirs = partial(F.cross_entropy, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if tiny(input) and not inplace_backward:
         return theirs()
+    options = (size_average, ignore_index, reduce, reduction, label_smoothing)
+    kind = None if inplace_backward else kind_of("cross_entropy", (input, target, weight), options)
+    call = recall(kind)
+    if call is not None:
+        return again(call, (input, target, weight), theirs)
     misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
     loss: Any = losses.cross_entropy
     t: Any = (input, target, weight)
@@ -82,8 +88,8 @@ def cross_entropy(
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")
         refuse_inplace(*t)
     if way.path == "torch":
-        return served_by_torch(theirs, way, theirs())
-    result: Tensor = by_kernels(way, loss, t, o, inplace_backward)
+        return by_torch(way, theirs, kind)
+    result: Tensor = by_kernels(way, loss, t, o, kind, inplace_backward)
     return result
 
 
@@ -258,10 +264,16 @@ def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None,
     """softmax or log_softmax."""
     if tiny(input):
         return theirs()
-    way = route(_softmax_misfit(input, dim, dtype), input)
-    if way.path == "torch" or dim is None:
-        return served_by_torch(theirs, way, theirs())
-    result: Tensor = by_kernels(way, loss, loss.tensors(input if dtype is None else input.to(dtype)), loss.options(dim % input.dim()))
+    kind = kind_of(loss.name, (input,), (dim, dtype))
+    call = recall(kind)
+    if call is None:
+        way = route(_softmax_misfit(input, dim, dtype), input)
+        if way.path == "torch" or dim is None:
+            return by_torch(way, theirs, kind)
+    t = loss.tensors(input if dtype is None else input.to(dtype))
+    if call is not None:
+        return again(call, t, theirs)
+    result: Tensor = by_kernels(way, loss, t, loss.options(dim % input.dim()), kind)
     return result
 
 

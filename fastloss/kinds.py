@@ -172,6 +172,13 @@ class _Total(Kind):
         return t.dtype in (torch.float32, torch.float64) and t.numel() == 1 and is_in_its_storage(t)
 
 
+class _Number(_Total):
+    written = False
+
+    def facts(self, t: Tensor) -> Facts | None:
+        return Facts(t, 1, 1)
+
+
 class _Divisor(_Total):
     rule = "at most one number, float32 or float64"
 
@@ -263,6 +270,7 @@ RowGradient = Annotated[Tensor, _RowGradient()]
 Reduced = Annotated[Reduction, Group(_Divisor(), Reduction, "divisor"), Group(_Total(), Reduction, "total")]
 Numbers = Annotated[Tensor, _Numbers()]
 Total = Annotated[Tensor, _Total()]
+Number = Annotated[Tensor, _Number()]
 Elements = Annotated[Tensor, _Elements()]
 ElementNumbers = Annotated[Tensor, _ElementNumbers()]
 ElementResults = Annotated[Tensor, _ElementResults()]

@@ -26,6 +26,7 @@ from .kinds import (
     Indices,
     LikeLogits,
     Logits,
+    Number,
     Numbers,
     OnlyGradient,
     Reduced,
@@ -316,6 +317,9 @@ class Kernels(Protocol):
 
     def sum_rows(self, values: Numbers, total: Total) -> None:
         """total [1] = the sum of values [N] (compute dtype), accumulated in float64 in one fixed order."""
+
+    def divide(self, total: Number, divisor: Number, result: Total) -> None:
+        """result [1] = total / divisor."""
 
     def sum_weights(self, target: AnyIndices, weight: WeightAlone, ignore_index: int, total: Total) -> None:
         """total [1] = the sum of row_weight, to the same bits, from the targets alone. A target that is no class counts for nothing on

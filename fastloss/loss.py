@@ -100,7 +100,7 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     def to_save(self, t: Tensors, results: tuple[Tensor, ...]) -> tuple[Tensor | None, ...]:
         """The fields of `saved`."""
         everything = (*t, *results)
-        return tuple(everything[i] for i in self._saved)
+        return tuple([everything[i] for i in self._saved])
 
 
 def fields(named: type[tuple[Any, ...]]) -> tuple[str, ...]:

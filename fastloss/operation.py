@@ -10,30 +10,29 @@ import torch
 from torch import Tensor
 
 from .arguments import plain
+from .calls import Call
 from .foresight import Foresight, foresee
-from .loss import Loss
 
 
-def apply(loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Any:
-    """The answer of a loss to tensors and options that fit, by the kernels; a tuple if it has several."""
-    foresight = foresee(loss.name, t[: loss.one_visit], o.reduction) if loss.one_visit and not inplace_backward else None
-    return _Operation.apply(loss, o, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
+def apply(call: Call, t: Any, inplace_backward: bool = False) -> Any:
+    """The answer of a loss to tensors that fit, by the kernels; a tuple if it has several."""
+    loss = call.loss
+    foresight = foresee(loss.name, t[: loss.one_visit], call.options.reduction) if loss.one_visit and not inplace_backward else None
+    return _Operation.apply(call, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
 
 
 class _Operation(torch.autograd.Function):
-    """(loss, options, inplace_backward, foresight, the loss's tensors)"""
+    """(call, inplace_backward, foresight, the loss's tensors)"""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, loss: Loss[Any, Any, Any], o: Any, inplace: bool, foresight: Foresight | None, *tensors: Any
-    ) -> Any:
-        ctx.loss, ctx.options, ctx.inplace, ctx.foresight = loss, o, inplace, foresight
-        t = loss.tensors(*tensors)
+    def forward(ctx: Any, call: Call, inplace: bool, foresight: Foresight | None, *tensors: Any) -> Any:  # type: ignore[override]
+        loss, t = call.loss, call.loss.tensors(*tensors)
+        ctx.call, ctx.inplace, ctx.foresight = call, inplace, foresight
         if foresight is not None and foresight.expected is not None:
-            gradients, results = loss.forward_backward(foresight.expected, t, o, ctx.needs_input_grad[4 : 4 + loss.one_visit])
+            gradients, results = call.forward_backward(foresight.expected, t, ctx.needs_input_grad[3 : 3 + loss.one_visit])
             foresight.keep(gradients)
         else:
-            results = loss.forward(t, o)
+            results = call.forward(t)
         ctx.save_for_backward(*loss.to_save(t, results))
         if loss.answers == 1:
             return results[0]
@@ -43,24 +42,36 @@ class _Operation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        loss, o, foresight = ctx.loss, ctx.options, ctx.foresight
-        dloss: Any = upstream[0] if loss.answers == 1 else upstream
-        s, needed = loss.saved(*ctx.saved_tensors), ctx.needs_input_grad[4 : 4 + loss.differentiable]
-        if ctx.inplace and torch.is_grad_enabled():
-            raise RuntimeError("inplace_backward: the logits cannot be overwritten with their gradient while create_graph=True needs them")
-        if torch.is_grad_enabled() or not plain(*(d for d in upstream if d is not None)):
-            if foresight is not None:
-                foresight.forget()
-            gradients = loss.gradient(dloss, s, o, needed)
-        else:
-            found = () if foresight is None else foresight.take(dloss)
-            found += (None,) * (loss.differentiable - len(found))
-            missing = tuple(wanted and gradient is None for wanted, gradient in zip(needed, found, strict=True))
-            if any(missing):
-                rest = loss.backward(dloss, s, o, missing, _overwritten(s.input, dloss) if ctx.inplace else None)
-                found = tuple(b if a is None else a for a, b in zip(found, rest, strict=True))
-            gradients = found
-        return None, None, None, None, *gradients, *(None,) * (len(ctx.needs_input_grad) - 4 - loss.differentiable)
+        loss, saved = ctx.call.loss, ctx.saved_tensors
+        needed = ctx.needs_input_grad[3 : 3 + loss.differentiable]
+        graph = torch.is_grad_enabled() or not plain(*upstream)
+        found: tuple[Tensor | None, ...] = ()
+        if ctx.foresight is not None:
+            if graph:
+                ctx.foresight.forget()
+            else:
+                found = ctx.foresight.take(upstream[0])
+        if len(found) < loss.differentiable or any(gradient is None for gradient in found):
+            found = _gradients(ctx, upstream, loss.saved(*saved), needed, found, graph)
+        return None, None, None, *found, *(None,) * (len(ctx.needs_input_grad) - 3 - loss.differentiable)
+
+
+def _gradients(
+    ctx: Any, upstream: tuple[Any, ...], s: Any, needed: tuple[bool, ...], found: tuple[Tensor | None, ...], graph: bool
+) -> tuple[Tensor | None, ...]:
+    """The gradients of a loss's first tensors: those that were not found, or all as a graph."""
+    loss, o = ctx.call.loss, ctx.call.options
+    dloss: Any = upstream[0] if loss.answers == 1 else upstream
+    if ctx.inplace and torch.is_grad_enabled():
+        raise RuntimeError("inplace_backward: the logits cannot be overwritten with their gradient while create_graph=True needs them")
+    if graph:
+        return loss.gradient(dloss, s, o, needed)  # type: ignore[no-any-return]
+    found += (None,) * (loss.differentiable - len(found))
+    missing = tuple(wanted and gradient is None for wanted, gradient in zip(needed, found, strict=True))
+    if not any(missing):
+        return found
+    rest = loss.backward(dloss, s, o, missing, _overwritten(s.input, dloss) if ctx.inplace else None)
+    return tuple(b if a is None else a for a, b in zip(found, rest, strict=True))
 
 
 def _overwritten(logits: Tensor, dloss: Tensor) -> Tensor:

@@ -46,6 +46,11 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> Route:
     raise TypeError(f"explain: {function!r} did not call a fastloss function")
 
 
+def explaining() -> bool:
+    """Whether a call is only asked where it would go."""
+    return _explaining.get()
+
+
 def tiny(input: Any) -> bool:
     """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss."""
     # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size. Nothing is asked of a subclass

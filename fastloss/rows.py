@@ -133,7 +133,10 @@ def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
 def row_gradient_of(number: float, divisor: Tensor, logits: Tensor) -> Tensor:
     """The same from a number that the upstream gradient is expected to be."""
     dloss = torch.full((), number, dtype=compute_dtype(logits), device=logits.device)
-    return (torch.div(dloss, divisor, out=dloss) if divisor.numel() else dloss).expand(rows_in(logits))
+    if divisor.numel():
+        whole, dloss = dloss, torch.empty_like(dloss)
+        kernels_for(logits).divide(whole, divisor, dloss)
+    return dloss.expand(rows_in(logits))
 
 
 def answer_gradient(d: Tensor | None, logits: Tensor) -> Tensor | None:
@@ -161,19 +164,24 @@ def reduce_rows(rows: Tensor, divisor: Tensor, reduction: str, loss: Tensor) -> 
         if rows.data_ptr() != loss.data_ptr():
             loss.view(-1).copy_(rows)
         return
-    total = loss if loss.dtype == rows.dtype else rows.new_empty(())
-    kernels_for(rows).sum_rows(rows, total)
+    total, kernels = loss if loss.dtype == rows.dtype else rows.new_empty(()), kernels_for(rows)
+    kernels.sum_rows(rows, total)
     if divisor.numel():
-        torch.div(total, divisor, out=loss)
-    elif total is not loss:
+        kernels.divide(total, divisor, total)
+    if total is not loss:
         loss.copy_(total)
 
 
 def reduce_index_rows(losses: Tensor, divisor: Tensor, o: Any, loss: Tensor) -> None:
     """The same where rows have weights and `o` says how much is smoothed."""
-    reduce_rows(losses, divisor, o.reduction, loss)
-    if o.label_smoothing > 0 and o.reduction == "mean":
-        loss.add_(0 / divisor)  # no weight at all: NaN, although the smoothed part of the sum is not 0
+    if o.label_smoothing == 0 or o.reduction != "mean":
+        reduce_rows(losses, divisor, o.reduction, loss)
+        return
+    kernels, parts = kernels_for(losses), losses.new_empty(2)
+    reduce_rows(losses, divisor, o.reduction, parts[0])
+    # no weight at all: NaN, although the smoothed part of the sum is not 0
+    kernels.divide(torch.zeros((), dtype=losses.dtype, device=losses.device), divisor, parts[1])
+    reduce_rows(parts, divisor.new_empty(0), "sum", loss)
 
 
 # ---------------------------------------------------------------- results of the logits' size

@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import config
 from .arguments import autocast_is_active, reduction_misfit, tensors_misfit
+from .calls import THEIRS, Call, Kind, kind_of, recall, remember
 from .loss import Loss, each
 from .operation import apply
 from .ops import OPS
@@ -20,6 +22,10 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
     dtype of the result; `deprecated` are size_average and reduce."""
     if tiny(tensors[0]):
         return theirs()
+    kind = kind_of(loss.name, tensors, (*options, *deprecated))
+    call = recall(kind)
+    if call is not None:
+        return again(call, tensors, theirs)
     t: Any = loss.tensors(*tensors)
     o: Any = None
     misfit = tensors_misfit(*t[: loss.required], optional=t[loss.required :])
@@ -28,14 +34,27 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
         o = named(*options, result_dtype(t[0])) if "dtype" in named._fields else named(*options)
         misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o)
     way = route(misfit, t[0])
-    result: Tensor = served_by_torch(theirs, way, theirs()) if way.path == "torch" else by_kernels(way, loss, t, o)
+    result: Tensor = by_torch(way, theirs, kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
     return result
 
 
-def by_kernels(way: Route, loss: AnyLoss, t: Any, o: Any, inplace_backward: bool = False) -> Any:
+def again(call: Call, tensors: Any, theirs: Callable[[], Tensor]) -> Tensor:
+    """The result of a call of a kind that was remembered."""
+    result: Tensor = theirs() if call is THEIRS else apply(call, tensors)
+    return result
+
+
+def by_torch(way: Route, theirs: Any, kind: Kind | None = None) -> Tensor:
+    """The result of torch's function, already given its arguments; remembered, unless that is an error."""
+    result: Tensor = served_by_torch(theirs, way, theirs())
+    remember(kind, THEIRS)
+    return result
+
+
+def by_kernels(way: Route, loss: AnyLoss, t: Any, o: Any, kind: Kind | None = None, inplace_backward: bool = False) -> Any:
     """The answer of a loss to arguments that fit, a tuple if it has several."""
     if way.path == "kernel":
-        return apply(loss, t, o, inplace_backward)
+        return apply(remember(kind, Call(loss, o, t[0].nbytes < config.pool_min_bytes)), t, inplace_backward)
     results = each(OPS[loss.name].forward(*t, *o))
     return results[0] if loss.answers == 1 else results[: loss.answers]
 

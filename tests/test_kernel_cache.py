@@ -19,7 +19,7 @@ def was_cached(dtype: torch.dtype = torch.float32) -> bool:
     """Do what a new process does at its first call: whether that found the kernel compiled."""
     region = Region(reduction._sum.body, reduction.Sum)
     values, total = torch.randn(100, dtype=dtype), torch.full((1,), 7.0, dtype=dtype)
-    region(1, reduction.Sum(values=values, total=total, subtotals=None, size=values.numel(), direct=True))
+    region(1, reduction.Sum(values=values, total=total, narrow=None, subtotals=None, size=values.numel(), to=0))
     torch.testing.assert_close(total[0], values.sum())
     return bool(region.compile(dtype)[0].cache_hits)
 

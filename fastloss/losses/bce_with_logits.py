@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, computed, element_gradient, loss_spec, reduce_elements
+from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
 from ..loss import Loss, Spec, compute_dtype, reduced
 from ..memory import empty_like
 from ..rows import settle
@@ -56,7 +56,7 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
             settle(exact, written)
             return (loss if exact is loss else loss.copy_(exact),)
         x, y, w, pos = as_elements(*t)
-        total = t.input.new_empty((), dtype=compute)
+        total = place_of_sum(loss, t.input)
         kernels_for(x).bce_with_logits_sum(x, y, computed(w, x), computed(pos, x), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)
@@ -64,7 +64,8 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
     def forward_backward(
         self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-        (loss,), dinput, total = self.allocate(t, o), empty_like(t.input), t.input.new_empty((), dtype=compute_dtype(t.input))
+        (loss,), dinput = self.allocate(t, o), empty_like(t.input)
+        total = place_of_sum(loss, t.input)
         x, y, w, pos, written = as_elements(*t, dinput)
         g = element_gradient(torch.full((), dloss, dtype=o.dtype, device=x.device), o.reduction, x).expand(x.shape)
         kernels_for(x).bce_with_logits_sum_backward(x, y, computed(w, x), computed(pos, x), g, total, written)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..arguments import autocast_is_active, elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, computed, element_gradient, loss_spec, reduce_elements
+from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
 from ..loss import Loss, Spec, compute_dtype, reduced
 from ..memory import empty_like
 from ..rows import settle
@@ -56,7 +56,7 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
             settle(exact, written)
             return (loss if exact is loss else loss.copy_(exact),)
         p, y, w = as_elements(*t)
-        total = t.input.new_empty((), dtype=compute)
+        total = place_of_sum(loss, t.input)
         kernels_for(p).binary_cross_entropy_sum(p, y, computed(w, p), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)

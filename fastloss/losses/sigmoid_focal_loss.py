@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, element_gradient, loss_spec, reduce_elements
+from ..elements import as_elements, element_gradient, loss_spec, place_of_sum, reduce_elements
 from ..kernels.groups import Focus
 from ..loss import Loss, Spec, compute_dtype, reduced
 from ..memory import empty_like
@@ -64,7 +64,7 @@ class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
             settle(exact, written)
             return (loss if exact is loss else loss.copy_(exact),)
         x, y = as_elements(*t)
-        total = t.input.new_empty((), dtype=compute)
+        total = place_of_sum(loss, t.input)
         kernels_for(x).sigmoid_focal_loss_sum(x, y, _focus(o), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)

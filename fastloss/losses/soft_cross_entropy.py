@@ -69,8 +69,8 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             rows.dense_class_weight(t.weight, t.input),
         )
         loss = rows.row_losses(r.loss, t.input, o.reduction)
-        kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, _smoothing(t, o), loss, _numbers(r.numbers))
         r.divisor.fill_(loss.numel())
+        kernels_for(t.input).soft_cross_entropy_forward(logits, target, weight, _smoothing(t, o), loss, _numbers(r.numbers))
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return tuple(r)
 

@@ -81,10 +81,10 @@ class SparseSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         r, logits, weight = self.allocate(t, o), rows.as_rows(t.input), _weight(t, o)
         indices, prob = rows.as_entries(t.indices, t.probabilities, t.input)
         loss = rows.row_losses(r.loss, t.input, o.reduction)
+        r.divisor.fill_(loss.numel())
         kernels_for(t.input).sparse_soft_cross_entropy_forward(
             logits, indices, prob, weight, _smoothing(t, o), loss, Rows(*rows.each_number(r.numbers))
         )
-        r.divisor.fill_(loss.numel())
         rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
         return tuple(r)
 

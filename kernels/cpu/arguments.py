@@ -25,6 +25,7 @@ from . import llvm
 
 Stored = Annotated[Tensor, "stored"]  # numbers as the logits lie in memory
 Float64 = Annotated[Tensor, "float64"]
+Float32 = Annotated[Tensor, "float32"]
 Known = Annotated[int, "known"]  # a number that takes few values: the region is compiled for each
 # and `Computed`; `int`; `float`, computed with as the logits are; Annotated[tuple[int, ...], how many]; other blocks
 
@@ -69,14 +70,15 @@ def packer(block: Any) -> Callable[[int, Any], tuple[tuple[Any, ...], bytes]]:
     layout = struct.Struct("=" + "q" * HEADER + "".join("d" if kind.of is float else "q" for _, kind in words))
     first = next(word for word, kind in tensors if kind.of == "stored")
     fits = [f"({f'{word} is None or ' if kind.optional else ''}{word}.dtype is {kind.of})" for word, kind in tensors]
-    given = {"pack": layout.pack, "computed_of": COMPUTED, "int64": torch.int64, "float64": torch.float64, "refuse": _refuse}
+    fixed = {"int64": torch.int64, "float64": torch.float64, "float32": torch.float32}
+    given = {"pack": layout.pack, "computed_of": COMPUTED, "fixed": fixed, "refuse": _refuse, **fixed}
     source = f"""
 def packed(tasks, a):
     {names} = a
     stored = {first}.dtype
     computed = computed_of[stored]
     if not ({" and ".join(fits)}):
-        refuse(a, dict(stored=stored, computed=computed, int64=int64, float64=float64))
+        refuse(a, dict(fixed, stored=stored, computed=computed))
     return (stored, {known}), pack(tasks, {"0, " * (HEADER - 1)}{", ".join(_value(word, kind) for word, kind in words)})
 """
     exec(source, given)
@@ -86,6 +88,22 @@ def packed(tasks, a):
 def known_in(block: Any) -> tuple[str, ...]:
     """What the region of such a block is compiled for beside a dtype: the names of these words, in their order."""
     return tuple(word for word, kind in _words(block, "")[1] if kind.of == "known")
+
+
+def tensors_in(arguments: Any) -> list[tuple[int, Tensor]]:
+    """The tensors of a block, each with the number of the word that holds its address."""
+    found: list[tuple[int, Tensor]] = []
+    word = HEADER
+    values = [arguments]
+    while values:
+        value = values.pop()
+        if isinstance(value, tuple):
+            values += reversed(value)
+            continue
+        if isinstance(value, Tensor):
+            found.append((word, value))
+        word += 1
+    return found
 
 
 def _words(block: Any, prefix: str) -> tuple[str, list[tuple[str, _Kind]]]:
@@ -147,7 +165,8 @@ def _type(kind: Any, storage: types.Type) -> Any:
         return types.UniTuple(types.int64, kind)
     if kind in (int, "known"):
         return types.int64
-    numbers = {"stored": storage, "computed": llvm.COMPUTE[storage], "int64": types.int64, "float64": types.float64}
+    fixed = {"int64": types.int64, "float64": types.float64, "float32": types.float32}
+    numbers = {"stored": storage, "computed": llvm.COMPUTE[storage], **fixed}
     return types.CPointer(numbers[kind]) if isinstance(kind, str) else llvm.COMPUTE[storage]
 
 

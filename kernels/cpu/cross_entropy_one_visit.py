@@ -47,7 +47,7 @@ from .gradient import (
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, exp
 from .memory import offset, stream, to_alignment
-from .reduction import BLOCK, sum_of, sum_of_weights, sum_rows, sum_weights
+from .reduction import BLOCK, divide, sum_of, sum_of_weights, sum_rows, sum_weights
 from .rows import Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk
 from .simd import lanes_of, splat
 from .targets import refuse_out_of_bounds
@@ -90,21 +90,22 @@ def cross_entropy_forward_backward(
 def reduced_cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: Reduction, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> None:
-    way, dloss = walk(logits, FEW_TO_GATHER), torch.empty(1, dtype=loss.dtype, device=loss.device)
+    way, mean = walk(logits, FEW_TO_GATHER), reduction.divisor.numel() > 0
     if way.tasks == 1 and loss.numel() <= BLOCK and blocks_apart(way, logits) == 1:
         # so little that one thread does all: launches and sums apart would take longer than the rows
-        alone = MEAN if reduction.divisor.numel() else SUM
+        dloss = torch.empty(1, dtype=loss.dtype, device=loss.device)
         a = _arguments(way, logits, target, weight, ignore_index, dloss, loss, rows, dlogits)
-        _visit(a._replace(dloss_stride=0, alone=alone, reduction=reduction))
+        _visit(a._replace(dloss_stride=0, alone=MEAN if mean else SUM, reduction=reduction))
         return
-    dloss.fill_(reduction.dloss)
-    if reduction.divisor.numel():
+    dloss = torch.full((1,), reduction.dloss, dtype=loss.dtype, device=loss.device)
+    if mean:
         sum_weights(target, weight, ignore_index, reduction.divisor)
-        dloss.div_(reduction.divisor)
+        number, dloss = dloss, torch.empty_like(dloss)
+        divide(number, reduction.divisor, dloss)
     cross_entropy_forward_backward(logits, target, weight, ignore_index, dloss.expand(loss.numel()), loss, rows, dlogits)
     sum_rows(loss, reduction.total)
-    if reduction.divisor.numel():
-        reduction.total.div_(reduction.divisor)
+    if mean:
+        divide(reduction.total, reduction.divisor, reduction.total)
 
 
 def _arguments(

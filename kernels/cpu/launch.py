@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from llvmlite import ir
@@ -105,6 +105,24 @@ def _uninterrupted() -> Iterator[None]:
             handler(*came[0])
 
 
+class Launch(NamedTuple):
+    """What a region was launched with."""
+
+    region: "Region"
+    version: tuple[Any, ...]
+    tasks: int
+    arguments: Any
+    words: bytes
+
+
+class _Recorded(threading.local):
+    launches: list[Launch] | None = None
+
+
+recorded = _Recorded()
+"""Every launch of this thread is put into `recorded.launches`, where there is a list."""
+
+
 class Region:
     """A compiled loop over tasks, one version for each dtype and each value of what its block has as `Known`, compiled at first use and
     cached on disk where that is possible."""
@@ -135,15 +153,21 @@ class Region:
     def __call__(self, tasks: int, arguments: Any) -> bool:
         """Run all tasks and wait. True if one of them raised the flag."""
         version, words = self._pack(tasks, arguments)
+        block = (ctypes.c_int64 * (len(words) // 8)).from_buffer_copy(words)
+        if recorded.launches is not None:
+            recorded.launches.append(Launch(self, version, tasks, arguments, words))
+        return self.run(version, tasks, block)
+
+    def run(self, version: tuple[Any, ...], tasks: int, block: Any) -> bool:
+        """The same for a packed block."""
         compiled, on_this_thread = self._compiled.get(version) or self.compile(*version)
-        block = (ctypes.c_char * len(words)).from_buffer_copy(words)
         threads = min(tasks, torch.get_num_threads()) if tasks > 1 else 1
         parallel = _openmp() if threads > 1 else None
         if parallel is None:
             on_this_thread(ctypes.addressof(block))
         else:
             parallel(compiled.address, ctypes.addressof(block), threads, 0)
-        return block[8 * _FLAG] != b"\0"
+        return block[_FLAG] != 0
 
 
 def region(block: Any) -> Callable[[Callable[[Any], None]], Region]:

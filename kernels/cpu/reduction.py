@@ -6,7 +6,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .arguments import Float64, Int64, Stored, arguments
+from .arguments import Computed, Float32, Float64, Int64, Stored, arguments
 from .launch import next_task, region
 from .math import INLINE
 from .memory import load, load_classes
@@ -14,14 +14,16 @@ from .simd import lane_sum, lanes_of, splat, widen
 from .targets import weights_of
 
 BLOCK = 1 << 14
+_TOTAL, _NARROW, _SUBTOTALS = range(3)
 
 
 class Sum(NamedTuple):
     values: Stored
     total: Stored | None  # for the sum itself, if one block is all there is
+    narrow: Float32 | None  # the same, where the values are float64 and their sum is not
     subtotals: Float64 | None  # else for those of the blocks
     size: int
-    direct: int
+    to: int  # which of the three
 
 
 class SumOfWeights(NamedTuple):
@@ -36,14 +38,23 @@ class SumOfWeights(NamedTuple):
     direct: int
 
 
+class Quotient(NamedTuple):
+    total: Stored
+    divisor: Computed
+    result: Computed
+
+
 def sum_rows(values: Tensor, total: Tensor) -> None:
-    blocks, subtotals = _subtotals(values.numel(), values.dtype, total)
-    direct = subtotals is None
-    _sum(blocks, Sum(
-        values=values, total=total if direct else None, subtotals=subtotals, size=values.numel(), direct=direct
-    ))  # fmt: skip
-    if subtotals is not None:
+    blocks = max(1, -(-values.numel() // BLOCK))
+    a = Sum(values=values, total=None, narrow=None, subtotals=None, size=values.numel(), to=_TOTAL)
+    if blocks > 1:
+        subtotals = torch.empty(blocks, dtype=torch.float64, device="cpu")
+        _sum(blocks, a._replace(subtotals=subtotals, to=_SUBTOTALS))
         total.copy_(subtotals.sum())  # few numbers: torch sums them on one thread
+    elif total.dtype is values.dtype:
+        _sum(1, a._replace(total=total))
+    else:
+        _sum(1, a._replace(narrow=total, to=_NARROW))
 
 
 def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
@@ -55,6 +66,10 @@ def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor
     ))  # fmt: skip
     if subtotals is not None:
         total.copy_(subtotals.sum())
+
+
+def divide(total: Tensor, divisor: Tensor, result: Tensor) -> None:
+    _divide(1, Quotient(total, divisor, result))
 
 
 def _subtotals(rows: int, dtype: torch.dtype, total: Tensor) -> tuple[int, Tensor | None]:
@@ -70,11 +85,19 @@ def _sum(block: Any) -> None:
     task = next_task(block)
     while task >= 0:
         subtotal = sum_of(a.values, task * BLOCK, min(a.size, (task + 1) * BLOCK))
-        if a.direct:
+        if a.to == _TOTAL:
             a.total[0] = subtotal
+        elif a.to == _NARROW:
+            a.narrow[0] = subtotal
         else:
             a.subtotals[task] = subtotal
         task = next_task(block)
+
+
+@region(Quotient)
+def _divide(block: Any) -> None:
+    a = arguments(block)
+    a.result[0] = a.total[0] / a.divisor[0]
 
 
 @njit(**INLINE)

@@ -23,6 +23,10 @@ def sum_rows(values: Tensor, total: Tensor) -> None:
     launch(_sum, 1, 4, values, values, total, size, size, BLOCK=_BLOCK)
 
 
+def divide(total: Tensor, divisor: Tensor, result: Tensor) -> None:
+    torch.div(total, divisor, out=result)
+
+
 @triton.jit
 def _sum(values_ptr, total_ptr, size, chunk, BLOCK: tl.constexpr):
     """values [size], total [programs]. One program: the sum of `chunk` values, in float64."""

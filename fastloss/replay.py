@@ -1,0 +1,189 @@
+"""The launches of a call on CPU, recorded once for each kind of call, and made again for the next one of that kind with new addresses.
+
+What a small call costs is Python: looking at shapes and strides, choosing a walk, allocating, packing. All of it depends on the kind of
+call alone (`calls`). So the launches of one call become a program: which words of which argument blocks are addresses, and of what. The
+same words make the same bits. That tensors fit their launches was looked at when the call was recorded; whether they still have their
+memory is asked every time.
+
+While a call is recorded, a dispatch mode sees what torch does beside the launches. Memory without contents, views, and constants of this
+kind of call may be made; a call that computes anything else by torch has no program.
+"""
+
+import ctypes
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_ALIGNED = 64  # bytes
+_CPU = torch.device("cpu")
+
+Found = tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]
+
+
+class Step(NamedTuple):
+    """One launch."""
+
+    region: Any
+    version: tuple[Any, ...]
+    tasks: int
+    block: Any  # a ctypes array of words
+    words: bytes
+    addresses: tuple[tuple[int, int, int], ...]  # a word, which of the tensors it points into, and how far
+
+
+class Program(NamedTuple):
+    """Gradients and results of one kind of call, from its tensors. Addresses point into: the tensors given, those made, the scratch."""
+
+    given: tuple[int, ...]  # bytes from the first element to the end of the last, of each tensor; -1 for None
+    made: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None, ...]  # shape, strides, dtype
+    gradients: int  # the first so many of those made
+    fills: tuple[tuple[int, float], ...]  # which of those made, and with what, before the launches
+    scratch: int  # bytes
+    steps: tuple[Step, ...]
+    constants: tuple[Tensor, ...]  # kept alive: the words hold their addresses
+
+    def run(self, t: Sequence[Tensor | None]) -> Found | None:
+        """None if something is wrong with the numbers in the tensors, or with their memory; the call as it was recorded then says what."""
+        bases = []
+        for tensor, extent in zip(t, self.given, strict=True):
+            if tensor is None:
+                bases.append(0)
+                continue
+            if tensor.storage_offset() * tensor.element_size() + extent > tensor.untyped_storage().nbytes():
+                return None
+            bases.append(tensor.data_ptr())
+        made = [None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=_CPU) for m in self.made]
+        for which, number in self.fills:
+            made[which].fill_(number)  # type: ignore[union-attr]
+        bases += [0 if tensor is None else tensor.data_ptr() for tensor in made]
+        bases.append(_scratch(self.scratch))
+        for step in self.steps:
+            block = step.block.from_buffer_copy(step.words)
+            for word, base, distance in step.addresses:
+                block[word] = bases[base] + distance
+            if step.region.run(step.version, step.tasks, block):
+                return None
+        return tuple(made[: self.gradients]), tuple(made[self.gradients :])
+
+
+def record(call: Callable[[], Found], t: Sequence[Tensor | None]) -> tuple[Found, Program | None]:
+    """What the call finds, and its program if it can have one."""
+    from .kernels.cpu.launch import recorded
+
+    recorded.launches = launches = []
+    watch = _Watch(t, launches)
+    try:
+        with watch:
+            found = call()
+    finally:
+        recorded.launches = None
+    return found, None if watch.computes else _program(t, *found, launches, watch)
+
+
+class _Watch(TorchDispatchMode):
+    """Sorts what torch does: memory without contents, constants, and whether it computes anything of other tensors."""
+
+    def __init__(self, t: Sequence[Tensor | None], launches: list[Any]) -> None:
+        super().__init__()
+        self.given, self.launches = [tensor for tensor in t if tensor is not None], launches
+        self.computes = False
+        self.fresh: list[Tensor] = []  # kept, so that no two have one address
+        self.fills: list[tuple[Tensor, float]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.overloadpacket in _EMPTY:
+            self.fresh.append(result)
+        elif func.overloadpacket is _aten.as_strided_:
+            pass  # strides of what is fresh
+        elif func is _aten.fill_.Scalar and not self.launches:
+            self.fills.append(args)
+        elif not getattr(func, "is_view", False) and (func._schema.is_mutable or self._changes(args, kwargs)):
+            self.computes = True
+        return result
+
+    def _changes(self, *arguments: Any) -> bool:
+        """Whether any of the arguments has another content, or address, in the next call of this kind."""
+        places = {_place(tensor) for tensor in (*self.given, *self.fresh)}
+        return any(isinstance(a, Tensor) and _place(a) in places for a in tree_leaves(arguments))
+
+
+_aten = torch.ops.aten
+_EMPTY = {_aten.empty, _aten.empty_like, _aten.empty_strided, _aten.new_empty, _aten.new_empty_strided}
+
+
+def _place(t: Tensor) -> int:
+    return t.untyped_storage().data_ptr()
+
+
+def _program(
+    t: Sequence[Tensor | None], gradients: tuple[Tensor | None, ...], results: tuple[Tensor, ...], launches: list[Any], watch: _Watch
+) -> Program | None:
+    from .kernels.cpu.arguments import tensors_in
+
+    made = (*gradients, *results)
+    fresh = {_place(tensor) for tensor in watch.fresh}
+    bases: dict[int, tuple[int, int]] = {}
+    for i, tensor in enumerate((*t, *made)):
+        if tensor is None or not tensor.numel():
+            continue
+        if _place(tensor) in bases or (i >= len(t) and _place(tensor) not in fresh):
+            return None  # nobody could tell whose address a word is
+        bases[_place(tensor)] = i, tensor.data_ptr()
+    fills = []
+    for filled, number in watch.fills:
+        which = [i for i, tensor in enumerate(made) if tensor is not None and tensor.numel() and _place(tensor) == _place(filled)]
+        if len(which) != 1 or filled.numel() != made[which[0]].numel():  # type: ignore[union-attr]
+            return None
+        fills.append((which[0], number))
+    scratch, last = 0, len(t) + len(made)
+    constants, steps = [], []
+    for launch in launches:
+        addresses = []
+        for word, tensor in tensors_in(launch.arguments):
+            place = _place(tensor)
+            if not tensor.data_ptr():
+                continue
+            if place not in bases:
+                if place not in fresh:
+                    constants.append(tensor)
+                    continue
+                bases[place] = last, place - scratch
+                scratch += -(-tensor.untyped_storage().nbytes() // _ALIGNED) * _ALIGNED
+            base, start = bases[place]
+            addresses.append((word, base, tensor.data_ptr() - start))
+        block = ctypes.c_int64 * (len(launch.words) // 8)
+        steps.append(Step(launch.region, launch.version, launch.tasks, block, launch.words, tuple(addresses)))
+    return Program(
+        tuple(-1 if tensor is None else _extent(tensor) for tensor in t),
+        tuple(None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in made),
+        len(gradients),
+        tuple(fills),
+        scratch,
+        tuple(steps),
+        tuple(constants),
+    )
+
+
+class _Mine(threading.local):
+    scratch = torch.empty(0, dtype=torch.uint8, device=_CPU)
+
+
+_mine = _Mine()
+
+
+def _scratch(size: int) -> int:
+    """The address of so many bytes for this thread, until the next call: fresh memory would cost more, in page faults, than the kernels."""
+    if _mine.scratch.numel() < size:
+        _mine.scratch = torch.empty(size, dtype=torch.uint8, device=_CPU)
+    return _mine.scratch.data_ptr()
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size() if t.numel() else 0

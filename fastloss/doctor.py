@@ -187,7 +187,7 @@ def _self_checks() -> list[Finding]:
             continue
         start = perf_counter()
         with fastloss.use_backend(backend):
-            wrong = [name for name, error, limit in _errors(device) if not error <= limit]
+            wrong = [name for name, error, limit in errors(device) if not error <= limit]
         took = f"{perf_counter() - start:.1f} s with compiling"
         text = (
             f"wrong: {', '.join(wrong)}. Delete the compiled kernels and try again"
@@ -198,7 +198,7 @@ def _self_checks() -> list[Finding]:
     return found
 
 
-def _errors(device: str) -> list[tuple[str, float, float]]:
+def errors(device: str) -> list[tuple[str, float, float]]:
     """Name, error and what is allowed, for each function in two dtypes."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 257, generator=generator) * 3

@@ -77,7 +77,7 @@ def test_python_m_fastloss():
 
 
 def test_errors_cover_every_function_of_the_package():
-    functions = {name.split(" ")[0] for name, *_ in doctor._errors("cpu")}
+    functions = {name.split(" ")[0] for name, *_ in doctor.errors("cpu")}
     assert functions == {name for name in fastloss.__all__ if hasattr(torch.nn.functional, name)}
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_cache(tmp_path):
 
     from fastloss.kernels.cpu import launch
 
-    doctor._errors("cpu")  # whoever comes first fills the cache
+    doctor.errors("cpu")  # whoever comes first fills the cache
     subfolder = _CacheLocator.get_suitable_cache_subpath(launch.__file__)
     cache = shutil.copytree(FunctionCache(launch.region).cache_path, tmp_path / "cache" / subfolder, copy_function=shutil.copy2)
     damaged = [path for path in Path(cache).glob("softmax.*") if path.suffix in (".nbc", ".nbi")]

@@ -1,0 +1,144 @@
+"""The rehearsal of the day on a GPU: bench/gpu_day.py on a CPU, as a user starts it, with a stage that fails and one that never ends."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastloss.bench import report
+from fastloss.bench.gpu import tables
+from fastloss.bench.gpu.launches import LAUNCHERS, Launch, planned
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "bench" / "gpu_day.py"
+STAGES = ("probe", "smoke", "warm", "fails", "device_tests", "parity", "speed", "hangs", "steps", "questions")
+
+
+def command(*options: str) -> list[str]:
+    return [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", *options]
+
+
+@pytest.fixture(scope="module")
+def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    out = tmp_path_factory.mktemp("day")
+    own = {"fails": "gpu_day_stages:fails:60", "hangs": "gpu_day_stages:hangs:4"}
+    # one thread: libgomp's barriers take twenty times the work of tiny inputs where cores are busy
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    stages = [own.get(name, name) for name in STAGES]
+    done = subprocess.run(
+        command("--out", str(out), "--budget", "400", "--stages", *stages),
+        cwd=out,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return out, done
+
+
+@pytest.fixture(scope="module")
+def found(day: tuple[Path, subprocess.CompletedProcess[str]]) -> dict[str, Any]:
+    result: dict[str, Any] = json.loads((day[0] / "h100.json").read_text())
+    return result
+
+
+def test_neither_a_failing_nor_an_endless_stage_stops_the_next(found: dict[str, Any], day: Any) -> None:
+    ended = {stage["name"]: stage for stage in found["stages"]}
+    assert list(ended) == list(STAGES), day[1].stderr
+    assert {name for name in STAGES if ended[name]["status"] != "ok"} == {"fails", "hangs"}, day[1].stdout
+    assert ended["fails"]["status"] == "failed"
+    assert "ValueError: a stage that fails" in ended["fails"]["note"]
+    assert ended["hangs"]["status"] == "deadline"
+    assert 4 <= ended["hangs"]["seconds"] < 20
+    assert found["fails"] == found["hangs"] == "what was found before"
+    assert day[1].returncode == 1
+
+
+def test_every_stage_found_what_it_is_for(found: dict[str, Any]) -> None:
+    assert found["machine"]["versions"]["torch"]
+    assert found["copy_gb_s"] > 0 < found["read_gb_s"]
+    assert len(found["smoke"]) > 10
+    assert all(one["right"] for one in found["smoke"])
+    assert found["warm"]["failed"] == {}
+    assert found["device_tests"] | {"first": {}} == {"passed": 0, "skipped": found["device_tests"]["skipped"], "failed": {}, "first": {},
+                                                     "exit_status": 0, "whole": True}  # fmt: skip
+    assert found["device_tests"]["skipped"] > 50
+    assert found["parity"]["passed"] == 2
+    assert {one["name"] for one in found["kernels"] if one["us"] > 0} == set(LAUNCHERS)
+    assert {(one["case"], one["provider"]) for one in found["steps"] if one["status"] == "timed"} >= {
+        ("ce 64x40 float32", "fastloss"), ("ce 64x40 float32", "fastloss in-place"), ("softmax 64x40 float32", "torch eager")
+    }  # fmt: skip
+    assert len(found["questions"]) == 4
+    assert all(isinstance(answer, list) for answer in found["questions"].values()), found["questions"]
+
+
+def test_the_end_is_a_table_that_fits_a_screen_and_says_it_in_one_line(day: Any) -> None:
+    table = day[1].stdout.splitlines()[len(STAGES) :]
+    assert 40 < len(table) <= 60
+    assert table[-1].startswith("gpu_day: 31 kernels, worst share ")
+    assert "parity 0/2" in table[-1]
+    assert "a rehearsal" in table[-1]
+    assert any(line.startswith("hangs deadline: cut off after 4 s") for line in table)
+    assert (day[0] / "device_tests.xml").exists()
+    assert (day[0] / "parity.xml").exists()
+
+
+def test_the_report_shows_it(day: Any, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- gpu -->\n<!-- /gpu -->\n")
+    assert report.main([str(day[0] / "h100.json"), "--out", str(tmp_path), "--tables", str(page)]) == 0
+    text = page.read_text()
+    assert "| cross_entropy_forward |" in text
+    assert "| ce 64x40 float32 |" in text
+    assert "rehearsal" in text
+    assert "cross_entropy_forward" in (tmp_path / "report.html").read_text()
+
+
+def test_where_no_kernel_can_run_the_day_is_over_at_once(tmp_path: Path) -> None:
+    """And exits with 1; what there is to know is in the file."""
+    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path)], capture_output=True, text=True, check=False, env={
+        **os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    assert done.returncode == 1
+    stages = json.loads((tmp_path / "h100.json").read_text())["stages"]
+    assert (stages[0]["status"], stages[0]["note"]) == ("stopped", "torch sees no CUDA device")
+    assert {stage["status"] for stage in stages[1:]} == {"left out"}
+    assert done.stdout.splitlines()[-1] == "gpu_day: 0 kernels, worst share unknown, parity not run"
+
+
+def test_deadlines_fit_into_nine_minutes() -> None:
+    sys.path.insert(0, str(SCRIPT.parent))
+    import gpu_day
+
+    assert sum(stage.seconds for stage in gpu_day.STAGES) + gpu_day.REPORT + gpu_day.GRACE <= 530 <= 540
+
+
+def test_bytes_that_a_launch_cannot_do_without() -> None:
+    """In passes over the logits; what is one number a row is next to nothing."""
+    passes = {
+        "cross_entropy_forward": 1, "cross_entropy_backward": 2, "cross_entropy_forward_backward": 2, "soft_cross_entropy_forward": 2,
+        "soft_cross_entropy_backward": 3, "soft_cross_entropy_target_backward": 2, "softmax_forward": 2, "softmax_backward": 3,
+        "nll_loss_forward": 0, "nll_loss_backward": 1, "bce_with_logits_sum": 2, "bce_with_logits_backward": 3,
+        "bce_with_logits_forward": 4, "sparse_soft_cross_entropy_prob_backward": 0, "token_statistics_forward": 1, "token_statistics_backward": 2,
+    }  # fmt: skip
+    for name, count in passes.items():
+        launch = Launch(name, (8192, 32000), "bfloat16")
+        assert launch.bytes() / (8192 * 32000 * 2) == pytest.approx(count, abs=1e-2), name
+
+
+def test_the_most_telling_launches_come_first() -> None:
+    launches = planned(tiny=False)
+    assert launches[0] == Launch("cross_entropy_forward", (8192, 128256), "bfloat16")
+    assert {launch.name for launch in launches} == set(LAUNCHERS)
+    assert [launch.dtype for launch in launches] == sorted(
+        (launch.dtype for launch in launches), key=["bfloat16", "float32", "float16"].index
+    )
+    assert max(launch.bytes() for launch in launches) < 20 << 30
+
+
+def test_a_table_of_a_day_on_which_nothing_worked() -> None:
+    nothing = {"kind": "gpu_day", "date": "2026-01-01", "device": "cuda", "stages": [{"name": "probe", "status": "failed", "note": "x"}]}
+    assert tables.summary(nothing)[-2:] == ["probe failed: x", "gpu_day: 0 kernels, worst share unknown, parity not run"]

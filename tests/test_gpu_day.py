@@ -122,7 +122,8 @@ def test_bytes_that_a_launch_cannot_do_without() -> None:
         "cross_entropy_forward": 1, "cross_entropy_backward": 2, "cross_entropy_forward_backward": 2, "soft_cross_entropy_forward": 2,
         "soft_cross_entropy_backward": 3, "soft_cross_entropy_target_backward": 2, "softmax_forward": 2, "softmax_backward": 3,
         "nll_loss_forward": 0, "nll_loss_backward": 1, "bce_with_logits_sum": 2, "bce_with_logits_backward": 3,
-        "bce_with_logits_forward": 4, "sparse_soft_cross_entropy_prob_backward": 0, "token_statistics_forward": 1, "token_statistics_backward": 2,
+        "bce_with_logits_forward": 4, "sparse_soft_cross_entropy_prob_backward": 0, "token_statistics_forward": 1,
+        "token_statistics_backward": 2,
     }  # fmt: skip
     for name, count in passes.items():
         launch = Launch(name, (8192, 32000), "bfloat16")

@@ -15,10 +15,10 @@ from ..cases import DTYPES
 
 LAUNCHERS = tuple(name for name in vars(Kernels) if not name.startswith("_"))
 ELEMENTWISE = ("bce", "binary", "sigmoid")
-ROWS_ONLY = ("sum_rows", "sum_weights")  # no logits: rows alone are their size
 PICKED = {("nll_loss_forward", "log_prob"), ("sparse_soft_cross_entropy_prob_backward", "logits")}  # read at the targets only
 SHAPES = ((8192, 128256), (8192, 32000), (8192, 50257), (65536, 1000), (32, 21, 512 * 512))
 TINY = (24, 70)
+_AS_LOGITS = ("Logits", "OnlyGradient", "Elements")
 _SECTOR = 32  # bytes: the least that a GPU reads
 _MOST = 16 << 30  # bytes of one launch
 
@@ -59,8 +59,12 @@ def planned(tiny: bool) -> list[Launch]:
     return [launch for launch in every if _is_worth_it(launch)]
 
 
+def _has_logits(name: str) -> bool:
+    return any(type(place.kind).__name__.removeprefix("_") in _AS_LOGITS for place in places(name))
+
+
 def _is_worth_it(launch: Launch) -> bool:
-    if launch.name in ROWS_ONLY:  # only where there are many rows; row numbers are float32
+    if not _has_logits(launch.name):  # only where there are many rows; row numbers are float32
         return launch.dtype == "float32" and len(launch.shape) == 3
     return launch.bytes() <= _MOST
 

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-USAGE = """usage: fastloss doctor [--json]     is this installation sound, and what will compute?
-       fastloss bench [options]     check and time the losses on this machine (fastloss bench --help)
+USAGE = """usage: fastloss doctor [--device cpu|cuda] [--json]     is this installation sound, and what will compute?
+       fastloss bench [options]                         check and time the losses on this machine (fastloss bench --help)
        fastloss --version"""
 
 

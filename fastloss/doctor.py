@@ -22,6 +22,7 @@ from .backends import BackendName, KernelsName
 from .bench import machine
 
 Status = Literal["ok", "note", "FAIL"]
+DEVICES = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ class Finding:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the report. The exit status is 0 if nothing failed, else 1; 2 for a wrong command line."""
-    if set(arguments) - {"--json"}:
-        print("usage: fastloss doctor [--json]", file=sys.stderr)
+    as_json, chosen = "--json" in arguments, [word for word in arguments if word != "--json"]
+    if chosen not in ([], ["--device", "cpu"], ["--device", "cuda"]):
+        print("usage: fastloss doctor [--device cpu|cuda] [--json]", file=sys.stderr)
         return 2
-    found = examine()
+    found = examine(tuple(chosen[1:]) or DEVICES)
     failed = any(finding.status == "FAIL" for finding in found)
-    if arguments:
+    if as_json:
         report = {"healthy": not failed, "machine": machine.describe(), "findings": [asdict(finding) for finding in found]}
         print(json.dumps(report, indent=1))
     else:
@@ -50,16 +52,20 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def examine() -> list[Finding]:
-    """All findings. A check that cannot be made is a finding, not an exception."""
-    # the pool last: by then it has been used
-    checks = (_versions, _devices, _environment, _backends, _threads, _openmp, _cache, _self_checks, _speed, _pool)
+def examine(devices: Sequence[str] = DEVICES) -> list[Finding]:
+    """All findings, with the kernels of these devices tried out. A check that cannot be made is a finding, not an exception."""
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "versions": _versions, "devices": _devices, "environment": _environment, "backends": _backends, "threads": _threads,
+        "openmp": _openmp, "cache": _cache, "self_checks": lambda: _self_checks(devices),
+    }  # fmt: skip
+    if "cpu" in devices:
+        checks |= {"speed": _speed, "pool": _pool}  # the pool last: by then it has been used
     found: list[Finding] = []
-    for check in checks:
+    for name, check in checks.items():
         try:
             found += check()
         except Exception as problem:
-            found.append(Finding(check.__name__.strip("_"), "FAIL", _short(problem)))
+            found.append(Finding(name, "FAIL", _short(problem)))
     return found
 
 
@@ -178,12 +184,12 @@ def _cache() -> list[Finding]:
     return [Finding("compiled kernels", "ok", f"kept in {folder}")]
 
 
-def _self_checks() -> list[Finding]:
-    """Every function on every backend that can run, against float64."""
+def _self_checks(devices: Sequence[str]) -> list[Finding]:
+    """Every function on every backend that can run on these devices, against float64."""
     found = []
-    backends: list[tuple[BackendName, str]] = [("numba", "cpu"), ("triton", "cuda")]
-    for backend, device in backends:
-        if _problem(backend) is not None:
+    for device in devices:
+        backend = fastloss.backends.backend_of(device)
+        if backend is None or _problem(backend) is not None:
             continue
         start = perf_counter()
         with fastloss.use_backend(backend):

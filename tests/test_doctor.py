@@ -76,6 +76,23 @@ def test_python_m_fastloss():
     assert (found.returncode, found.stdout.strip()) == (0, fastloss.__version__)
 
 
+@pytest.mark.parametrize("arguments", [["--device"], ["--device", "meta"], ["cuda"], ["--device", "cpu", "cuda"]], ids=str)
+def test_a_device_that_is_none(arguments):
+    assert doctor.main(arguments) == 2
+
+
+def test_only_the_kernels_of_one_device_are_tried_out(monkeypatch, capsys):
+    """Those of the other compile for half a minute."""
+    asked = []
+    monkeypatch.setattr(doctor, "errors", lambda device: asked.append(device) or [])
+    monkeypatch.setattr(doctor, "_problem", lambda name: None)
+    monkeypatch.setattr(doctor.fastloss.backends, "_problem", lambda name: None)
+    for device in ("cuda", "cpu"):
+        topics = [finding.topic for finding in doctor.examine((device,))]
+        assert ("speed sample" in topics) == (device == "cpu")
+    assert asked == ["cuda", "cpu"]
+
+
 def test_errors_cover_every_function_of_the_package():
     functions = {name.split(" ")[0] for name, *_ in doctor.errors("cpu")}
     assert functions == {name for name in fastloss.__all__ if hasattr(torch.nn.functional, name)}

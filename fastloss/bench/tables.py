@@ -74,8 +74,8 @@ def judge(target: Target, found: dict[str, Any]) -> list[str]:
 
 
 def providers(case: dict[str, Any]) -> Table:
-    """Everybody on one case, in milliseconds. On CUDA a step is what the device takes with its queue full; beside it, what a step takes from
-    an idle device to an idle device, and how long the host is busy queueing it."""
+    """Everybody on one case, in milliseconds. On CUDA a step is what the device takes with its queue full; beside it, what a step takes
+    from an idle device to an idle device, and how long the host is busy queueing it."""
     of_the_host = [part for part in ("latency", "host") if any(part in found for found in case["providers"].values())]
     header = ["provider", "forward ms", "backward ms", "step ms", "quartiles", *(f"{part} ms" for part in of_the_host)]
     header += ["copies", "bytes/logit", "error", "extra memory", "note"]

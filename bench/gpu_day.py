@@ -37,14 +37,14 @@ def _stage(name: str, module: str, seconds: float) -> Stage:
 
 
 STAGES = (
-    _stage("probe", "probe", 30),  # of which most is importing torch from a cold disk
+    _stage("probe", "probe", 25),  # of which most is importing torch from a cold disk
     _stage("smoke", "suites", 30),
-    _stage("warm", "warm", 45),
-    _stage("device_tests", "suites", 65),
-    _stage("parity", "suites", 115),
+    _stage("warm", "warm", 40),
+    _stage("device_tests", "suites", 75),
+    _stage("parity", "suites", 105),
     _stage("speed", "speed", 80),
-    _stage("steps", "steps", 115),
-    _stage("questions", "questions", 30),
+    _stage("steps", "steps", 110),
+    _stage("questions", "questions", 40),
 )
 
 
@@ -58,6 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = ", ".join(stage.name for stage in STAGES)
     parser.add_argument("--stages", nargs="+", type=_chosen, default=STAGES, metavar="STAGE", help=f"{names}, or module:function:seconds")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that the stage of the moment is killed, too
     out = options.out.resolve()
     (out / "parts").mkdir(parents=True, exist_ok=True)
     (out / "log").mkdir(exist_ok=True)
@@ -141,7 +142,7 @@ def _run(stage: Stage, seconds: float, out: Path, told: dict[str, Any]) -> dict[
     start = time.monotonic()
     with log.open("w") as text:
         process = subprocess.Popen(
-            [sys.executable, "-m", "fastloss.bench.gpu.stage", stage.function],
+            [sys.executable, str(CHECKOUT / "fastloss" / "bench" / "gpu" / "stage.py"), stage.function],
             cwd=CHECKOUT, env=environment(), stdin=subprocess.PIPE, stdout=text, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         with suppress(BrokenPipeError):

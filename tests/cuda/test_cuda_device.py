@@ -1,5 +1,6 @@
 """The same checks on a real GPU: everything the interpreter cannot know. Skipped, with the reason, where there is none."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -21,6 +22,13 @@ SHAPES = [
     (3, 1), (70, 2), (1000, 10), (64, 300), (4096, 1000), (1, 50257), (1, 128256), (2, 128256), (2, 151936), (64, 32000), (700, 5001),
     (300, 50257), (2, 7, 5), (4, 19, 1024),
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def by_the_kernels() -> Iterator[None]:
+    """Or an error: what goes to torch instead would be right, too."""
+    with fastloss.use_backend("triton"):
+        yield
 
 
 @pytest.fixture

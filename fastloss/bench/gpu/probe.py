@@ -8,21 +8,21 @@ import fastloss
 
 from .. import machine
 from ..clock import clock_of
-from .stage import Day, Stop
+from .stage import Day
 
 _ROUNDS = 20
 
 
 def probe(day: Day) -> None:
-    """Facts, copy rate, read rate. Raises Stop where no kernel of ours can run."""
+    """Facts, copy rate, read rate. Stops the day where no kernel of ours can run."""
     if day.device == "cuda" and not torch.cuda.is_available():
-        raise Stop("torch sees no CUDA device")
+        day.stop("torch sees no CUDA device")
     here = machine.describe()
     day.save(machine=here, commit=here["commit"])
     backend = "triton" if day.device == "cuda" else "numba"
     problem = fastloss.backends.unavailable(backend)
     if problem:
-        raise Stop(f"{backend}: {problem}")
+        day.stop(f"{backend}: {problem}")
     rows = 4096 if not day.tiny else 64
     with fastloss.use_backend(backend):
         route = fastloss.explain(
@@ -31,7 +31,7 @@ def probe(day: Day) -> None:
             torch.zeros(rows, dtype=torch.int64, device=day.device),
         )
     if route.backend != backend:
-        raise Stop(f"a call goes to {route.backend}, not to {backend}: {route.reason}")
+        day.stop(f"a call goes to {route.backend}, not to {backend}: {route.reason}")
     size = 1 << 20 if day.tiny else None
     moved, times = machine.copy_times(day.device, size, _ROUNDS)
     day.save(copy_gb_s=moved / median(times) / 1e9, best_copy_gb_s=moved / min(times) / 1e9, read_gb_s=_read_rate(day.device, moved // 2))

@@ -33,17 +33,24 @@ def questions(day: Day) -> None:
         day.save(questions=answers)
 
 
+def rows_in_registers(tiny: bool) -> list[Launch]:
+    """What `one_visit` times."""
+    shapes = [(24, 1040)] if tiny else [(32768, 2048), (16384, 4096), (8192, 8192), (8192, 16384)]
+    return [
+        Launch(name, shape, dtype)
+        for shape in shapes
+        for dtype in (["float32"] if tiny else ["bfloat16", "float32"])
+        for name in (_BOTH, _FORWARD, _BACKWARD)
+    ]
+
+
 def one_visit(day: Day, stopwatch: Stopwatch) -> Answer:
     """Rows that wait in registers between loss and gradient, 2 passes over the logits, against two kernels, 3 passes."""
-    shapes = [(24, 1040)] if day.tiny else [(32768, 2048), (16384, 4096), (8192, 8192), (8192, 16384)]
-    dtypes = ["float32"] if day.tiny else ["bfloat16", "float32"]
-    found = []
-    for shape in shapes:
-        for dtype in dtypes:
-            together = _microseconds(stopwatch, day, Launch(_BOTH, shape, dtype))
-            apart = sum(_microseconds(stopwatch, day, Launch(name, shape, dtype)) for name in (_FORWARD, _BACKWARD))
-            found.append({"shape": list(shape), "dtype": dtype, "one visit": together, "two kernels": apart})
-    return found
+    found: dict[tuple[Any, str], dict[str, Any]] = {}
+    for launch in rows_in_registers(day.tiny):
+        line = found.setdefault((launch.shape, launch.dtype), {"shape": list(launch.shape), "dtype": launch.dtype})
+        line[launch.name] = _microseconds(stopwatch, day, launch)
+    return list(found.values())
 
 
 def long_row(day: Day, stopwatch: Stopwatch) -> Answer:

@@ -9,7 +9,7 @@ import torch
 
 from ..cases import DTYPES
 from ..clock import clock_of, wait
-from ..machine import cache_of
+from ..machine import cache_of, nvidia_smi
 from .compiled import watched
 from .launches import Launch, kernel_package, planned
 from .stage import Day
@@ -28,6 +28,7 @@ def speed(day: Day) -> None:
             break
         found.append(_measured(launch, stopwatch, day.device, copy))
         day.save(kernels=found)
+    day.save(clocks_after_speed=nvidia_smi())
 
 
 def _measured(launch: Launch, stopwatch: "Stopwatch", device: str, copy: float | None) -> dict[str, Any]:

@@ -1,21 +1,18 @@
-"""The process of one stage: `python -m fastloss.bench.gpu.stage MODULE:FUNCTION`, with the fields of `Day` as JSON on its input."""
+"""The process of one stage: this file is run as a script, MODULE:FUNCTION being its argument and the fields of `Day` as JSON its input.
+
+It imports nothing but Python's library, so a stage costs what it imports itself."""
 
 import importlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 STOP = 3
 """The exit status of a stage after which no other makes sense."""
-
-
-class Stop(Exception):
-    """No other stage makes sense; why."""
 
 
 @dataclass
@@ -42,22 +39,19 @@ class Day:
         """Seconds until the deadline."""
         return self.seconds - (time.monotonic() - self._start)
 
-
-def main(arguments: Sequence[str]) -> int:
-    """The exit status."""
-    (name,) = arguments
-    fields = json.loads(sys.stdin.read())
-    day = Day(**fields | {"out": Path(fields["out"]), "part": Path(fields["part"])})
-    module, function = name.split(":")
-    try:
-        getattr(importlib.import_module(module), function)(day)
-    except Stop as why:
+    def stop(self, why: str) -> NoReturn:
+        """No other stage makes sense."""
         print(why, file=sys.stderr)
-        return STOP
-    return 0
+        sys.exit(STOP)
+
+
+def main() -> None:
+    del sys.path[0]  # this folder, whose modules are not to be found by their last names
+    module, function = sys.argv[1].split(":")
+    told = json.loads(sys.stdin.read())
+    day = Day(**told | {"out": Path(told["out"]), "part": Path(told["part"])})
+    getattr(importlib.import_module(module), function)(day)
 
 
 if __name__ == "__main__":
-    from fastloss.bench.gpu import stage  # under its own name, whose `Stop` the stages raise
-
-    sys.exit(stage.main(sys.argv[1:]))
+    main()

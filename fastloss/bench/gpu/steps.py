@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..cases import Case
+from ..machine import nvidia_smi
 from ..measure import measure
 from ..presets import PRESETS, RIVALS
 from ..providers import COMPILED, EAGER, FASTLOSS, INPLACE, PROVIDERS
@@ -30,6 +31,7 @@ def steps(day: Day) -> None:
         else:
             found += [_line(result, name) for name in result["providers"]]
         day.save(steps=found)
+    day.save(clocks_after_steps=nvidia_smi())
 
 
 def _installed_rivals(case: Case, device: str) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 
 from .compiled import watched
 from .launches import Launch, kernel_package, planned
+from .questions import rows_in_registers
 from .stage import Day
 
 _WORKERS = 14
@@ -17,7 +18,7 @@ _WORKERS = 14
 
 def warm(day: Day) -> None:
     """Everything in Triton's cache on disk; on CPU, in a rehearsal, every launcher is launched once."""
-    launches = planned(day.tiny)
+    launches = [*planned(day.tiny), *rows_in_registers(day.tiny)]
     workers = 1 if day.tiny else min(_WORKERS, os.cpu_count() or 1)
     shares = [launches[i::workers] for i in range(workers)]
     start = perf_counter()

@@ -95,8 +95,8 @@ def run(stages: Sequence[Stage], out: Path, budget: float, device: str, tiny: bo
 
 def wrong(result: dict[str, Any]) -> bool:
     """Whether a stage that came to its end found something wrong."""
-    suites = any(result.get(name, {}).get("failed") for name in ("device_tests", "parity"))
-    return suites or not all(one["right"] for one in result.get("smoke", ()))
+    broken = any(result.get(name, {}).get("failed") for name in ("warm", "device_tests", "parity"))
+    return broken or any("failed" in one for one in result.get("kernels", ())) or not all(one["right"] for one in result.get("smoke", ()))
 
 
 def environment() -> dict[str, str]:
@@ -161,7 +161,8 @@ def _run(stage: Stage, seconds: float, out: Path, told: dict[str, Any]) -> dict[
             process.wait()
     lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
     note = {"ok": "", "deadline": f"cut off after {seconds:.0f} s"}.get(status, lines[-1][:200] if lines else f"exit {process.returncode}")
-    return {"name": stage.name, "seconds": round(time.monotonic() - start, 1), "status": status, "note": note}
+    ended = {"name": stage.name, "seconds": round(time.monotonic() - start, 1), "status": status, "note": note}
+    return ended if status == "ok" else ended | {"said": lines[-20:]}
 
 
 if __name__ == "__main__":

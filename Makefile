@@ -53,6 +53,7 @@ lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
 docs: $(VENV)/.bench ## regenerate every generated table and picture from docs/measured and from the code
 	$(BIN)/python bench/report.py $(MEASURED)/cpu.json --out $(MEASURED) --tables README.md docs
 	if [ -f $(MEASURED)/sizes.json ]; then $(BIN)/python bench/report.py $(MEASURED)/sizes.json --out $(MEASURED)/sizes; fi
+	if [ -f $(MEASURED)/h100.json ]; then $(BIN)/python bench/report.py $(MEASURED)/h100.json --out $(MEASURED)/gpu --tables docs; fi
 	$(BIN)/python docs/make_coverage.py
 
 measure: $(VENV)/.bench ## measure this machine for the README (about half an hour), then `make docs`

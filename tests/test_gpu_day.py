@@ -4,6 +4,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,24 @@ def test_where_no_kernel_can_run_the_day_is_over_at_once(tmp_path: Path) -> None
     assert (stages[0]["status"], stages[0]["note"]) == ("stopped", "torch sees no CUDA device")
     assert {stage["status"] for stage in stages[1:]} == {"left out"}
     assert done.stdout.splitlines()[-1] == "gpu_day: 0 kernels, worst share unknown, parity not run"
+
+
+def test_a_copy_of_the_working_tree_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without what git ignores, and without git: the link to the kernels is made, and the sources say which they are."""
+    for name in ("bench", "fastloss", "kernels"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__", "out"), symlinks=True)
+    link = tmp_path / "fastloss" / "kernels"
+    for missing in (True, False):
+        if missing:
+            link.unlink(missing_ok=True)
+        monkeypatch.delenv("FASTLOSS_COMMIT", raising=False)
+        told = runpy.run_path(str(tmp_path / "bench" / "gpu_day.py"))["environment"]()
+        assert (link / "cuda" / "__init__.py").exists()
+        assert re.fullmatch("files [0-9a-f]{12}", told["FASTLOSS_COMMIT"])
+        assert told["PYTHONPATH"].split(os.pathsep)[0] == str(tmp_path)
+        assert told["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("FASTLOSS_COMMIT", "abc1234")
+    assert runpy.run_path(str(tmp_path / "bench" / "gpu_day.py"))["environment"]()["FASTLOSS_COMMIT"] == "abc1234"
 
 
 def test_deadlines_fit_into_nine_minutes() -> None:

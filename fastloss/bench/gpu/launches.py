@@ -81,7 +81,7 @@ def _arguments(launch: Launch, device: str) -> dict[str, Any]:
         if place.field is None:
             arguments[argument] = t
         else:
-            group = arguments[argument]
+            group: Any = arguments[argument]
             arguments[argument] = group._replace(**{group._fields[place.field]: t})
     return arguments
 

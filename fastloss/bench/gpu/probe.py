@@ -19,7 +19,8 @@ def probe(day: Day) -> None:
         day.stop("torch sees no CUDA device")
     here = machine.describe()
     day.save(machine=here, commit=here["commit"])
-    backend = "triton" if day.device == "cuda" else "numba"
+    backend = fastloss.backends.backend_of(day.device)
+    assert backend is not None
     problem = fastloss.backends.unavailable(backend)
     if problem:
         day.stop(f"{backend}: {problem}")

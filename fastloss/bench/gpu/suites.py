@@ -27,7 +27,9 @@ def smoke(day: Day) -> None:
         launcher(*arguments)
 
     contract.watch = noting
-    with fastloss.use_backend("triton" if day.device == "cuda" else "numba"):  # as is, so few logits would go to torch
+    backend = fastloss.backends.backend_of(day.device)
+    assert backend is not None
+    with fastloss.use_backend(backend):  # as is, so few logits would go to torch
         found = doctor.errors(day.device)
     contract.watch = None
     lines = [{"call": call, "error": error, "allowed": limit, "right": error <= limit} for call, error, limit in found]

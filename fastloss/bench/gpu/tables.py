@@ -35,11 +35,14 @@ def where(result: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> list[str]:
     """The tables as lines; the last says it all in one."""
-    lines = [where(result), *as_text(kernels(result)).splitlines(), *as_text(steps(result)).splitlines()]
+    found = [table for table in (kernels(result), steps(result)) if table[1]]
+    lines = [where(result), *(line for table in found for line in as_text(table).splitlines())]
     lines += [f"{name}: {_outcome(result[name])}" for name in ("device_tests", "parity") if name in result]
     wrong = [one["call"] for one in result.get("smoke", ()) if not one["right"]]
     lines += [f"WRONG at first sight: {', '.join(wrong)}"] if wrong else []
-    lines += [f"{one['name']} {one['status']}: {one['note']}" for one in result["stages"] if one["status"] != "ok"]
+    lines += [f"{one['name']} {one['status']}: {one['note']}" for one in result["stages"] if one["status"] not in ("ok", "left out")]
+    left_out = [one["name"] for one in result["stages"] if one["status"] == "left out"]
+    lines += [f"left out: {', '.join(left_out)}"] if left_out else []
     return [*lines, last_line(result)]
 
 

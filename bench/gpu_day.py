@@ -154,7 +154,7 @@ def _run(stage: Stage, seconds: float, out: Path, told: dict[str, Any]) -> dict[
             status = "deadline"
             process.send_signal(signal.SIGINT)  # pytest then still writes its report
             with suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(min(GRACE, seconds))
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

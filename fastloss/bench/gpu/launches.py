@@ -2,7 +2,9 @@
 
 import importlib
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, get_type_hints
+from functools import cache
+from inspect import signature
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,7 +44,7 @@ class Launch(NamedTuple):
     def bytes(self) -> int:
         """What must be read and written: every element of every tensor once, those that are one number for all not at all."""
         arguments, found = list(_arguments(self, "meta").values()), 0
-        for place in places(self.name):
+        for place in _places(self.name):
             t = place.of(arguments)
             if (self.name, place.name) in PICKED:
                 found += t.numel() // self.shape[1] * _SECTOR
@@ -60,7 +62,18 @@ def planned(tiny: bool) -> list[Launch]:
 
 
 def _has_logits(name: str) -> bool:
-    return any(type(place.kind).__name__.removeprefix("_") in _AS_LOGITS for place in places(name))
+    return any(type(place.kind).__name__.removeprefix("_") in _AS_LOGITS for place in _places(name))
+
+
+@cache
+def _places(name: str) -> list[Place]:
+    return places(name)
+
+
+@cache
+def _names(name: str) -> list[str]:
+    """Of a launcher's arguments."""
+    return [argument for argument in signature(getattr(Kernels, name)).parameters if argument != "self"]
 
 
 def _is_worth_it(launch: Launch) -> bool:
@@ -71,12 +84,9 @@ def _is_worth_it(launch: Launch) -> bool:
 
 def _arguments(launch: Launch, device: str) -> dict[str, Any]:
     name, numbers = launch.name, _plain_arguments(launch.shape[1])
-    hints = get_type_hints(getattr(Kernels, name), include_extras=True)
-    hints.pop("return")
-    make = _Maker(launch, device)
-    arguments = {argument: numbers.get(argument) for argument in hints}
-    names = list(arguments)
-    for place in places(name):
+    make, names = _Maker(launch, device), _names(name)
+    arguments = {argument: numbers.get(argument) for argument in names}
+    for place in _places(name):
         argument, t = names[place.argument], make(place)
         if place.field is None:
             arguments[argument] = t

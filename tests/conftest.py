@@ -10,7 +10,7 @@ import torch
 import fastloss
 from fastloss import contract
 
-ON_ANY_DEVICE = ("cross_entropy", "bce", "softmax", "nll_loss", "numerics", "property", "inplace")
+ON_ANY_DEVICE = ("cross_entropy", "bce", "softmax", "nll_loss", "numerics", "property", "inplace", "sigmoid_focal_loss")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

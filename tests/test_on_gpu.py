@@ -52,5 +52,6 @@ print(*sorted(name for name in sys.modules if name.startswith("test_")))
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr
-    parity = {"test_cross_entropy", "test_bce", "test_softmax", "test_nll_loss", "test_numerics", "test_property", "test_inplace"}
+    names = ("cross_entropy", "bce", "softmax", "nll_loss", "numerics", "property", "inplace", "sigmoid_focal_loss")
+    parity = {f"test_{name}" for name in names}
     assert set(done.stdout.splitlines()[-1].split()) == parity

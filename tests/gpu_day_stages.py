@@ -10,6 +10,10 @@ def fails(day: Any) -> None:
     raise ValueError("a stage that fails")
 
 
+def stops(day: Any) -> None:
+    day.stop("nothing works here")
+
+
 def hangs(day: Any) -> None:
     """And has something hanging under it, which must not outlive it."""
     if not os.fork():

@@ -7,52 +7,55 @@ import runpy
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+import fastloss
 from fastloss import contract
 from fastloss.bench import report
-from fastloss.bench.gpu import tables, warm
+from fastloss.bench.gpu import probe, questions, suites, tables, warm
 from fastloss.bench.gpu.compiled import watched
 from fastloss.bench.gpu.launches import LAUNCHERS, Launch, planned
+from fastloss.bench.gpu.stage import Day
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = ROOT / "bench" / "gpu_day.py"
-STAGES = ("probe", "smoke", "warm", "fails", "device_tests", "parity", "speed", "hangs", "steps", "questions")
+STAGES = ("probe", "fails", "device_tests", "parity", "speed", "hangs", "steps")
 gpu_day = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 
-def command(*options: str) -> list[str]:
-    return [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", *options]
+def rehearse(out: Path, stages: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    """The script as a user starts it, with the stages of gpu_day_stages among its own."""
+    # deadlines that even a CPU can keep which has compiled nothing yet
+    chosen = {stage.name: f"{stage.function}:600" for stage in gpu_day.STAGES}
+    chosen |= {"fails": "gpu_day_stages:fails:60", "hangs": "gpu_day_stages:hangs:2", "stops": "gpu_day_stages:stops:60"}
+    # one thread: libgomp's barriers take twenty times the work of tiny inputs where cores are busy
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--out", str(out), "--budget", "5000", "--stages"]
+    names = [chosen[name] for name in stages]
+    return subprocess.run([*command, *names], cwd=out, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
 def day(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     out = tmp_path_factory.mktemp("day")
-    # deadlines that even a CPU can keep which has compiled nothing yet
-    chosen = {stage.name: f"{stage.function}:600" for stage in gpu_day.STAGES}
-    chosen |= {"fails": "gpu_day_stages:fails:60", "hangs": "gpu_day_stages:hangs:2"}
-    # one thread: libgomp's barriers take twenty times the work of tiny inputs where cores are busy
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    stages = [chosen[name] for name in STAGES]
-    done = subprocess.run(
-        command("--out", str(out), "--budget", "5000", "--stages", *stages),
-        cwd=out,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return out, done
+    return out, rehearse(out, STAGES)
 
 
 @pytest.fixture(scope="module")
 def found(day: tuple[Path, subprocess.CompletedProcess[str]]) -> dict[str, Any]:
     result: dict[str, Any] = json.loads((day[0] / "h100.json").read_text())
     return result
+
+
+def here(folder: Path, device: str = "cpu") -> Day:
+    """What a stage is told, for stages that need no process of their own to be tried."""
+    return Day(device=device, tiny=True, out=folder, part=folder / "part.json", seconds=600, before={"copy_gb_s": 1.0})
 
 
 def test_neither_a_failing_nor_an_endless_stage_stops_the_next(found: dict[str, Any], day: Any) -> None:
@@ -70,20 +73,47 @@ def test_neither_a_failing_nor_an_endless_stage_stops_the_next(found: dict[str, 
 def test_every_stage_found_what_it_is_for(found: dict[str, Any]) -> None:
     assert found["machine"]["versions"]["torch"]
     assert found["copy_gb_s"] > 0 < found["read_gb_s"]
-    assert len(found["smoke"]) > 10
-    assert all(one["right"] for one in found["smoke"])
-    assert {"nll_loss_forward", "softmax_forward", "softmax_backward"} < set(found["smoke_launchers"])  # not torch
-    assert found["warm"]["failed"] == {}
-    assert found["device_tests"] | {"first": {}} == {"passed": 0, "skipped": found["device_tests"]["skipped"], "failed": {}, "first": {},
-                                                     "exit_status": 0, "whole": True}  # fmt: skip
-    assert found["device_tests"]["skipped"] > 50
-    assert found["parity"]["passed"] == 2
+    device_tests = found["device_tests"]
+    assert (device_tests["passed"], device_tests["failed"], device_tests["whole"]) == (0, {}, True)
+    assert device_tests["skipped"] > 50  # there is no device
+    assert (found["parity"]["passed"], found["parity"]["failed"], found["parity"]["whole"]) == (2, {}, True)
     assert {one["name"] for one in found["kernels"] if one["us"] > 0} == set(LAUNCHERS)
-    assert {(one["case"], one["provider"]) for one in found["steps"] if one["status"] == "timed"} >= {
-        ("ce 64x40 float32", "fastloss"), ("ce 64x40 float32", "fastloss in-place"), ("softmax 64x40 float32", "torch eager")
-    }  # fmt: skip
-    assert len(found["questions"]) == 4
-    assert all(isinstance(answer, list) for answer in found["questions"].values()), found["questions"]
+    timed = {(one["case"], one["provider"]) for one in found["steps"] if one["status"] == "timed"}
+    assert {("ce 64x40 float32", "fastloss"), ("ce 64x40 float32", "fastloss in-place"), ("softmax 64x40 float32", "torch eager")} <= timed
+
+
+def test_smoke_asks_our_kernels_and_not_torch(tmp_path: Path) -> None:
+    suites.smoke(asked := here(tmp_path))
+    assert len(asked.found["smoke"]) > 10
+    assert all(one["right"] for one in asked.found["smoke"])
+    assert {"nll_loss_forward", "softmax_forward", "softmax_backward"} < set(asked.found["smoke_launchers"])
+    assert json.loads(asked.part.read_text()) == asked.found
+
+
+def test_every_launch_can_be_made_warm(tmp_path: Path) -> None:
+    warm.warm(asked := here(tmp_path))
+    assert asked.found["warm"]["failed"] == {}
+    assert asked.found["warm"]["launches"] >= len(LAUNCHERS)
+
+
+def test_every_question_has_an_answer(tmp_path: Path) -> None:
+    pytest.importorskip("triton", minversion="3.4")
+    questions.questions(asked := here(tmp_path))
+    assert len(asked.found["questions"]) == 4
+    assert all(isinstance(answer, list) for answer in asked.found["questions"].values()), asked.found["questions"]
+
+
+def test_parity_is_left_out_where_everything_is_wrong(tmp_path: Path) -> None:
+    asked = here(tmp_path)
+    asked.before["smoke"] = [{"call": "softmax", "right": False}]
+    suites.parity(asked)
+    assert asked.found["parity"]["left_out"] == "wrong at first sight: softmax"
+
+
+@pytest.mark.long
+def test_the_whole_day(tmp_path: Path) -> None:
+    done = rehearse(tmp_path, [stage.name for stage in gpu_day.STAGES])
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def test_the_end_is_a_table_that_fits_a_screen_and_says_it_in_one_line(day: Any) -> None:
@@ -107,14 +137,26 @@ def test_the_report_shows_it(day: Any, tmp_path: Path) -> None:
 
 
 def test_where_no_kernel_can_run_the_day_is_over_at_once(tmp_path: Path) -> None:
-    """And exits with 1; what there is to know is in the file."""
-    done = subprocess.run([sys.executable, str(SCRIPT), "--out", str(tmp_path)], capture_output=True, text=True, check=False, env={
-        **os.environ, "CUDA_VISIBLE_DEVICES": ""})  # fmt: skip
+    """And the script exits with 1; what there is to know is in the file."""
+    done = rehearse(tmp_path, ["stops", "fails", "speed"])
     assert done.returncode == 1
     stages = json.loads((tmp_path / "h100.json").read_text())["stages"]
-    assert (stages[0]["status"], stages[0]["note"]) == ("stopped", "torch sees no CUDA device")
+    assert (stages[0]["status"], stages[0]["note"]) == ("stopped", "nothing works here")
     assert {stage["status"] for stage in stages[1:]} == {"left out"}
-    assert done.stdout.splitlines()[-1] == "gpu_day: 0 kernels, worst share unknown, parity not run"
+    assert done.stdout.splitlines()[-1].startswith("gpu_day: 0 kernels, worst share unknown, parity not run")
+
+
+@pytest.mark.parametrize(("devices", "problem", "said"), [(0, None, "torch sees no CUDA device"), (1, "too old", "triton: too old")])
+def test_the_probe_stops_the_day(
+    devices: int, problem: str | None, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+    monkeypatch.setattr(probe.machine, "gpu", dict)
+    monkeypatch.setattr(fastloss.backends, "unavailable", lambda name: problem)
+    with pytest.raises(SystemExit) as ended:
+        probe.probe(here(tmp_path, "cuda"))
+    assert ended.value.code == gpu_day.STOP
+    assert capsys.readouterr().err.strip() == said
 
 
 def test_a_copy_of_the_working_tree_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

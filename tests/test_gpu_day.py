@@ -35,7 +35,7 @@ def rehearse(out: Path, stages: Sequence[str]) -> subprocess.CompletedProcess[st
     chosen = {stage.name: f"{stage.function}:600" for stage in gpu_day.STAGES}
     chosen |= {"fails": "gpu_day_stages:fails:60", "hangs": "gpu_day_stages:hangs:2", "stops": "gpu_day_stages:stops:60"}
     # one thread: libgomp's barriers take twenty times the work of tiny inputs where cores are busy
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     command = [sys.executable, str(SCRIPT), "--device", "cpu", "--tiny", "--out", str(out), "--budget", "5000", "--stages"]
     names = [chosen[name] for name in stages]
     return subprocess.run([*command, *names], cwd=out, env=environment, capture_output=True, text=True, check=False)
@@ -108,6 +108,11 @@ def test_parity_is_left_out_where_everything_is_wrong(tmp_path: Path) -> None:
     asked.before["smoke"] = [{"call": "softmax", "right": False}]
     suites.parity(asked)
     assert asked.found["parity"]["left_out"] == "wrong at first sight: softmax"
+
+
+def test_no_file_with_tests_for_a_device_is_forgotten() -> None:
+    marked = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/cuda/test_*.py") if "mark.gpu" in path.read_text()}
+    assert set(suites.DEVICE_TESTS) == marked
 
 
 @pytest.mark.long

@@ -14,7 +14,7 @@ from ... import contract, doctor
 from .stage import Day
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-DEVICE_TESTS = ("tests/cuda/test_cuda_device.py", "tests/cuda/test_cuda_linear.py", "tests/cuda/test_cuda_token_statistics.py")
+DEVICE_TESTS = ("tests/cuda/test_cuda_device.py", "tests/cuda/test_cuda_linear.py", "tests/cuda/test_cuda_token_statistics_compiled.py")
 _WORKERS = 14
 
 
@@ -101,7 +101,7 @@ def _pytest(day: Day, name: str, *what: str) -> None:
     ]
     if not day.tiny and importlib.util.find_spec("xdist"):
         options += ["-n", str(min(_WORKERS, os.cpu_count() or 1))]
-    if importlib.util.find_spec("pytest_timeout"):
+    if not day.tiny and importlib.util.find_spec("pytest_timeout"):
         options += ["--timeout", "60"]
     recorder = _Recorder(day, name)
     status = pytest.main([*options, *what], plugins=[recorder])

@@ -82,7 +82,8 @@ def test_every_stage_found_what_it_is_for(found: dict[str, Any]) -> None:
     assert {("ce 64x40 float32", "fastloss"), ("ce 64x40 float32", "fastloss in-place"), ("softmax 64x40 float32", "torch eager")} <= timed
 
 
-def test_smoke_asks_our_kernels_and_not_torch(tmp_path: Path) -> None:
+def test_smoke_asks_our_kernels_and_not_torch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fastloss.config, "min_numel", 1 << 18)  # as outside of the tests
     suites.smoke(asked := here(tmp_path))
     assert len(asked.found["smoke"]) > 10
     assert all(one["right"] for one in asked.found["smoke"])

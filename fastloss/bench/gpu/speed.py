@@ -21,7 +21,8 @@ _SECONDS, _FEWEST, _MOST = 0.04, 10, 60  # a series of launches: how long, and h
 def speed(day: Day) -> None:
     """All launchers; those that the deadline leaves no time for are counted."""
     stopwatch, copy = Stopwatch(day.device, day.tiny), day.before.get("copy_gb_s")
-    launches, found = planned(day.tiny), []
+    launches = planned(day.tiny)
+    found: list[dict[str, Any]] = []
     for number, launch in enumerate(launches):
         if day.left() < 5 or (found and "failed" in found[-1] and not _works(day.device)):
             day.save(kernels_left_out=len(launches) - number)

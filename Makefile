@@ -1,4 +1,5 @@
 # Two commands matter: `make bench` and `make test`. Each makes the environment it needs in .venv; all it takes is python3 >= 3.10 and make.
+# A third, `make gpu`, is for a machine with a GPU, and takes what is there.
 
 PYTHON ?= python3
 # Pinned for development and CI only: the package itself asks for torch>=2.6. Another build: make test TORCH='torch --index-url ...'
@@ -11,7 +12,7 @@ BIN := $(VENV)/bin
 OUT := bench/out
 MEASURED := docs/measured
 
-.PHONY: help bench test test-one-half test-other-half test-all matrix lint docs site measure clean
+.PHONY: help bench gpu test test-one-half test-other-half test-all matrix lint docs site measure clean
 .DEFAULT_GOAL := help
 
 help: ## this list
@@ -20,6 +21,9 @@ help: ## this list
 bench: $(VENV)/.bench ## check fastloss against torch, then time both on large batches; PRESET=quick|vision|llm|cpu-table|sizes|all
 	$(BIN)/python bench/run.py --preset $(PRESET) --json $(OUT)/bench.json --csv $(OUT)/bench.csv
 	$(BIN)/python bench/report.py $(OUT)/bench.json --out $(OUT)
+
+gpu: ## all there is to learn from a GPU in nine minutes, with $(PYTHON) as it is: no network, no environment
+	$(PYTHON) bench/gpu_day.py --out $(OUT)/gpu
 
 # in two halves of about the same length, side by side; the guard pages come last: by then the other half has compiled most of what they call
 ONE_HALF := tests/cuda $(wildcard tests/test_[a-bd-fu-z]*.py) tests/test_guard_pages.py
@@ -49,6 +53,7 @@ lint: $(VENV)/.dev ## ruff, and mypy --strict on what a wheel installs
 docs: $(VENV)/.bench ## regenerate every generated table and picture from docs/measured and from the code
 	$(BIN)/python bench/report.py $(MEASURED)/cpu.json --out $(MEASURED) --tables README.md docs
 	if [ -f $(MEASURED)/sizes.json ]; then $(BIN)/python bench/report.py $(MEASURED)/sizes.json --out $(MEASURED)/sizes --tables README.md docs; fi
+	if [ -f $(MEASURED)/h100.json ]; then $(BIN)/python bench/report.py $(MEASURED)/h100.json --out $(MEASURED)/gpu --tables docs; fi
 	$(BIN)/python docs/make_coverage.py
 
 site: $(VENV)/.dev ## static pages of the documentation and the API reference, in build/site

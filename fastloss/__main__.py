@@ -3,7 +3,7 @@
 import sys
 from collections.abc import Sequence
 
-USAGE = """usage: fastloss doctor [--json]     is this installation sound, and what will compute?
+USAGE = """usage: fastloss doctor [--device cpu|cuda] [--json]     is this installation sound, and what will compute?
        fastloss bench [options]     check and time the losses on this machine (fastloss bench --help)
        fastloss bench compare BEFORE.json AFTER.json     what got faster, slower, larger or less exact between two of its --json files
        fastloss --version"""

@@ -56,6 +56,8 @@ def _checked(name: str, launcher: Launcher, device: str) -> Launcher:
 
     def launch(*arguments: Any) -> None:
         if watch is None and not foreign:
+            if arguments[first].device.type != device:
+                raise RuntimeError(_complaint(name, giver_name, giver, arguments[first], arguments[first], device))
             return launcher(*arguments)
         facts = facts_of(arguments[first])
         if facts is None or facts.device.type != device:

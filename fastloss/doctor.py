@@ -23,6 +23,7 @@ from .backends import BackendName, KernelsName
 from .bench import machine
 
 Status = Literal["ok", "note", "FAIL"]
+DEVICES = ("cpu", "cuda")
 
 _TOPIC_WIDTH = len("NUMBA_DISABLE_JIT")
 
@@ -38,16 +39,17 @@ class Finding:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the report. The exit status is 0 if nothing failed, else 1; 2 for a wrong command line."""
-    if set(arguments) - {"--json"}:
-        print("usage: fastloss doctor [--json]", file=sys.stderr)
+    as_json, chosen = "--json" in arguments, [word for word in arguments if word != "--json"]
+    if chosen not in ([], ["--device", "cpu"], ["--device", "cuda"]):
+        print("usage: fastloss doctor [--device cpu|cuda] [--json]", file=sys.stderr)
         return 2
     found: list[Finding] = []
-    for finding in examine():
+    for finding in examine(tuple(chosen[1:]) or DEVICES):
         found.append(finding)
-        if not arguments:  # line by line: where nothing is compiled yet, the self-checks take a minute
+        if not as_json:  # line by line: where nothing is compiled yet, the self-checks take a minute
             print(f"{finding.status:5}{finding.topic:{_TOPIC_WIDTH}}  {finding.text}", flush=True)
     failed = any(finding.status == "FAIL" for finding in found)
-    if arguments:
+    if as_json:
         report = {"healthy": not failed, "machine": machine.describe(), "findings": [asdict(finding) for finding in found]}
         print(json.dumps(report, indent=1))
     else:
@@ -55,15 +57,19 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if failed else 0
 
 
-def examine() -> Iterator[Finding]:
-    """All findings, as they come. A check that cannot be made is a finding, not an exception."""
-    # the pool last: by then it has been used
-    checks = (_versions, _devices, _environment, _backends, _threads, _openmp, _cache, _self_checks, _speed, _pool)
-    for check in checks:
+def examine(devices: Sequence[str] = DEVICES) -> Iterator[Finding]:
+    """All findings as they come, with the kernels of these devices tried out. A check that cannot be made is a finding, not an exception."""
+    checks: dict[str, Callable[[], list[Finding]]] = {
+        "versions": _versions, "devices": _devices, "environment": _environment, "backends": _backends, "threads": _threads,
+        "openmp": _openmp, "cache": _cache, "self_checks": lambda: _self_checks(devices),
+    }  # fmt: skip
+    if "cpu" in devices:
+        checks |= {"speed": _speed, "pool": _pool}  # the pool last: by then it has been used
+    for name, check in checks.items():
         try:
             yield from check()
         except Exception as problem:
-            yield Finding(check.__name__.strip("_"), "FAIL", _short(problem))
+            yield Finding(name, "FAIL", _short(problem))
 
 
 def _versions() -> list[Finding]:
@@ -191,16 +197,16 @@ def _nothing_kept(why: str) -> Finding:
     return Finding("compiled kernels", "note", text)
 
 
-def _self_checks() -> list[Finding]:
-    """Every function on every backend that can run, against float64."""
+def _self_checks(devices: Sequence[str]) -> list[Finding]:
+    """Every function on every backend that can run on these devices, against float64."""
     found = []
-    backends: list[tuple[BackendName, str]] = [("numba", "cpu"), ("triton", "cuda")]
-    for backend, device in backends:
-        if _problem(backend) is not None:
+    for device in devices:
+        backend = fastloss.backends.backend_of(device)
+        if backend is None or _problem(backend) is not None:
             continue
         start = perf_counter()
         with fastloss.use_backend(backend):
-            wrong = [name for name, error, limit in _errors(device) if not error <= limit]
+            wrong = [name for name, error, limit in errors(device) if not error <= limit]
         took = f"{perf_counter() - start:.1f} s with compiling"
         text = (
             f"wrong: {', '.join(wrong)}. Delete the compiled kernels and try again"
@@ -211,7 +217,7 @@ def _self_checks() -> list[Finding]:
     return found
 
 
-def _errors(device: str) -> list[tuple[str, float, float]]:
+def errors(device: str) -> list[tuple[str, float, float]]:
     """Name, error and what is allowed, for each function in two dtypes."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(64, 257, generator=generator) * 3

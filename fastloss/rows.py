@@ -5,7 +5,7 @@ float32.
 """
 
 import math
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -110,7 +110,15 @@ def ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 @lru_cache(64)
 def _ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.ones(1, dtype=dtype, device=device).expand(size)
+    return _one(dtype, device).expand(size)
+
+
+@cache
+def _one(dtype: torch.dtype, device: torch.device) -> Tensor:
+    one = torch.ones(1, dtype=dtype, device=device)
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()  # once: other streams will read it without waiting for this one
+    return one
 
 
 def row_losses(loss: Tensor, logits: Tensor, reduction: str) -> Tensor:

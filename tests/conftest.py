@@ -10,7 +10,7 @@ import torch
 import fastloss
 from fastloss import contract
 
-ON_ANY_DEVICE = ("cross_entropy", "bce", "softmax", "nll_loss", "numerics", "property", "inplace")
+ON_ANY_DEVICE = ("cross_entropy", "bce", "softmax", "nll_loss", "numerics", "property", "inplace", "sigmoid_focal_loss")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,7 +29,7 @@ def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool 
 
 
 @pytest.fixture(autouse=True)
-def forced_kernels(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config) -> Iterator[None]:
+def forced_kernels(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[None]:
     """No input is too small for the kernels, every launch is watched, random numbers are the same every time, and fresh memory holds NaN.
 
     One thread: test_concurrency has more, and results do not depend on their number.
@@ -40,7 +40,8 @@ def forced_kernels(monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # tiny inputs on busy cores: libgomp's barriers would take twenty times the work
     # with fill_uninitialized_memory: torch.empty holds NaN. On CUDA some of torch's own losses have no deterministic form
-    torch.use_deterministic_algorithms(True, warn_only=pytestconfig.getoption("--device") != "cpu")
+    elsewhere = request.config.getoption("--device") != "cpu" or request.node.get_closest_marker("gpu") is not None
+    torch.use_deterministic_algorithms(True, warn_only=elsewhere)
     with fastloss.use_backend("auto"):
         yield
     torch.use_deterministic_algorithms(False)

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors, check, kernel_call
+from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors, check, kernel_call, on_device
 
 import fastloss
 from fastloss import elements
@@ -124,9 +124,9 @@ def test_logits_in_the_tails(target: float) -> None:
         truth = torch.where(wide > 0, (1 - target) * wide + small, small - target * wide)
         sigmoid, other = 1 / (1 + torch.exp(-wide)), 1 / (1 + torch.exp(wide))
         gradient = (1 - target) * sigmoid - target * other
-        eps = torch.finfo(dtype).eps
-        assert ((loss - truth).abs() <= 4 * eps * truth.abs() + 1e-37).all()
-        assert ((logits.grad - gradient).abs() <= 4 * eps * (((1 - target) * sigmoid).abs() + (target * other).abs()) + 1e-37).all()
+        allowed = on_device(cpu=4, cuda=8) * torch.finfo(dtype).eps
+        assert ((loss - truth).abs() <= allowed * truth.abs() + 1e-37).all()
+        assert ((logits.grad - gradient).abs() <= allowed * (((1 - target) * sigmoid).abs() + (target * other).abs()) + 1e-37).all()
 
 
 @pytest.mark.parametrize("positive", [None, 0.0, 3.0], ids=str)

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, get_type_hints
 
 import pytest
@@ -153,6 +154,39 @@ def test_what_comes_from_outside_is_looked_at_in_production(launcher: str, monke
         put(arguments, name, freed(taken(arguments, name)))
         with pytest.raises(RuntimeError, match=f"{name} must be .* was freed or cut"):
             getattr(kernels("numba"), launcher)(*arguments.values())
+
+
+def made_on(device: str, launcher: str) -> dict[str, Any]:
+    arguments = arguments_of(launcher)
+    for name in kinds_of(launcher):
+        put(arguments, name, taken(arguments, name).to(device))
+    return arguments
+
+
+@pytest.mark.parametrize(("kernels_of", "made"), [("cpu", "meta"), ("cuda", "cpu"), ("cuda", "meta")])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_refuse_tensors_of_another_device(launcher: str, kernels_of: str, made: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In production too: the address of a CUDA tensor means nothing on a CPU, nor the other way round. No kernel package is needed."""
+    monkeypatch.setattr(contract, "watch", None)
+    package = contract.checked(SimpleNamespace(**dict.fromkeys(LAUNCHERS, None)), kernels_of)
+    with pytest.raises(RuntimeError, match=rf"fastloss {launcher}: .* must be .*, on {kernels_of}; got .* on {made}"):
+        getattr(package, launcher)(*made_on(made, launcher).values())
+
+
+@pytest.mark.parametrize(("device", "other"), [("cpu", "meta"), ("meta", "cpu")])
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_one_tensor_on_another_device_is_refused(launcher: str, device: str, other: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that losses make themselves lie beside the first; they are looked at while launches are watched."""
+    package = contract.checked(SimpleNamespace(**dict.fromkeys(LAUNCHERS, None)), device)
+    for watched in (True, False):
+        monkeypatch.setattr(contract, "watch", watch if watched else None)
+        for name, kind in kinds_of(launcher).items():
+            if kind.ours and not watched:
+                continue
+            arguments = made_on(device, launcher)
+            put(arguments, name, torch.zeros_like(taken(arguments, name), device=other))
+            with pytest.raises(RuntimeError, match=rf"fastloss {launcher}: .* must be .*, on {device}; got"):
+                getattr(package, launcher)(*arguments.values())
 
 
 def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:

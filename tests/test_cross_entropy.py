@@ -113,7 +113,8 @@ def test_uint8_class_156_is_not_the_default_ignore_index() -> None:
     logits, target = torch.randn(3, 200), torch.tensor([1, 156, 5], dtype=torch.uint8)
     bytes_, longs = (kernel_call("cross_entropy", logits, t, label_smoothing=0.5, reduction="none") for t in (target, target.long()))
     assert torch.equal(bytes_, longs)
-    assert not torch.allclose(torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.5, reduction="none"), longs)
+    if logits.is_cpu:  # a quirk of torch's CPU kernel
+        assert not torch.allclose(torch.nn.functional.cross_entropy(logits, target, label_smoothing=0.5, reduction="none"), longs)
 
 
 @pytest.mark.parametrize("ignore_index", [0, -1, 4, 255, -100, 2**62], ids=str)

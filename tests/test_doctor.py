@@ -54,7 +54,7 @@ def test_a_check_that_cannot_be_made_is_a_failure_not_an_exception(monkeypatch):
 
     monkeypatch.setattr(doctor.machine, "huge_pages", explodes)
     monkeypatch.setattr(doctor, "_speed", lambda: [])
-    monkeypatch.setattr(doctor, "_self_checks", lambda: [])
+    monkeypatch.setattr(doctor, "_self_checks", lambda devices: [])
     assert any(finding.status == "FAIL" and "boom" in finding.text for finding in doctor.examine())
 
 
@@ -76,8 +76,25 @@ def test_python_m_fastloss():
     assert (found.returncode, found.stdout.strip()) == (0, fastloss.__version__)
 
 
+@pytest.mark.parametrize("arguments", [["--device"], ["--device", "meta"], ["cuda"], ["--device", "cpu", "cuda"]], ids=str)
+def test_a_device_that_is_none(arguments):
+    assert doctor.main(arguments) == 2
+
+
+def test_only_the_kernels_of_one_device_are_tried_out(monkeypatch, capsys):
+    """Those of the other compile for half a minute."""
+    asked = []
+    monkeypatch.setattr(doctor, "errors", lambda device: asked.append(device) or [])
+    monkeypatch.setattr(doctor, "_problem", lambda name: None)
+    monkeypatch.setattr(doctor.fastloss.backends, "_problem", lambda name: None)
+    for device in ("cuda", "cpu"):
+        topics = [finding.topic for finding in doctor.examine((device,))]
+        assert ("speed sample" in topics) == (device == "cpu")
+    assert asked == ["cuda", "cpu"]
+
+
 def test_errors_cover_every_function_of_the_package():
-    functions = {name.split(" ")[0] for name, *_ in doctor._errors("cpu")}
+    functions = {name.split(" ")[0] for name, *_ in doctor.errors("cpu")}
     assert functions == {name for name in fastloss.__all__ if hasattr(torch.nn.functional, name)}
 
 
@@ -119,7 +136,7 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 """
 NO_CHECKS = """
 from fastloss import doctor
-doctor._self_checks = doctor._speed = list  # they would compile everything anew, which the long tests do
+doctor._self_checks, doctor._speed = lambda devices: [], list  # they would compile everything anew, which the long tests do
 """
 WITHOUT_HUGE_PAGES = """
 import errno, mmap, os
@@ -259,7 +276,7 @@ def test_a_damaged_cache(tmp_path):
 
     from fastloss.kernels.cpu import launch
 
-    doctor._errors("cpu")  # whoever comes first fills the cache
+    doctor.errors("cpu")  # whoever comes first fills the cache
     subfolder = _CacheLocator.get_suitable_cache_subpath(launch.__file__)
     cache = shutil.copytree(FunctionCache(launch.region).cache_path, tmp_path / "cache" / subfolder, copy_function=shutil.copy2)
     damaged = [path for path in Path(cache).glob("softmax.*") if path.suffix in (".nbc", ".nbi")]

@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import DTYPES, assert_no_worse, check, copy_of
+
+pytest.importorskip("expecttest", reason="torch.testing._internal needs expecttest")
+
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.common_modules import module_db
 from torch.testing._internal.common_utils import noncontiguous_like

@@ -33,7 +33,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> set[str]:
 
 
 def test_every_module_is_in_the_wheel(wheel: set[str]) -> None:
-    for folder in ("", "bench", "integrations", "losses", "kernels", "kernels/cpu", "kernels/cuda"):
+    for folder in ("", "bench", "bench/gpu", "integrations", "losses", "kernels", "kernels/cpu", "kernels/cuda"):
         source = ROOT / (folder if folder.startswith("kernels") else f"fastloss/{folder}")
         for path in source.glob("*.py"):
             assert f"fastloss/{folder}/{path.name}".replace("//", "/") in wheel

@@ -34,7 +34,7 @@ def exact(x: Tensor, y: Tensor, alpha: float, gamma: float, reduction: str) -> T
 def both(function: object, leaf: Tensor, view: object, *arguments: object) -> tuple[Tensor, Tensor]:
     leaf = leaf.clone().requires_grad_()
     value = function(view(leaf), *arguments)  # type: ignore[operator]
-    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value.dtype)
+    upstream = torch.randn(value.shape, generator=torch.Generator().manual_seed(1), device="cpu").to(value)
     return value.detach(), torch.autograd.grad(value, leaf, upstream)[0]
 
 

@@ -1,12 +1,12 @@
 """One measurement's input: a loss, its shape and dtype, and enough different inputs to miss the cache."""
 
+import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from .losses import LOSSES, SHORT, Entries, Loss, Options, Target, noise
+from .losses import LOSSES, SHORT, Loss, Options, Target, noise
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -76,28 +76,22 @@ class Inputs:
 
 
 def make_inputs(case: Case, count: int, device: str = "cpu", seed: int = 0) -> list[Inputs]:
-    """`count` inputs in memory of their own, the same for the same seed."""
+    """`count` inputs in memory of their own, the same for the same seed; made where they will be used: to move them would take seconds."""
     torch.manual_seed(seed)
     spec, dtype = case.spec, case.torch_dtype
-    options = spec.options(case.logits_shape[1], dtype)
-    if spec.linear:
-        _, features, classes = case.shape
-        options["linear_weight"] = noise((classes, features), dtype, features**-0.5)
     inputs = []
-    for _ in range(count):
-        logits = spec.prepare(noise(case.input_shape, dtype))
-        upstream = None if spec.scalar else noise(case.shape, dtype, 1.0)
-        inputs.append(Inputs(logits, spec.target(case.logits_shape, dtype), options, upstream))
-    return [_moved(one, device) for one in inputs] if device != "cpu" else inputs
+    with torch.device(device):
+        options = spec.options(case.logits_shape[1], dtype)
+        if spec.linear:
+            _, features, classes = case.shape
+            options["linear_weight"] = noise((classes, features), dtype, features**-0.5)
+        for _ in range(count):
+            logits = spec.prepare(noise(case.input_shape, dtype))
+            upstream = None if spec.scalar else noise(case.shape, dtype, 1.0)
+            inputs.append(Inputs(logits, spec.target(case.logits_shape, dtype), options, upstream))
+    return inputs
 
 
-def inputs_to_miss(case: Case, cache_bytes: int, most: int = 256) -> int:
-    """How many inputs to rotate through so that each is out of the last-level cache when its turn comes."""
-    return min(most, max(2, -(-cache_bytes * 5 // (4 * case.bytes))))
-
-
-def _moved(one: Inputs, device: str) -> Inputs:
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, (Tensor, Entries)) else value
-
-    return Inputs(move(one.input), move(one.target), {k: move(v) for k, v in one.options.items()}, move(one.upstream))
+def inputs_to_miss(case: Case, cache_bytes: int, turnover: float = 1.25, most: int = 256) -> int:
+    """How many inputs to rotate through so that each is out of the cache when its turn comes: `turnover` times its size later."""
+    return min(most, max(2, math.ceil(cache_bytes * turnover / case.bytes)))

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument("--shape", nargs="+", type=_shape, metavar="NxC", help="shapes of the logits, classes second (default: 4096x32000)")
     what.add_argument("--dtype", nargs="+", choices=DTYPES, metavar="DTYPE", help=f"{', '.join(DTYPES)} (default: float32)")
     what.add_argument("--provider", nargs="+", choices=PROVIDERS, metavar="NAME", help=f"{', '.join(PROVIDERS)}")
-    what.add_argument("--extra", nargs="*", choices=extras.EXTRAS, metavar="EXTRA", help=f"{', '.join(extras.EXTRAS)}")
+    what.add_argument("--extra", nargs="*", choices=extras.EXTRAS, metavar="EXTRA", help=f"{', '.join(extras.EXTRAS)}; on CPU only")
     how = found.add_argument_group("how")
     how.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     how.add_argument("--threads", type=int, default=0, metavar="T", help="torch.set_num_threads(T) (default: torch's own choice)")
@@ -89,7 +89,7 @@ def run(
     preset: Preset, device: str = "cpu", rounds: int = 5, memory: bool = True, save: Callable[[dict[str, Any]], None] = lambda so_far: None
 ) -> dict[str, Any]:
     """Measure everything in a preset; plain data. `save` gets what there is after every case: a long run that is killed is not lost."""
-    wanted_extras = extras.names(preset.extras)
+    wanted_extras = extras.names(preset.extras) if device == "cpu" else []  # they compile, start and thread the CPU's kernels
     weights = [preset.seconds + 6 + 8 * case.bytes / 5e8 for case in preset.cases]
     result: dict[str, Any] = {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -151,7 +151,8 @@ def _plan(options: argparse.Namespace) -> Preset:
 def _print(result: dict[str, Any], options: argparse.Namespace) -> None:
     here = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in here["versions"].items() if number)
-    print(f"\n{here['processor']}, {here['threads']} threads; copies at {result['copy_bytes_per_second'] / 1e9:.1f} GB/s; {versions}\n")
+    place = here["gpu"]["name"] if result["device"] == "cuda" else f"{here['processor']}, {here['threads']} threads"
+    print(f"\n{place}; copies at {result['copy_bytes_per_second'] / 1e9:.1f} GB/s; {versions}\n")
     print(tables.as_text(tables.overview(result)))
     if options.details:
         for case in result["cases"]:

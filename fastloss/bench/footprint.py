@@ -1,7 +1,9 @@
-"""Peak memory beyond the inputs, as the system sees it: whatever allocator it came from counts, the gradient pool included."""
+"""Peak memory beyond the inputs. On CPU as the system sees it: whatever allocator it came from counts, the gradient pool included."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,20 +14,15 @@ from .runner import Runner, configured, release_memory
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory(provider: Provider, case: Case, device: str = "cpu") -> dict[str, int]:
+def peak_memory(provider: Provider, case: Case) -> dict[str, int]:
     """Bytes: 'peak' during a step beyond what was there before it, and 'kept' after gradient and output are gone.
 
     For a process of its own: everything that happens in the process counts. A first step compiles and warms up; what it left behind in
     pools is given back before the second is measured, so a pooled gradient counts like any other.
     """
-    runner = Runner(provider, case, make_inputs(case, 1, device))
+    runner = Runner(provider, case, make_inputs(case, 1))
     runner.step(0)
     release_memory()
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        runner.step(0)
-        return {"peak": torch.cuda.max_memory_allocated() - before, "kept": torch.cuda.memory_allocated() - before}
     _CLEAR.write_text("5")  # resets the high-water mark to what is resident now
     before = _resident("VmRSS")
     with configured(provider.settings):
@@ -33,6 +30,16 @@ def peak_memory(provider: Provider, case: Case, device: str = "cpu") -> dict[str
     found = {"peak": max(0, _resident("VmHWM") - before), "kept": max(0, _resident("VmRSS") - before)}
     release_memory()
     return found
+
+
+def peak_memory_on_gpu(step: Callable[[int], Any]) -> dict[str, int]:
+    """The same on CUDA, where torch's allocator knows it: in this process, of a step that has been taken before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step(0)
+    torch.cuda.synchronize()
+    return {"peak": torch.cuda.max_memory_allocated() - before, "kept": torch.cuda.memory_allocated() - before}
 
 
 def can_measure() -> bool:

@@ -29,9 +29,6 @@ class Entries:
     def double(self) -> "Entries":
         return Entries(self.indices, self.probabilities.double(), self.dense.double())
 
-    def to(self, device: str) -> "Entries":
-        return Entries(self.indices.to(device), self.probabilities.to(device), self.dense.to(device))
-
     def __getitem__(self, rows: Any) -> "Entries":
         return Entries(self.indices[rows], self.probabilities[rows], self.dense[rows])
 

@@ -7,12 +7,14 @@ import re
 import subprocess
 from importlib import metadata
 from pathlib import Path
-from time import perf_counter
+from statistics import median
 from typing import Any
 
 import torch
 
 import fastloss
+
+from .clock import clock_of
 
 HUGE_PAGES = "/sys/kernel/mm/transparent_hugepage/enabled"
 _PR_GET_THP_DISABLE = 42  # linux/prctl.h
@@ -29,12 +31,41 @@ def describe() -> dict[str, Any]:
         "memory_gib": round(_memory_bytes() / 2**30, 1),
         "cache_mib": last_level_cache() >> 20,
         "huge_pages": huge_pages(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "gpu": gpu() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "commit": commit(),
         "versions": {name: version(name) for name in ("fastloss", "torch", "numba", "llvmlite", "numpy", "triton")},
     }
+
+
+def gpu() -> dict[str, Any]:
+    """What there is to know of the current GPU."""
+    here = torch.cuda.get_device_properties(torch.cuda.current_device())
+    free, total = torch.cuda.mem_get_info()
+    return {
+        "name": here.name,
+        "capability": f"{here.major}.{here.minor}",
+        "processors": here.multi_processor_count,
+        "cache_mib": cache_of("cuda") >> 20,
+        "memory_gib": round(total / 2**30, 1),
+        "free_gib": round(free / 2**30, 1),
+        "runtime": f"CUDA {torch.version.cuda}" if torch.version.cuda else f"HIP {torch.version.hip}",
+        **nvidia_smi(),
+    }
+
+
+_ASKED = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit", "temperature.gpu")
+
+
+def nvidia_smi() -> dict[str, str]:
+    """Driver, clocks, power and temperature of the first GPU as they are now; nothing where there is no such program. It only reads."""
+    command = ["nvidia-smi", f"--query-gpu={','.join(_ASKED)}", "--format=csv,noheader", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(_ASKED, (word.strip() for word in done.stdout.strip().split(",")), strict=False))
 
 
 def version(distribution: str) -> str | None:
@@ -66,6 +97,14 @@ def last_level_cache() -> int:
     return min(max(bytes_, default=_UNKNOWN_CACHE), _LARGEST_CACHE)
 
 
+def cache_of(device: str) -> int:
+    """Bytes of the cache that inputs must miss: the last level's of this CPU, or the GPU's."""
+    if device != "cuda":
+        return last_level_cache()
+    here = torch.cuda.get_device_properties(torch.cuda.current_device())
+    return int(getattr(here, "L2_cache_size", 0)) or _UNKNOWN_CACHE
+
+
 def huge_pages() -> str:
     """The kernel's policy for anonymous memory: 'always', 'madvise', 'never' or 'unknown'; 'off' if this process is denied them."""
     try:
@@ -78,7 +117,11 @@ def huge_pages() -> str:
 
 
 def commit() -> str | None:
-    """The commit of the checkout that fastloss runs from, with + for local changes; None outside of one."""
+    """The commit of the checkout that fastloss runs from, with + for local changes; None outside of one. A copy of a checkout without its
+    history is told by FASTLOSS_COMMIT."""
+    told = os.environ.get("FASTLOSS_COMMIT")
+    if told:
+        return told
     folder = Path(fastloss.__file__).parent.parent
     if not (folder / ".git").exists():
         return None
@@ -90,18 +133,28 @@ def commit() -> str | None:
     return short.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
-def copy_bandwidth(device: str = "cpu", size: int = 512 << 20, rounds: int = 7) -> float:
-    """Bytes per second, read and written, of dst.copy_(src) into memory that is mapped already."""
+def copy_times(device: str = "cpu", size: int | None = None, rounds: int | None = None) -> tuple[int, list[float]]:
+    """Bytes read and written by one dst.copy_(src) into memory that is mapped already, and the seconds of `rounds` of them.
+
+    512 MiB and 7 rounds on CPU; 4 GiB, or a quarter of what is free, and 20 rounds on CUDA, where clocks rise under load.
+    """
+    if size is None:
+        size = 512 << 20 if device == "cpu" else min(4 << 30, torch.cuda.mem_get_info()[0] // 4)
     source = torch.ones(size // 4, device=device)
-    sink = torch.zeros_like(source)
-    times = []
-    for _ in range(rounds):
-        start = perf_counter()
+    sink, clock = torch.zeros_like(source), clock_of(device)
+    if device != "cpu":
         sink.copy_(source)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(perf_counter() - start)
-    return 2 * size / sorted(times)[rounds // 2]
+    clock.start(ahead=1e-3)
+    for _ in range(rounds or (7 if device == "cpu" else 20)):
+        sink.copy_(source)
+        clock.mark()
+    return 2 * size, clock.laps()
+
+
+def copy_bandwidth(device: str = "cpu") -> float:
+    """Bytes per second of such a copy, the median."""
+    moved, times = copy_times(device)
+    return moved / median(times)
 
 
 def _memory_bytes() -> int:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from tempfile import NamedTemporaryFile
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -12,10 +11,11 @@ import torch
 from . import accuracy, floor, footprint
 from .cases import Case, Inputs, inputs_to_miss, make_inputs
 from .child import child
-from .machine import last_level_cache
+from .clock import clock_of
+from .machine import cache_of
 from .providers import EAGER, PROVIDERS, Provider
 from .runner import Runner, Times, release_memory
-from .timing import Series, Step, interleave
+from .timing import Series, Spread, Step, interleave
 
 COPY = "copy"
 
@@ -31,11 +31,13 @@ def measure(
 ) -> dict[str, Any]:
     """The result of one case: a dictionary for every provider, and what a copy of the logits costs. `now` is told what is being done."""
     now("making inputs and the float64 truth")
-    inputs = make_inputs(case, inputs_to_miss(case, last_level_cache()), device)
+    turnover = 1.25 if device == "cpu" else 4  # a GPU's cache does not forget in order
+    inputs = make_inputs(case, inputs_to_miss(case, cache_of(device), turnover), device)
     true = accuracy.truth(case, inputs[0])
     eager = _checked(Runner(PROVIDERS[EAGER], case, inputs), true)
     limit = accuracy.allowed(case, eager)
     providers: dict[str, dict[str, Any]] = {}
+    runners: dict[str, Runner] = {}
     steps: dict[str, Step] = {COPY: _copier(inputs), **floor.steps(case.loss, inputs, device)}
     nobody = set(steps)
     with ExitStack() as processes:
@@ -52,6 +54,7 @@ def measure(
                 else:
                     runner = Runner(provider, case, inputs)
                     error, step = (eager if name == EAGER else _checked(runner, true)), runner.step
+                    runners[name] = runner
             except Exception as problem:  # a rival must never break the rest; if it is us, the suite fails in the end
                 providers[name] = {"status": "failed", "reason": _first_line(problem)}
                 continue
@@ -66,6 +69,10 @@ def measure(
     for name in steps.keys() - nobody:
         rivals = {other: times for other, times in series.items() if other not in nobody}
         providers[name] |= _numbers(case, rivals, name, series[COPY], least_possible)
+        if device == "cuda":
+            providers[name] |= _of_the_host(runners[name])
+            if memory:
+                providers[name]["memory"] = footprint.peak_memory_on_gpu(runners[name].step)
     copied = series[COPY].spread()
     result: dict[str, Any] = {
         "key": case.key,
@@ -80,7 +87,7 @@ def measure(
         "floor": _floor(series, least_possible),
         "providers": {name: providers[name] for name in names},
     }
-    del inputs, steps, series, true
+    del inputs, steps, runners, series, true
     release_memory()
     if memory and device == "cpu" and footprint.can_measure():
         _add_memory(case, result["providers"], now)
@@ -95,13 +102,13 @@ def _checked(runner: Runner, true: accuracy.Truth) -> accuracy.Error:
 def _copier(inputs: list[Inputs]) -> Step:
     """dst.copy_(logits) into memory that is mapped already: the least any step can cost is a little more than this."""
     sink = torch.zeros_like(inputs[0].input)
+    clock = clock_of(sink.device.type)
 
     def copy(turn: int) -> Times:
-        start = perf_counter()
+        clock.start(ahead=1e-4)
         sink.copy_(inputs[turn % len(inputs)].input)
-        if sink.is_cuda:
-            torch.cuda.synchronize()
-        return Times(perf_counter() - start, 0.0)
+        clock.mark()
+        return Times(clock.laps()[0], 0.0)
 
     return copy
 
@@ -139,6 +146,14 @@ def _numbers(case: Case, series: dict[str, Series], name: str, copy: Series, lea
         "share_of_floor": None if least is None else asdict(mine.ratio_to(least)),
         "bytes_per_logit": 2 * case.torch_dtype.itemsize * copies.middle,
         "slower": {other: asdict(mine.ratio_to(theirs)) for other, theirs in series.items() if other != name},
+    }
+
+
+def _of_the_host(runner: Runner, turns: int = 15) -> dict[str, Any]:
+    """On CUDA: seconds of a step that starts and ends with an idle device, and of queueing it. Those of `_numbers` are the device's."""
+    return {
+        "latency": asdict(Spread.of([runner.latency(turn) for turn in range(turns)])),
+        "host": asdict(Spread.of([runner.host(turn) for turn in range(turns)])),
     }
 
 

@@ -119,6 +119,23 @@ _LINEAR = (
     Case("linear_cross_entropy", (2048, 1024, 32000), "bfloat16"),
     Case("linear_cross_entropy", (4096, 512, 50257)),
 )
+_GPU = (
+    Case(_CE, (8192, 128256), "bfloat16"),
+    Case(_CE, (8192, 32000), "bfloat16"),
+    Case(_CE, (8192, 50257), "bfloat16"),
+    Case(_CE, (65536, 1000), "bfloat16"),
+    Case(_BCE, (65536, 1000), "bfloat16"),
+    Case("softmax", (8192, 32000), "bfloat16"),
+    Case(_CE, (8192, 32000)),
+    Case(_CE, (16384, 32000), "bfloat16"),
+    Case(_CE, (8192, 151936), "bfloat16"),
+    Case(_CE, (8192, 128256)),
+    Case(_CE, (32, 21, 512, 512), "bfloat16"),
+    Case(_SMOOTHED, (8192, 32000), "bfloat16"),
+    Case(_SOFT, (8192, 32000), "bfloat16"),
+    Case("log_softmax", (8192, 32000), "bfloat16"),
+    Case(_BCE, (65536, 1000)),
+)
 _SIZES = tuple(Case(_CE, (4096, classes)) for classes in (16, 64, 256, 1000, 4000, 16000, 64000))
 _TABLE = _distinct(*(target.case for target in CPU_TARGETS))
 
@@ -130,6 +147,7 @@ PRESETS = {
     "real": Preset("shapes that people train with, by name: fastloss/bench/shapes.py", tuple(SHAPES.values())),
     "sizes": Preset("cross_entropy float32 from 16 to 64000 classes: where which provider wins", _SIZES),
     "cpu-table": Preset("every row of the CPU targets, filled in: target, measured, met or not", _TABLE, EVERYBODY, seconds=10),
+    "gpu": Preset("large batches for a GPU, with --device cuda; the first seven are `make gpu`'s", _GPU, seconds=2),
     "all": Preset(
         "everything above, with overhead, thread scaling and start-up",
         _distinct(*_TABLE, *_VISION, *_LLM, *_SIZES),

@@ -81,7 +81,8 @@ def _liger(loss: Loss) -> Function:
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     function: Function = liger_cross_entropy
-    # it writes the gradient over the logits: a copy would be unfair, so it runs like our in-place mode
+    # it writes the gradient over the logits: a copy would be unfair, so it runs like our in-place mode, beside which it is to be read. Its
+    # loss is in the logits' dtype, and it waits for the device once a step (`.item()`): its times include that
     return function
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tables
+from .gpu import tables as gpu_tables
 from .limits import limits
 from .tables import Table
 
@@ -35,7 +36,7 @@ _SHORT_NOTE = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status."""
     found = argparse.ArgumentParser("report.py", description="Pictures and an HTML page from the JSON of a benchmark.")
-    found.add_argument("result", type=Path, help="what bench/run.py --json wrote")
+    found.add_argument("result", type=Path, help="what bench/run.py --json or bench/gpu_day.py wrote")
     found.add_argument("--out", type=Path, default=Path("bench/out"), metavar="FOLDER", help="for the PNG files and report.html")
     found.add_argument(
         "--tables", type=Path, nargs="*", default=[], metavar="FILE", help="Markdown files or folders with markers to fill in"
@@ -43,14 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     found.add_argument("--check", action="store_true", help="write nothing; fail if a table in a Markdown file is not this result's")
     options = found.parse_args(arguments)
     result = json.loads(options.result.read_text())
-    stale = fill_in(options.tables, blocks(result), write=not options.check)
+    of_a_gpu = result.get("kind") == "gpu_day"
+    stale = fill_in(options.tables, gpu_blocks(result) if of_a_gpu else blocks(result), write=not options.check)
     if options.check:
         print("\n".join(f"{path}: tables are not those of {options.result}" for path in stale) or "tables are up to date")
         return 1 if stale else 0
+    options.out.mkdir(parents=True, exist_ok=True)
+    page = options.out / "report.html"
+    if of_a_gpu:
+        page.write_text(gpu_html(result))
+        print(f"wrote {page}")
+        return 0
     from .charts import draw  # matplotlib only where pictures are wanted
 
     pictures = draw(result, options.out)
-    page = options.out / "report.html"
     page.write_text(as_html(result, pictures))
     print(f"wrote {page} and {', '.join(picture.name for picture in pictures)}")
     return 0
@@ -61,8 +68,9 @@ def where(result: dict[str, Any]) -> str:
     here = result["machine"]
     versions = ", ".join(f"{name} {number}" for name, number in here["versions"].items() if number and name in ("torch", "numba", "triton"))
     commit = f", commit {here['commit']}" if here.get("commit") else ""
+    place = here["gpu"]["name"] if result.get("device") == "cuda" else f"{here['processor']}, {here['threads']} threads"
     return (
-        f"{here['processor']}, {here['threads']} threads, copies at {result['copy_bytes_per_second'] / 1e9:.0f} GB/s; "
+        f"{place}, copies at {result['copy_bytes_per_second'] / 1e9:.0f} GB/s; "
         f"Python {here['python']}, {versions}{commit}; {result['date'][:10]}"
     )
 
@@ -83,6 +91,19 @@ def blocks(result: dict[str, Any]) -> dict[str, str]:
         "least": f"{where(result)}.\n\n{tables.as_markdown(tables.least(result))}",
         "errors": tables.as_markdown(_errors(result)),
     }
+
+
+def gpu_blocks(result: dict[str, Any]) -> dict[str, str]:
+    """The same for what bench/gpu_day.py found."""
+    found = (gpu_tables.kernels(result), gpu_tables.steps(result))
+    lines = [gpu_tables.where(result), *map(tables.as_markdown, found), gpu_tables.last_line(result)]
+    return {"gpu": "\n\n".join(lines)}
+
+
+def gpu_html(result: dict[str, Any]) -> str:
+    parts = [f"<h1>fastloss on a GPU</h1><p>{html.escape(gpu_tables.where(result))}</p>"]
+    parts += [_html(gpu_tables.kernels(result)), _html(gpu_tables.steps(result)), f"<p>{html.escape(gpu_tables.last_line(result))}</p>"]
+    return _page(parts)
 
 
 def fill_in(paths: Sequence[Path], contents: dict[str, str], write: bool = True) -> list[Path]:
@@ -121,6 +142,10 @@ def as_html(result: dict[str, Any], pictures: Sequence[Path]) -> str:
     for case in result["cases"]:
         title = f"{case['title']}, {case['rounds']} rounds"
         parts.append(f"<details><summary>{html.escape(title)}</summary>{_html(tables.providers(case))}</details>")
+    return _page(parts)
+
+
+def _page(parts: Sequence[str]) -> str:
     body = "\n".join(parts)
     return f'<!doctype html><html lang="en"><meta charset="utf-8"><title>fastloss benchmark</title><style>{_STYLE}</style>{body}</html>\n'
 

@@ -1,6 +1,7 @@
 """One provider on one case: a step that can be taken again and again, timed in its two halves."""
 
 import ctypes
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
@@ -12,6 +13,7 @@ from torch import Tensor
 import fastloss
 
 from .cases import Case, Inputs
+from .clock import clock_of, wait
 from .providers import Provider
 
 
@@ -39,17 +41,27 @@ class _FromBuffer(torch.autograd.Function):
 
 
 class Runner:
-    """Takes steps f(x, y).backward(). Leaf logits as a user's test would have; those of in-place providers are no leaf."""
+    """Takes steps f(x, y).backward(). Leaf logits as a user's test would have; those of in-place providers are no leaf.
+
+    On CUDA, `step` is what the device takes with its queue full, `latency` what it takes with an empty queue until it is done, and `host`
+    how long the host is busy queueing. On CPU the three are one.
+    """
 
     def __init__(self, provider: Provider, case: Case, inputs: list[Inputs], threads: int = 0) -> None:
         self.provider, self.case, self.inputs, self.threads = provider, case, inputs, threads
         self.function = provider.bind(case.spec)
         self.device = inputs[0].input.device.type
+        self._clock = clock_of(self.device)
+        self._ahead = 0.0 if self.device == "cpu" else math.nan  # seconds of the host in a step: measured before the first that is timed
         self._buffer = torch.empty_like(inputs[0].input) if provider.inplace else None
         self._handle = torch.zeros((), device=self.device, requires_grad=True)
 
     def step(self, turn: int) -> Times:
         """One forward and one backward on input number `turn`; what came out is dropped, untimed."""
+        if math.isnan(self._ahead):
+            self._ahead = 0.0
+            self.results(turn)  # compiles
+            self._ahead = min(self.host(turn) for _ in range(3))
         return self.results(turn)[2]
 
     def results(self, turn: int, keep: bool = False) -> tuple[Tensor, Tensor | None, Times]:
@@ -60,25 +72,33 @@ class Runner:
             grads: list[Tensor] = []
             if self._buffer is not None and keep:
                 logits.register_hook(lambda grad: grads.append(grad.clone()))
-            self._wait()
+            self._clock.start(0.0 if math.isnan(self._ahead) else self._ahead)
+            output = self.case.spec.call(self.function, logits, one.target, given)
+            self._clock.mark()
+            output.backward(one.upstream)  # type: ignore[no-untyped-call]
+            self._clock.mark()
+            forward, backward = self._clock.laps()
+        gradient = (grads[0] if grads else logits.grad) if keep else None
+        return output.detach(), gradient, Times(forward, backward)
+
+    def latency(self, turn: int) -> float:
+        """Seconds of a step from an idle device to an idle device, by the host's clock."""
+        return self._by_the_host(turn, until_done=True)
+
+    def host(self, turn: int) -> float:
+        """Seconds until the host has queued a step."""
+        return self._by_the_host(turn, until_done=False)
+
+    def _by_the_host(self, turn: int, until_done: bool) -> float:
+        one = self.inputs[turn % len(self.inputs)]
+        with configured(self.provider.settings, self.threads):
+            logits, given = self._logits(one), self._options(one)
+            wait(self.device)
             start = perf_counter()
             output = self.case.spec.call(self.function, logits, one.target, given)
-            self._wait()
-            middle = perf_counter()
             output.backward(one.upstream)  # type: ignore[no-untyped-call]
-            self._wait()
-            end = perf_counter()
-        gradient = (grads[0] if grads else logits.grad) if keep else None
-        return output.detach(), gradient, Times(middle - start, end - middle)
-
-    def forward_only(self, turn: int) -> float:
-        """Seconds of a forward under no_grad, as in evaluation."""
-        one = self.inputs[turn % len(self.inputs)]
-        with configured(self.provider.settings, self.threads), torch.no_grad():
-            self._wait()
-            start = perf_counter()
-            self.case.spec.call(self.function, one.input, one.target, one.options)
-            self._wait()
+            if until_done:
+                wait(self.device)
             return perf_counter() - start
 
     def _logits(self, one: Inputs) -> Tensor:
@@ -92,10 +112,6 @@ class Runner:
         """With the layer of a linear loss as a fresh leaf."""
         head = one.options.get("linear_weight")
         return one.options if head is None else {**one.options, "linear_weight": head.detach().requires_grad_()}
-
-    def _wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
 
 
 @contextmanager

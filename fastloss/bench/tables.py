@@ -114,17 +114,21 @@ def sizes(result: dict[str, Any]) -> Table:
 
 
 def providers(case: dict[str, Any]) -> Table:
-    """Everybody on one case, in milliseconds."""
-    header = ["provider", "forward ms", "backward ms", "step ms", "quartiles", "copies", "of the floor", "error", "extra memory", "note"]
+    """Everybody on one case, in milliseconds. On CUDA a step is what the device takes with its queue full; beside it, what a step takes
+    from an idle device to an idle device, and how long the host is busy queueing it."""
+    of_the_host = [part for part in ("latency", "host") if any(part in found for found in case["providers"].values())]
+    header = ["provider", "forward ms", "backward ms", "step ms", "quartiles", *(f"{part} ms" for part in of_the_host)]
+    header += ["copies", "of the floor", "error", "extra memory", "note"]
     lines = []
     for name, found in case["providers"].items():
         if found["status"] != "timed":
-            lines.append([name, *[""] * 8, f"{found['status']}: {found['reason']}"])
+            lines.append([name, *[""] * (len(header) - 2), f"{found['status']}: {found['reason']}"])
             continue
         parts = [number(found[part]["middle"] * 1e3) for part in ("forward", "backward", "step")]
-        spread = f"{number(found['step']['low'] * 1e3)} to {number(found['step']['high'] * 1e3)}"
+        parts.append(f"{number(found['step']['low'] * 1e3)} to {number(found['step']['high'] * 1e3)}")
+        parts += [number(found[part]["middle"] * 1e3) if part in found else "" for part in of_the_host]
         copies = [number(found["copies"]["middle"]), share(found)]
-        lines.append([name, *parts, spread, *copies, error(found), memory(found, case), ""])
+        lines.append([name, *parts, *copies, error(found), memory(found, case), ""])
     return header, lines
 
 

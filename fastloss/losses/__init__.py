@@ -12,6 +12,8 @@ from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
 from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
 from .token_statistics import token_statistics
+from .vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from .vocab_parallel_soft_cross_entropy import vocab_parallel_soft_cross_entropy
 
 LOSSES = (
     cross_entropy,
@@ -27,6 +29,8 @@ LOSSES = (
     sigmoid_focal_loss,
     token_statistics,
     linear_token_statistics,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_soft_cross_entropy,
 )
 
 __all__ = [
@@ -44,4 +48,6 @@ __all__ = [
     "softmax",
     "sparse_soft_cross_entropy",
     "token_statistics",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_soft_cross_entropy",
 ]

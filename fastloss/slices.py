@@ -1,0 +1,110 @@
+"""What losses over sharded classes have in common beside their talk (`sharded`): a slice's part of the work, and the rows' results."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rows
+from .kernels.groups import PAD, Answers, Rows, Smoothing
+from .loss import compute_dtype
+from .torch_launchers import kernels_or_torch
+
+
+def statistics(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
+    """Write `top` and `total` of a slice [2, rows]; -inf and 0 where it has nothing but -inf, 0 and 0 for rows that do not count. Indices
+    that are no classes here do no harm: they are not looked up."""
+    top, total = out
+    if rows.classes_of(logits) == 0:
+        top.fill_(-torch.inf)
+        total.zero_()
+        return
+    lse, nothing = torch.empty_like(top), top.new_empty(0)
+    answers = Answers(nothing, nothing, lse, nothing, top.new_empty(0, dtype=torch.int64))
+    table = rows.class_table(target, top.numel(), logits.device)
+    kernels_or_torch(logits).token_statistics_forward(rows.as_rows(logits), table, ignore_index, 1.0, answers, Rows(None, None, top, total))
+    only_inf = lse == -torch.inf
+    top.masked_fill_(only_inf, -torch.inf)
+    total.masked_fill_(only_inf, 0.0)
+
+
+def soft_statistics(logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, out: Tensor) -> None:
+    """Write `top`, `total`, sum k (-log p), p of the slice alone, and sum k [4, rows], with k_c = w_c (keep target_c + spread)."""
+    top, total, loss, mass = out
+    if rows.classes_of(logits) == 0:
+        top.fill_(-torch.inf)
+        out[1:].zero_()
+        return
+    x, q = rows.as_rows(logits), rows.as_rows(target)
+    kernels_or_torch(logits).soft_cross_entropy_forward(x, q, weight, smoothing, loss, Rows(None, mass, top, total))
+    lowest = top <= torch.finfo(top.dtype).min
+    if bool(lowest.any()):  # rows of nothing but -inf, or NaN: the kernels make NaN of both, since to them a slice is all there is
+        at = lowest.nonzero().squeeze(1)
+        k = weight * (smoothing.keep * _some_rows(q, at) + smoothing.spread)
+        at, k = _without_nan(_some_rows(x, at), at, k)
+        top[at], total[at], loss[at] = -torch.inf, 0.0, (k * torch.inf).sum(1).to(loss.dtype)
+
+
+def _some_rows(logits: Tensor, at: Tensor) -> Tensor:
+    """[N, C] or [B, C, P] -> [some, C]."""
+    if logits.dim() == 2:
+        return logits[at]
+    positions = logits.shape[2]
+    return logits[at // positions, :, at % positions]
+
+
+def _without_nan(x: Tensor, at: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    real = ~x.isnan().any(1)
+    return at[real], k[real]
+
+
+def in_slice(target: Tensor, first: int, classes: int, ignore_index: int) -> Tensor:
+    """Class indices as the slice counts them; PAD for those of other ranks and those ignored."""
+    y = target - first
+    return torch.where((y >= 0) & (y < classes) & (target != ignore_index), y, PAD)
+
+
+def pick(logits: Tensor, y: Tensor) -> Tensor:
+    """The logits of classes y [rows, K] of the slice, 0 for PAD, in the compute dtype."""
+    if rows.classes_of(logits) == 0:
+        return torch.zeros(y.shape, dtype=compute_dtype(logits), device=y.device)
+    x, here = rows.as_rows(logits), y != PAD
+    index = y.masked_fill(~here, 0)
+    if x.dim() == 2:
+        found = x.detach().gather(1, index)
+    else:
+        batch, _, positions = x.shape
+        found = x.detach().gather(1, index.view(batch, positions, -1).transpose(1, 2)).transpose(1, 2).reshape(y.shape)
+    return found.to(compute_dtype(logits)).masked_fill(~here, 0.0)
+
+
+def refuse_out_of_bounds(target: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """Which targets are on no rank. On CPU they are an IndexError; on another device nobody waits for the answer."""
+    bad = (target != ignore_index) & ((target < 0) | (target >= classes))
+    if target.device.type == "cpu" and bool(bad.any()):
+        raise IndexError(f"Target {int(target[bad][0])} is out of bounds.")
+    return bad
+
+
+def reduce(losses: Tensor, divisor: Tensor, reduction: str, loss: Tensor) -> None:
+    """Write the loss, from the losses of the rows in float64."""
+    if reduction == "none":
+        loss.view(-1).copy_(losses)
+        return
+    total = loss.new_empty((), dtype=torch.float64)
+    sum_rows(losses, total)
+    if divisor.numel():
+        total = total / divisor + 0 / divisor  # no weight at all is NaN, also where the total is not 0
+    loss.copy_(total)
+
+
+def sum_rows(numbers: Tensor, total: Tensor) -> None:
+    kernels_or_torch(numbers).sum_rows(numbers.contiguous(), total)
+
+
+def settled(result: Tensor, write: Any) -> Tensor:
+    """A gradient like the logits, filled by `write(place)`."""
+    written = rows.as_rows(result)
+    if result.numel():
+        write(written)
+    return rows.settle(result, written)

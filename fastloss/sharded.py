@@ -237,16 +237,13 @@ class Merged(NamedTuple):
     rises: Tensor  # [ranks, rows]: log sum exp(x) of all classes, less that of the slice
 
 
-def merge(tops: Tensor, totals: Tensor) -> Merged:
-    """The rule by which kernels merge the blocks of a row, in rank order: the same bits on every rank. [ranks, rows] each; a slice without
-    classes, or of nothing but -inf, has -inf and 0."""
+def merge(tops: Tensor, totals: Tensor, scale: float = 1.0) -> Merged:
+    """The rule by which kernels merge the blocks of a row, in rank order: the same bits on every rank. [ranks, rows] each; a slice of
+    nothing but -inf has -inf and 0."""
     tops, totals = tops.double(), totals.double()
     top = tops.amax(0)
-    scaled = (tops - top).exp() * totals
-    total = scaled[0]
-    for share in scaled[1:]:
-        total = total + share
-    return Merged(top, total, (top - tops) + (total.log() - totals.log()))
+    total = in_rank_order((scale * (tops - top)).exp() * totals)
+    return Merged(top, total, scale * (top - tops) + (total.log() - totals.log()))
 
 
 def in_rank_order(terms: Tensor) -> Tensor:

@@ -6,26 +6,32 @@ import torch
 from torch import Tensor
 
 from . import rows
+from .arguments import smoothing_misfit
 from .kernels.groups import PAD, Answers, Rows, Smoothing
 from .loss import compute_dtype
 from .torch_launchers import kernels_or_torch
 
 
 def statistics(logits: Tensor, target: Tensor, ignore_index: int, out: Tensor) -> None:
-    """Write `top` and `total` of a slice [2, rows]; -inf and 0 where it has nothing but -inf, 0 and 0 for rows that do not count. Indices
-    that are no classes here do no harm: they are not looked up."""
+    """Write `top` and `total` of a slice [2, rows]; -inf and 0 where it has nothing but -inf, 0 and 0 for rows that do not count. Class
+    indices serve to tell these: they are not looked up."""
     top, total = out
     if rows.classes_of(logits) == 0:
         top.fill_(-torch.inf)
         total.zero_()
         return
-    lse, nothing = torch.empty_like(top), top.new_empty(0)
-    answers = Answers(nothing, nothing, lse, nothing, top.new_empty(0, dtype=torch.int64))
+    nothing = top.new_empty(0)
+    answers = Answers(nothing, nothing, torch.empty_like(top), nothing, top.new_empty(0, dtype=torch.int64))
     table = rows.class_table(target, top.numel(), logits.device)
-    kernels_or_torch(logits).token_statistics_forward(rows.as_rows(logits), table, ignore_index, 1.0, answers, Rows(None, None, top, total))
-    only_inf = lse == -torch.inf
-    top.masked_fill_(only_inf, -torch.inf)
-    total.masked_fill_(only_inf, 0.0)
+    all_answers(rows.as_rows(logits), table, ignore_index, 1.0, answers, Rows(None, None, top, total))
+
+
+def all_answers(x: Tensor, table: Tensor, ignore_index: int, logit_scale: float, answers: Answers, numbers: Rows) -> None:
+    """What `token_statistics` says of a slice, lse among it. `top` is NaN where a logit is; -inf, and `total` 0, where all are -inf."""
+    kernels_or_torch(x).token_statistics_forward(x, table, ignore_index, logit_scale, answers, numbers)
+    only_inf = answers.lse == -torch.inf
+    numbers.top.masked_fill_(only_inf, -torch.inf).masked_fill_(answers.lse.isnan(), torch.nan)
+    numbers.total.masked_fill_(only_inf, 0.0)
 
 
 def soft_statistics(logits: Tensor, target: Tensor, weight: Tensor, smoothing: Smoothing, out: Tensor) -> None:
@@ -56,6 +62,23 @@ def _some_rows(logits: Tensor, at: Tensor) -> Tensor:
 def _without_nan(x: Tensor, at: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
     real = ~x.isnan().any(1)
     return at[real], k[real]
+
+
+def slice_misfit(logits: Tensor, label_smoothing: Any) -> str | None:
+    """Other than elsewhere, a slice may have no classes."""
+    return None if logits.dim() > 0 and 0 in logits.shape else smoothing_misfit(logits, label_smoothing)
+
+
+def refused_twice(name: str) -> Exception:
+    return RuntimeError(
+        f"{name}: its gradient cannot be differentiated again (create_graph=True, torch.func, batched gradients): a second derivative "
+        "mixes the classes of all ranks. Gather the logits and use the function for one rank where you need one"
+    )
+
+
+def risen(mass: Tensor, rises: Tensor) -> Tensor:
+    """How much mass (-log p) rises from the slice to all classes; nothing where there is no rise, also of an infinite mass."""
+    return torch.where(rises == 0, 0.0, mass * rises)
 
 
 def in_slice(target: Tensor, first: int, classes: int, ignore_index: int) -> Tensor:

@@ -21,26 +21,26 @@ def kernels_or_torch(logits: Tensor) -> Any:
 
 
 def token_statistics_forward(logits: Tensor, target: Tensor, ignore_index: int, logit_scale: float, answers: Answers, rows: Rows) -> None:
-    z = _by_row(logits) * logit_scale
-    top = _top(z)
-    shifted = (z - top[:, None]).clamp(min=-1000.0)  # e^-1000 times 1000 is 0 where -inf times 0 is NaN
+    x = _by_row(logits)
+    top = _top(x)
+    shifted = ((x - top[:, None]) * logit_scale).clamp(min=-1000.0)  # e^-1000 times 1000 is 0 where -inf times 0 is NaN
     e = shifted.exp()
     total = e.sum(1)
-    lowest = z.amax(1) == -torch.inf
+    lowest = x.amax(1) == -torch.inf
     counts = (target != ignore_index).any(1) | (target.shape[1] == 0)
     zero, total = torch.zeros_like(top), total.masked_fill(lowest, torch.nan)
-    rows.top.copy_(torch.where(counts, top / logit_scale, zero))
+    rows.top.copy_(torch.where(counts, top, zero))
     rows.total.copy_(torch.where(counts, total, zero))
     found = (
         total.log() - (e * shifted).sum(1) / total,
-        (top + total.log()).masked_fill(lowest, -torch.inf),
+        (top * logit_scale + total.log()).masked_fill(lowest, -torch.inf),
         e.square().sum(1) / total.square(),
     )
     for place, answer in zip((answers.entropy, answers.lse, answers.sum_sq_prob), found, strict=True):
         if place.numel():
             place.copy_(torch.where(counts, answer, zero))
     if answers.argmax.numel():
-        answers.argmax.copy_(torch.where(counts, z.argmax(1), 0))
+        answers.argmax.copy_(torch.where(counts, x.argmax(1), 0))
 
 
 def token_statistics_backward(

@@ -14,6 +14,7 @@ from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
 from .token_statistics import token_statistics
 from .vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
 from .vocab_parallel_soft_cross_entropy import vocab_parallel_soft_cross_entropy
+from .vocab_parallel_token_statistics import vocab_parallel_token_statistics
 
 LOSSES = (
     cross_entropy,
@@ -31,6 +32,7 @@ LOSSES = (
     linear_token_statistics,
     vocab_parallel_cross_entropy,
     vocab_parallel_soft_cross_entropy,
+    vocab_parallel_token_statistics,
 )
 
 __all__ = [
@@ -50,4 +52,5 @@ __all__ = [
     "token_statistics",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_soft_cross_entropy",
+    "vocab_parallel_token_statistics",
 ]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import rows, sharded, slices
-from ..arguments import class_indices_misfit, smoothing_misfit
+from ..arguments import class_indices_misfit
 from ..kernels.groups import PAD, Rows, Smoothing
 from ..loss import Loss, Spec, compute_dtype
 from ..memory import empty_like
@@ -57,7 +57,7 @@ class VocabParallelCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
-        return slice_misfit(t.input, o.label_smoothing) or class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
+        return slices.slice_misfit(t.input, o.label_smoothing) or class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         return (
@@ -108,7 +108,7 @@ class VocabParallelCrossEntropy(Loss[Tensors, Options, Saved]):
         losses = keep * row_weight * (merged.total.log() - (sharded.in_rank_order(numbers[:, 2]).double() - merged.top))
         mass = keep * row_weight
         if smoothed:
-            losses = losses + spread * sharded.in_rank_order(numbers[:, 3].double() + risen(weights[:, None], merged.rises))
+            losses = losses + spread * sharded.in_rank_order(numbers[:, 3].double() + slices.risen(weights[:, None], merged.rises))
             mass = mass + spread * sharded.in_rank_order(weights)
         # nothing of a row that does not count, and NaN for everything of one whose target is no class
         values = torch.stack((counts.double(), mass, merged.top, merged.total)).masked_fill(bad, torch.nan)
@@ -133,24 +133,7 @@ class VocabParallelCrossEntropy(Loss[Tensors, Options, Saved]):
         return (slices.settled(dinput, write),)
 
     def gradient(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        raise refused_twice(self.name)
-
-
-def slice_misfit(logits: Tensor, label_smoothing: Any) -> str | None:
-    """Of the arguments that all losses over sharded classes have. Other than elsewhere, a slice may have no classes."""
-    return None if logits.dim() > 0 and 0 in logits.shape else smoothing_misfit(logits, label_smoothing)
-
-
-def refused_twice(name: str) -> Exception:
-    return RuntimeError(
-        f"{name}: its gradient cannot be differentiated again (create_graph=True, torch.func, batched gradients): a second derivative "
-        "mixes the classes of all ranks. Gather the logits and use cross_entropy where you need one"
-    )
-
-
-def risen(mass: Tensor, rises: Tensor) -> Tensor:
-    """How much mass (-log p) rises from the slice to all classes; nothing where there is no rise, also of an infinite mass."""
-    return torch.where(rises == 0, 0.0, mass * rises)
+        raise slices.refused_twice(self.name)
 
 
 vocab_parallel_cross_entropy = VocabParallelCrossEntropy(NAME)

@@ -15,7 +15,8 @@ from ..kernels.groups import Rows, Smoothing
 from ..loss import Loss, Spec, compute_dtype
 from ..memory import empty_like
 from ..torch_launchers import kernels_or_torch
-from .vocab_parallel_cross_entropy import NAME, refused_twice, risen, slice_misfit
+
+NAME = "vocab_parallel_cross_entropy"  # of the function, which serves both kinds of targets
 
 
 class Tensors(NamedTuple):
@@ -55,7 +56,7 @@ class VocabParallelSoftCrossEntropy(Loss[Tensors, Options, Saved]):
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if t.target.dtype != t.input.dtype or t.target.shape != t.input.shape:
             return f"target is {t.target.dtype} {tuple(t.target.shape)}, logits are {t.input.dtype} {tuple(t.input.shape)}"
-        return slice_misfit(t.input, o.label_smoothing) or class_weight_misfit(t.input, t.weight)
+        return slices.slice_misfit(t.input, o.label_smoothing) or class_weight_misfit(t.input, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         return (
@@ -88,7 +89,7 @@ class VocabParallelSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         r.numbers.copy_(torch.stack((sharded.in_rank_order(masses), merged.top, merged.total)))
         r.classes.fill_(ranks.classes)
         r.divisor.fill_(call.rows)
-        slices.reduce(sharded.in_rank_order(losses + risen(masses, merged.rises)), r.divisor, o.reduction, r.loss)
+        slices.reduce(sharded.in_rank_order(losses + slices.risen(masses, merged.rises)), r.divisor, o.reduction, r.loss)
         return tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -109,7 +110,7 @@ class VocabParallelSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         return dinput, dtarget
 
     def gradient(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
-        raise refused_twice(NAME)
+        raise slices.refused_twice(NAME)
 
 
 def _smoothing(o: Options, classes: int) -> Smoothing:

@@ -3,15 +3,19 @@
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import sharded_cases as on_ranks
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from ranks import Ranks
 from sharded_cases import Call, Case, Found
 
 import fastloss
+from fastloss import losses
+from fastloss.ops import OPS
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -270,3 +274,66 @@ def test_token_statistics(
             torch.testing.assert_close(mine.double(), true.double(), rtol=1e-5, atol=1e-6)
     joined = torch.cat([d for _, d in found], dim)
     torch.testing.assert_close(joined.double(), gradient, rtol=2**-7 if dtype == torch.bfloat16 else 2e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------- the registered ops
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    """One rank that has all classes, in this process."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def op_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
+    x, y, w = torch.randn(6, 20), torch.arange(6) * 3, torch.rand(20)
+    options = (0.1, "mean", torch.float32, "")
+    return {
+        "indices": (losses.vocab_parallel_cross_entropy, (x, y, w, -1, -100, *options)),
+        "shares": (losses.vocab_parallel_soft_cross_entropy, (x, torch.softmax(x, 1), None, 0, *options)),
+        "statistics": (losses.vocab_parallel_token_statistics, (x, y, 1, -100, 0.7, "log_prob entropy lse sum_sq_prob argmax", "")),
+    }
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", op_calls())
+def test_opcheck(kind: str) -> None:
+    loss, args = op_calls()[kind]
+    torch.library.opcheck(OPS[loss.name].forward, args)
+    leaves = [a.detach().clone().requires_grad_() for a in args[: loss.differentiable]]
+    torch.library.opcheck(OPS[loss.name].forward, (*leaves, *args[loss.differentiable :]))
+    t, o = loss.tensors(*args[: len(loss.tensors._fields)]), loss.options(*args[len(loss.tensors._fields) :])
+    results = loss.forward(t, o)
+    upstream = [torch.randn_like(a) if a.is_floating_point() else None for a in results[: loss.answers]]
+    torch.library.opcheck(OPS[loss.name].backward, (*upstream, *loss.to_save(t, results), *o, [True] * loss.differentiable))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("kind", op_calls())
+def test_the_definition_is_what_one_rank_with_all_classes_gets(kind: str) -> None:
+    loss, args = op_calls()[kind]
+    t, o = loss.tensors(*args[: len(loss.tensors._fields)]), loss.options(*args[len(loss.tensors._fields) :])
+    defined = loss.definition(t, o)
+    for mine, theirs in zip(loss.forward(t, o), defined if isinstance(defined, tuple) else (defined,), strict=False):
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_without_a_process_group_torch_says_so() -> None:
+    with pytest.raises(ValueError, match="process group"):
+        fastloss.vocab_parallel_cross_entropy(torch.randn(3, 5), torch.tensor([1, 2, 3]))
+
+
+@pytest.mark.usefixtures("alone")
+def test_explain_and_backends() -> None:
+    x, y = torch.randn(3, 5), torch.tensor([1, 2, 3])
+    assert fastloss.explain(fastloss.vocab_parallel_cross_entropy, x, y).path == "kernel"
+    with fastloss.use_backend("torch"):
+        assert fastloss.explain(fastloss.vocab_parallel_cross_entropy, x, y).path == "torch"
+    with pytest.raises(TypeError, match="float8"):
+        fastloss.vocab_parallel_cross_entropy(x.to(torch.float8_e4m3fn), y)
+    with pytest.raises(TypeError, match="input and target must be Tensors"):
+        fastloss.vocab_parallel_cross_entropy([1.0], y)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.vmap(lambda x: fastloss.vocab_parallel_cross_entropy(x, y), in_dims=0)(x[None])

@@ -122,7 +122,8 @@ def group_of(name: str) -> Any:
     """The process group of this name; '' is the default group. torch raises where there is none."""
     from torch.distributed import distributed_c10d
 
-    return distributed_c10d._resolve_process_group(name) if name else distributed_c10d._get_default_group()
+    c10d: Any = distributed_c10d
+    return c10d._resolve_process_group(name) if name else c10d._get_default_group()
 
 
 def all_gather(sent: Tensor, group: Any) -> Tensor:
@@ -214,10 +215,10 @@ def _code(value: Option) -> int:
 
 def _shown(code: int, kind: Any) -> Option:
     if kind is FUNCTIONS:
-        return FUNCTIONS[code]
+        return str(FUNCTIONS[code])
     if kind is str:
         return repr(code.to_bytes(8, "little").rstrip(b"\0").decode(errors="replace"))
-    return float(struct.unpack("<d", struct.pack("<q", code))[0]) if kind is float else code
+    return float(struct.unpack("<d", struct.pack("<q", code))[0]) if kind is float else int(code)
 
 
 def digest(target: Tensor) -> Tensor:

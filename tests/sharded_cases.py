@@ -1,5 +1,6 @@
 """What ranks do in the tests of losses over sharded classes: every function here runs on every rank, with its slice of the same numbers."""
 
+import itertools
 import time
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -336,3 +337,56 @@ def alone() -> tuple[list[float], Tensor]:
     x, y = torch.randn(8, 6), torch.randint(40, (8,))
     model = Model(slice(None))
     return train(model, x, y, lambda model, x, y: F.cross_entropy(model(x), y)), model.head.detach()
+
+
+def dtensors(rank: Rank) -> list[str]:
+    """What is not as with plain tensors, of DTensors sharded on classes, rows, or both."""
+    from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor, init_device_mesh
+
+    mesh = DeviceMesh.from_group(rank.group, "cpu") if rank.group else init_device_mesh("cpu", (2, 2))
+    placements: list[list[Any]] = (
+        [[Shard(1)], [Shard(0)]] if mesh.ndim == 1 else [[Shard(0), Shard(1)], [Shard(1), Shard(0)], [Replicate(), Shard(1)]]
+    )
+    wrong = []
+    for shape, soft, weighted, reduction in itertools.product(
+        ((10, 21), (5, 21, 3)), (False, True), (None, "shard", "whole"), ("none", "mean", "sum")
+    ):
+        case = Case(shape, soft=soft, weighted=weighted is not None, reduction=reduction, label_smoothing=0.1)
+        logits, target, weight, dloss = case.tensors()
+        expected = whole(case, F.cross_entropy)
+        for placed in placements:
+            x = distribute_tensor(logits, mesh, placed).detach().requires_grad_()
+            y = distribute_tensor(target, mesh, placed if soft else [Replicate() if p == Shard(1) else p for p in placed])
+            own = [Shard(0) if p == Shard(1) and weighted == "shard" else Replicate() for p in placed]
+            w = None if weight is None else distribute_tensor(weight, mesh, own)
+            loss = fastloss.cross_entropy(x, y, weight=w, **case.options())
+            loss.backward(distribute_tensor(dloss, mesh, loss.placements))
+            assert x.grad is not None
+            right = torch.allclose(loss.full_tensor(), expected.loss, atol=1e-6) and x.grad.placements == x.placements
+            if not right or not torch.allclose(x.grad.full_tensor(), expected.dinput, atol=1e-6):
+                wrong.append(f"{case} {placed} {weighted}")
+    return wrong
+
+
+def dtensors_explained(rank: Rank) -> tuple[list[str], float, float]:
+    """Where calls go, and a loss with and without `loss_parallel`."""
+    from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
+    from torch.distributed.tensor.parallel import loss_parallel
+
+    mesh = DeviceMesh.from_group(rank.group, "cpu")
+    x, y = torch.randn(10, 21), torch.randint(21, (10,))
+    on_classes, on_rows = distribute_tensor(x, mesh, [Shard(1)]), distribute_tensor(x, mesh, [Shard(0)])
+    rows, all_rows = distribute_tensor(y, mesh, [Shard(0)]), distribute_tensor(y, mesh, [Replicate()])
+    calls = (
+        (on_classes, all_rows),
+        (on_classes, y),
+        (on_rows, rows),
+        (distribute_tensor(x, mesh, [Replicate()]), all_rows),
+        (on_rows, all_rows),
+    )
+    reasons = [fastloss.explain(fastloss.cross_entropy, *call).reason for call in calls]
+    with fastloss.use_backend("torch"):
+        reasons.append(fastloss.explain(fastloss.cross_entropy, on_classes, all_rows).reason)
+    with loss_parallel():
+        inside = fastloss.cross_entropy(on_classes, y)
+    return reasons, inside.item(), fastloss.cross_entropy(x, y).item()

@@ -247,6 +247,23 @@ def test_with_ddp_around(ranks: Ranks) -> None:
     torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]), head)
 
 
+@pytest.mark.parametrize("count", [2, 4])
+def test_dtensors(ranks: Ranks, count: int) -> None:
+    assert ranks.returned(count, on_ranks.dtensors) == [[]] * count
+
+
+def test_dtensors_explained(ranks: Ranks) -> None:
+    for reasons, inside, together in ranks.returned(2, on_ranks.dtensors_explained):
+        on_classes, plain_target, on_rows, replicated, apart, chosen = reasons
+        assert "classes sharded over 2 ranks: vocab_parallel_cross_entropy" in on_classes
+        assert plain_target == on_classes
+        assert "rows sharded over 2 ranks: the local rows, then a sum" in on_rows
+        assert "a DTensor placed as (Replicate(),)" in replicated
+        assert "target as (Replicate(),)" in apart
+        assert chosen == "backend 'torch' was chosen"
+        assert inside == pytest.approx(together, abs=1e-6)
+
+
 # ---------------------------------------------------------------- token statistics
 
 EVERYTHING = ("log_prob", "entropy", "lse", "sum_sq_prob", "argmax")

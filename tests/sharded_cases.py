@@ -1,8 +1,10 @@
 """What ranks do in the tests of losses over sharded classes: every function here runs on every rank, with its slice of the same numbers."""
 
+import importlib.util
 import itertools
 import time
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -339,18 +341,16 @@ def alone() -> tuple[list[float], Tensor]:
     return train(model, x, y, lambda model, x, y: F.cross_entropy(model(x), y)), model.head.detach()
 
 
-def dtensors(rank: Rank) -> list[str]:
+def dtensors(rank: Rank, wide: bool) -> list[str]:
     """What is not as with plain tensors, of DTensors sharded on classes, rows, or both."""
     from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor, init_device_mesh
 
     mesh = DeviceMesh.from_group(rank.group, "cpu") if rank.group else init_device_mesh("cpu", (2, 2))
-    placements: list[list[Any]] = (
-        [[Shard(1)], [Shard(0)]] if mesh.ndim == 1 else [[Shard(0), Shard(1)], [Shard(1), Shard(0)], [Replicate(), Shard(1)]]
-    )
+    both = [[Shard(0), Shard(1)], [Shard(1), Shard(0)], [Replicate(), Shard(1)]]
+    placements: list[list[Any]] = [[Shard(1)], [Shard(0)]] if mesh.ndim == 1 else both if wide else both[:1]
+    shapes, weights = ((10, 21), (5, 21, 3)) if wide else ((5, 21, 3),), (None, "shard", "whole") if wide else (None, "shard")
     wrong = []
-    for shape, soft, weighted, reduction in itertools.product(
-        ((10, 21), (5, 21, 3)), (False, True), (None, "shard", "whole"), ("none", "mean", "sum")
-    ):
+    for shape, soft, weighted, reduction in itertools.product(shapes, (False, True), weights, ("none", "mean", "sum")):
         case = Case(shape, soft=soft, weighted=weighted is not None, reduction=reduction, label_smoothing=0.1)
         logits, target, weight, dloss = case.tensors()
         expected = whole(case, F.cross_entropy)
@@ -390,3 +390,15 @@ def dtensors_explained(rank: Rank) -> tuple[list[str], float, float]:
     with loss_parallel():
         inside = fastloss.cross_entropy(on_classes, y)
     return reasons, inside.item(), fastloss.cross_entropy(x, y).item()
+
+
+def example(rank: Rank) -> tuple[list[float], list[float]]:
+    """The loss curves of examples/vocab_parallel.py, over all four ranks and over none."""
+    spec = importlib.util.spec_from_file_location("vocab_parallel_example", Path(__file__).parent.parent / "examples" / "vocab_parallel.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.STEPS = 15
+    mine = slice(module.VOCABULARY * rank.number // 4, module.VOCABULARY * (rank.number + 1) // 4)
+    return module.train(mine, sharded=True), module.train(slice(0, module.VOCABULARY), sharded=False)

@@ -61,7 +61,7 @@ def grid(dtypes: tuple[torch.dtype, ...], shapes: tuple[tuple[int, ...], ...], s
 @pytest.mark.parametrize(
     ("count", "cases"),
     [
-        (2, grid((torch.float32,), ((7, 53), (5, 40, 3)), (0.0, 0.1))),
+        (2, grid((torch.float32,), ((7, 53),), (0.0,)) + grid((torch.float32,), ((5, 40, 3),), (0.1,))),
         (2, grid((torch.bfloat16, torch.float64), ((7, 300),), (0.1,))),
         (3, grid((torch.float32,), ((7, 300),), (0.0, 0.1))),
         (4, grid((torch.bfloat16,), ((6, 300),), (0.0, 0.1))),
@@ -247,9 +247,16 @@ def test_with_ddp_around(ranks: Ranks) -> None:
     torch.testing.assert_close(torch.cat([found[0][1], found[1][1]]), head)
 
 
+def test_the_example_has_the_loss_curve_of_the_unsharded_head(ranks: Ranks) -> None:
+    for curve, together in ranks.returned(4, on_ranks.example):
+        assert curve == pytest.approx(together, rel=1e-4)
+        assert curve[-1] < curve[0] / 2
+
+
+@pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("count", [2, 4])
-def test_dtensors(ranks: Ranks, count: int) -> None:
-    assert ranks.returned(count, on_ranks.dtensors) == [[]] * count
+def test_dtensors(ranks: Ranks, count: int, wide: bool) -> None:
+    assert ranks.returned(count, on_ranks.dtensors, wide) == [[]] * count
 
 
 def test_dtensors_explained(ranks: Ranks) -> None:

@@ -27,6 +27,7 @@ from .routing import Route, explain
 from .sparse_targets import sparse_soft_cross_entropy
 from .statistics import TokenStatistics, token_statistics
 from .vocab_parallel import vocab_parallel_cross_entropy
+from .vocab_parallel_linear import vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "BCELoss",
@@ -59,4 +60,5 @@ __all__ = [
     "token_statistics",
     "use_backend",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

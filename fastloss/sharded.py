@@ -127,10 +127,17 @@ def group_of(name: str) -> Any:
 
 
 def all_gather(sent: Tensor, group: Any) -> Tensor:
-    """What all ranks sent, one after the other. The only collective there is."""
+    """What all ranks sent, one after the other."""
     gathered = sent.new_empty(group.size() * sent.numel())
     _gather_function()(gathered, sent, group=group)
     return gathered
+
+
+def all_reduce(tensor: Tensor, group_name: str) -> None:
+    """Put the sum over the ranks in a tensor's place."""
+    import torch.distributed as dist
+
+    dist.all_reduce(tensor, group=group_of(group_name))
 
 
 @cache

@@ -1,11 +1,11 @@
 """What losses over sharded classes have in common beside their talk (`sharded`): a slice's part of the work, and the rows' results."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import rows
+from . import rows, sharded
 from .arguments import smoothing_misfit
 from .kernels.groups import PAD, Answers, Rows, Smoothing
 from .loss import compute_dtype
@@ -79,6 +79,93 @@ def refused_twice(name: str) -> Exception:
 def risen(mass: Tensor, rises: Tensor) -> Tensor:
     """How much mass (-log p) rises from the slice to all classes; nothing where there is no rise, also of an infinite mass."""
     return torch.where(rises == 0, 0.0, mass * rises)
+
+
+class IndexTargets(NamedTuple):
+    """Class indices, and how much they count for: what losses with such targets tell a slice."""
+
+    target: Tensor  # [rows], int64, among all classes
+    ignore_index: int
+    label_smoothing: float
+    weight: Tensor | None  # [C] of the slice, contiguous, in the compute dtype; None: one for each
+
+    @property
+    def numbers(self) -> int:
+        """Of each row, that ranks send: top, total, x_y; sum w (-log p), p of the slice alone, if smoothed; w_y if weighted."""
+        return 3 + (self.label_smoothing > 0) + (self.weight is not None)
+
+    def call(self, function: str, logits: Tensor, first: int, options: dict[str, Any]) -> sharded.Call:
+        """What a rank with these logits, or what stands for them, says of its call."""
+        classes, compute = rows.classes_of(logits), compute_dtype(logits)
+        options = {
+            "target": "indices", **options, "ignore_index": self.ignore_index, "label_smoothing": float(self.label_smoothing),
+            "weight": int(self.weight is not None),
+        }  # fmt: skip
+        total = self.target.new_full((), classes, dtype=torch.float64) if self.weight is None else self.weight.sum(dtype=torch.float64)
+        digest = sharded.digest(self.target)
+        return sharded.Call(
+            function,
+            self.target.numel(),
+            self.numbers,
+            logits.dtype,
+            compute,
+            options,
+            classes,
+            None if first < 0 else first,
+            digest,
+            total,
+        )
+
+    def some(self, at: Any) -> "IndexTargets":
+        return self._replace(target=self.target[at])
+
+    def write(self, logits: Tensor, first: int, out: Tensor) -> None:
+        """Write the numbers of a slice whose first class this is [numbers, rows]."""
+        classes = rows.classes_of(logits)
+        y = in_slice(self.target, first, classes, self.ignore_index)
+        if self.label_smoothing > 0:
+            weight = rows.dense_class_weight(None, logits) if self.weight is None else self.weight
+            found = out.new_empty(4, out.shape[1])
+            soft_statistics(logits, logits.new_zeros(()).expand(logits.shape), weight, Smoothing(0.0, 1.0), found)
+            out[:2].copy_(found[:2])
+            out[3].copy_(found[2])
+        else:
+            statistics(logits, self.target, self.ignore_index, out[:2])
+        out[2].copy_(pick(logits, y[:, None]).squeeze(1))
+        if self.weight is not None:
+            out[-1].copy_(torch.where(y == PAD, 0.0, self.weight[y.clamp(min=0)]) if classes else torch.zeros_like(out[-1]))
+
+    def merge(self, gathered: sharded.Gathered) -> "IndexRows":
+        """The rows' losses and numbers, from those of all slices."""
+        numbers, weights, ranks, _ = gathered
+        bad = refuse_out_of_bounds(self.target, ranks.classes, self.ignore_index)
+        keep, spread = 1 - self.label_smoothing, self.label_smoothing / ranks.classes
+        counts, merged = self.target != self.ignore_index, sharded.merge(numbers[:, 0], numbers[:, 1])
+        row_weight = torch.ones_like(merged.top) if self.weight is None else sharded.in_rank_order(numbers[:, -1]).double()
+        losses = keep * row_weight * (merged.total.log() - (sharded.in_rank_order(numbers[:, 2]).double() - merged.top))
+        mass = keep * row_weight
+        if self.label_smoothing > 0:
+            losses = losses + spread * sharded.in_rank_order(numbers[:, 3].double() + risen(weights[:, None], merged.rises))
+            mass = mass + spread * sharded.in_rank_order(weights)
+        # nothing of a row that does not count, and NaN for everything of one whose target is no class
+        values = torch.stack((counts.double(), mass, merged.top, merged.total)).masked_fill(bad, torch.nan)
+        values = torch.where(counts, values, values.new_tensor((0.0, 0.0, 0.0, 1.0))[:, None])
+        losses = losses.masked_fill(bad, torch.nan).masked_fill(~counts, 0.0)
+        return IndexRows(losses, row_weight.masked_fill(~counts, 0.0), values)
+
+
+class IndexRows(NamedTuple):
+    """[rows], float64."""
+
+    losses: Tensor
+    row_weight: Tensor
+    numbers: Tensor  # [4, rows]: the fields of `Rows`, of all classes; row_weight is 1 for rows that count, else 0
+
+    def reduce(self, reduction: str, divisor: Tensor, loss: Tensor) -> None:
+        """Write what 'mean' divides by, where it has a place, and the loss."""
+        if divisor.numel():
+            sum_rows(self.row_weight.to(divisor.dtype), divisor)
+        reduce(self.losses, divisor, reduction, loss)
 
 
 def in_slice(target: Tensor, first: int, classes: int, ignore_index: int) -> Tensor:

@@ -74,7 +74,7 @@ def vocab_parallel_cross_entropy(
     t: Any = None
     o: Any = None
     if misfit is None:
-        error = _wrong_options(vocab_start, reduction, ignore_index, label_smoothing)
+        error = wrong_options(NAME, vocab_start, reduction, ignore_index, label_smoothing)
     elif not isinstance(weight, Tensor | None) or input.dtype not in COMPUTE:
         error = TypeError(f"{NAME}: {misfit}")
     else:
@@ -101,13 +101,14 @@ def vocab_parallel_cross_entropy(
     return result
 
 
-def _wrong_options(vocab_start: Any, reduction: Any, ignore_index: Any, label_smoothing: Any) -> Exception | None:
+def wrong_options(name: str, vocab_start: Any, reduction: Any, ignore_index: Any, label_smoothing: Any) -> Exception | None:
+    """What the functions over sharded classes refuse of their options."""
     if vocab_start is not None and (not is_int64(vocab_start) or vocab_start < 0):
-        return ValueError(f"{NAME}: vocab_start must be the number of this rank's first class, 0 or more, or None, got {vocab_start!r}")
+        return ValueError(f"{name}: vocab_start must be the number of this rank's first class, 0 or more, or None, got {vocab_start!r}")
     if reduction not in REDUCTIONS:
-        return ValueError(f"{NAME}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
+        return ValueError(f"{name}: reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
     if not is_int64(ignore_index):
-        return TypeError(f"{NAME}: ignore_index must be an int, got {ignore_index!r}")
+        return TypeError(f"{name}: ignore_index must be an int, got {ignore_index!r}")
     if not isinstance(label_smoothing, (float, int)) or not 0 <= label_smoothing <= 1:
-        return ValueError(f"{NAME}: label_smoothing must be in [0, 1], got {label_smoothing!r}")
+        return ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing!r}")
     return None

@@ -402,3 +402,55 @@ def example(rank: Rank) -> tuple[list[float], list[float]]:
     module.STEPS = 15
     mine = slice(module.VOCABULARY * rank.number // 4, module.VOCABULARY * (rank.number + 1) // 4)
     return module.train(mine, sharded=True), module.train(slice(0, module.VOCABULARY), sharded=False)
+
+
+class Linear(NamedTuple):
+    """A call of vocab_parallel_linear_cross_entropy."""
+
+    options: dict[str, Any] = {}  # noqa: RUF012
+    dtype: torch.dtype = torch.float32
+    bias: bool = False
+    weighted: bool = False
+    reduce: bool = True
+    backend: str = "auto"
+
+
+def linear(rank: Rank | None, calls: list[Linear]) -> list[tuple[Tensor, ...]]:
+    """The loss and the gradients of input, layer and bias: of a slice of the layer, or of all of it in float64 where there is no rank."""
+    return [_linear(rank, call) for call in calls]
+
+
+def _linear(rank: Rank | None, call: Linear) -> tuple[Tensor, ...]:
+    g = torch.Generator().manual_seed(2)
+    x, head, bias = torch.randn(2, 35, 12, generator=g), torch.randn(53, 12, generator=g), torch.randn(53, generator=g)
+    y, weight, wide = torch.randint(53, (2, 35), generator=g), torch.rand(53, generator=g) + 0.1, torch.float64
+    y[0, ::3] = -100
+    mine = slice(None) if rank is None else Case(shape=(1, 53), sizes=(20, 25)[: rank.count - 1]).slice_of(rank.number, rank.count)
+    leaves = [t.to(call.dtype).to(wide if rank is None else call.dtype).requires_grad_() for t in (x, head[mine], bias[mine])]
+    options = {
+        **call.options,
+        "linear_bias": leaves[2] if call.bias else None,
+        "weight": weight[mine].to(leaves[0].dtype) if call.weighted else None,
+    }
+    if rank is None:
+        loss = fastloss.linear_cross_entropy(*leaves[:2], y, **options)
+    else:
+        fastloss.config.linear_chunk_bytes = 32 * 53 * 4  # several chunks
+        options |= {"group": rank.group, "reduce_input_gradient": call.reduce}
+        with fastloss.use_backend(call.backend):  # type: ignore[arg-type]
+            loss = fastloss.vocab_parallel_linear_cross_entropy(*leaves[:2], y, **options)
+            loss.backward(torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape).to(loss))
+        return loss.detach(), *(leaf.grad for leaf in leaves[: 2 + call.bias])  # type: ignore[misc]
+    loss.backward(torch.linspace(0.5, 1.5, loss.numel()).view(loss.shape).to(loss))
+    return loss.detach(), *(leaf.grad for leaf in leaves[: 2 + call.bias])  # type: ignore[misc]
+
+
+def talk_of_a_linear_step(rank: Rank) -> tuple[list[str], list[str]]:
+    """The collectives going forward and coming back."""
+    _linear(rank, Linear())
+    x, head = torch.randn(70, 12).requires_grad_(), torch.randn(20, 12).requires_grad_()
+    with Talks() as forward:
+        loss = fastloss.vocab_parallel_linear_cross_entropy(x, head, torch.arange(70) % 40, group=rank.group)
+    with Talks() as backward:
+        loss.backward()
+    return [name for name, _ in forward.sent], [name for name, _ in backward.sent]

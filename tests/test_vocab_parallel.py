@@ -271,6 +271,40 @@ def test_dtensors_explained(ranks: Ranks) -> None:
         assert inside == pytest.approx(together, abs=1e-6)
 
 
+# ---------------------------------------------------------------- with the linear layer before it
+
+LINEAR = [on_ranks.Linear({"reduction": reduction, "label_smoothing": smoothing}, weighted=weighted, bias=weighted)
+          for reduction in ("none", "mean", "sum") for smoothing in (0.0, 0.1) for weighted in (False, True)]  # fmt: skip
+LINEAR += [
+    on_ranks.Linear({"logit_scale": 0.5, "logit_softcap": 3.0}, bias=True),
+    on_ranks.Linear(dtype=torch.bfloat16),
+    on_ranks.Linear({"label_smoothing": 0.1}, backend="torch"),
+    on_ranks.Linear(reduce=False),
+]
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_linear(ranks: Ranks, count: int) -> None:
+    truths = on_ranks.linear(None, LINEAR)
+    for call, (loss, dinput, *dlayer), *found in zip(LINEAR, truths, *ranks.returned(count, on_ranks.linear, LINEAR), strict=True):
+        tolerance = {"rtol": 2**-6, "atol": 2**-7} if call.dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-6}
+        for mine in found:
+            assert torch.equal(mine[0], found[0][0]), call
+            torch.testing.assert_close(mine[0].double(), loss, **tolerance)
+        given = [mine[1] for mine in found] if call.reduce else [sum(mine[1] for mine in found)]
+        for mine_dinput in given:
+            torch.testing.assert_close(mine_dinput.double(), dinput, **tolerance)
+        for i, true in enumerate(dlayer, 2):
+            torch.testing.assert_close(torch.cat([mine[i] for mine in found]).double(), true, **tolerance)
+
+
+def test_linear_talks_once_forward_and_once_backward(ranks: Ranks) -> None:
+    for forward, backward in ranks.returned(2, on_ranks.talk_of_a_linear_step):
+        assert (len(forward), len(backward)) == (2, 1)  # forward: other slices and rows than before
+        assert "allgather" in forward[0]
+        assert "allreduce" in backward[0]
+
+
 # ---------------------------------------------------------------- token statistics
 
 EVERYTHING = ("log_prob", "entropy", "lse", "sum_sq_prob", "argmax")
@@ -317,6 +351,28 @@ def op_calls() -> dict[str, tuple[Any, tuple[Any, ...]]]:
     return {
         "indices": (losses.vocab_parallel_cross_entropy, (x, y, w, -1, -100, *options)),
         "shares": (losses.vocab_parallel_soft_cross_entropy, (x, torch.softmax(x, 1), None, 0, *options)),
+        "linear": (
+            losses.vocab_parallel_linear_cross_entropy,
+            (
+                x[:, :7],
+                torch.randn(20, 7),
+                torch.randn(20),
+                y,
+                w,
+                -1,
+                -100,
+                0.1,
+                0.7,
+                0.0,
+                4,
+                torch.float32,
+                torch.float32,
+                "mean",
+                torch.float32,
+                "",
+                True,
+            ),
+        ),
         "statistics": (losses.vocab_parallel_token_statistics, (x, y, 1, -100, 0.7, "log_prob entropy lse sum_sq_prob argmax", "")),
     }
 

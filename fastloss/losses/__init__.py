@@ -13,6 +13,7 @@ from .softmax import log_softmax, softmax
 from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
 from .token_statistics import token_statistics
 from .vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from .vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
 from .vocab_parallel_soft_cross_entropy import vocab_parallel_soft_cross_entropy
 from .vocab_parallel_token_statistics import vocab_parallel_token_statistics
 
@@ -31,6 +32,7 @@ LOSSES = (
     token_statistics,
     linear_token_statistics,
     vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
     vocab_parallel_soft_cross_entropy,
     vocab_parallel_token_statistics,
 )
@@ -51,6 +53,7 @@ __all__ = [
     "sparse_soft_cross_entropy",
     "token_statistics",
     "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
     "vocab_parallel_soft_cross_entropy",
     "vocab_parallel_token_statistics",
 ]

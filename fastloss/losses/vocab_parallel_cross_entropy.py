@@ -12,8 +12,8 @@ from torch import Tensor
 
 from .. import rows, sharded, slices
 from ..arguments import class_indices_misfit
-from ..kernels.groups import PAD, Rows, Smoothing
-from ..loss import Loss, Spec, compute_dtype
+from ..kernels.groups import Rows, Smoothing
+from ..loss import Loss, Spec
 from ..memory import empty_like
 from ..torch_launchers import kernels_or_torch
 
@@ -73,51 +73,14 @@ class VocabParallelCrossEntropy(Loss[Tensors, Options, Saved]):
         return rows.index_loss(t.input, t.target, t.weight, o)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
-        r, target = self.allocate(t, o), rows.as_indices(t.target)
-        smoothed, weighted = o.label_smoothing > 0, t.weight is not None
-        classes, weight = rows.classes_of(t.input), rows.dense_class_weight(t.weight, t.input)
-
-        def local(first: int, _: int, out: Tensor) -> None:
-            y = slices.in_slice(target, first, classes, o.ignore_index)
-            if smoothed:
-                q = t.input.new_zeros(()).expand(t.input.shape)
-                numbers = torch.empty_like(out[:1]).expand(4, -1).contiguous()
-                slices.soft_statistics(t.input, q, weight, Smoothing(0.0, 1.0), numbers)
-                out[:2].copy_(numbers[:2])
-                out[3].copy_(numbers[2])
-            else:
-                slices.statistics(t.input, target, o.ignore_index, out[:2])
-            out[2].copy_(slices.pick(t.input, y[:, None]).squeeze(1))
-            if weighted:
-                out[-1].copy_(torch.where(y == PAD, 0.0, weight[y.clamp(min=0)]) if classes else torch.zeros_like(out[-1]))
-
-        compute = compute_dtype(t.input)
-        numbers, weights, ranks, rank = sharded.exchange(
-            sharded.Call(
-                NAME, target.numel(), 3 + smoothed + weighted, t.input.dtype, compute,
-                {"target": "indices", "reduction": o.reduction, "ignore_index": o.ignore_index,
-                 "label_smoothing": float(o.label_smoothing), "weight": int(weighted)},
-                classes, None if o.first < 0 else o.first, sharded.digest(target), weight.sum(dtype=torch.float64),
-            ),
-            local, o.group, t.input.device,
-        )  # fmt: skip
-        bad = slices.refuse_out_of_bounds(target, ranks.classes, o.ignore_index)
-        keep, spread = 1 - o.label_smoothing, o.label_smoothing / ranks.classes
-        counts, merged = target != o.ignore_index, sharded.merge(numbers[:, 0], numbers[:, 1])
-        row_weight = sharded.in_rank_order(numbers[:, -1]).double() if weighted else torch.ones_like(merged.top)
-        losses = keep * row_weight * (merged.total.log() - (sharded.in_rank_order(numbers[:, 2]).double() - merged.top))
-        mass = keep * row_weight
-        if smoothed:
-            losses = losses + spread * sharded.in_rank_order(numbers[:, 3].double() + slices.risen(weights[:, None], merged.rises))
-            mass = mass + spread * sharded.in_rank_order(weights)
-        # nothing of a row that does not count, and NaN for everything of one whose target is no class
-        values = torch.stack((counts.double(), mass, merged.top, merged.total)).masked_fill(bad, torch.nan)
-        r.numbers.copy_(torch.where(counts, values, values.new_tensor((0.0, 0.0, 0.0, 1.0))[:, None]))
-        r.local.copy_(slices.in_slice(target, ranks.starts[rank], classes, o.ignore_index))
+        r, targets = self.allocate(t, o), _targets(t, o)
+        call = targets.call(NAME, t.input, o.first, {"reduction": o.reduction})
+        gathered = sharded.exchange(call, lambda first, _, out: targets.write(t.input, first, out), o.group, t.input.device)
+        found, ranks = targets.merge(gathered), gathered.slices
+        r.numbers.copy_(found.numbers)
+        r.local.copy_(slices.in_slice(targets.target, ranks.starts[gathered.rank], call.classes, o.ignore_index))
         r.classes.fill_(ranks.classes)
-        if r.divisor.numel():
-            slices.sum_rows(row_weight.masked_fill(~counts, 0.0).to(compute), r.divisor)
-        slices.reduce(losses.masked_fill(bad, torch.nan).masked_fill(~counts, 0.0), r.divisor, o.reduction, r.loss)
+        found.reduce(o.reduction, r.divisor, r.loss)
         return tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -134,6 +97,11 @@ class VocabParallelCrossEntropy(Loss[Tensors, Options, Saved]):
 
     def gradient(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         raise slices.refused_twice(self.name)
+
+
+def _targets(t: Tensors, o: Options) -> slices.IndexTargets:
+    weight = None if t.weight is None else rows.dense_class_weight(t.weight, t.input)
+    return slices.IndexTargets(rows.as_indices(t.target), o.ignore_index, o.label_smoothing, weight)
 
 
 vocab_parallel_cross_entropy = VocabParallelCrossEntropy(NAME)

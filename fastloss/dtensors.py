@@ -2,12 +2,14 @@
 and a sum over ranks; both at once on a mesh of two dimensions. Everything else goes to torch."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .routing import noted
+from .serving import result_dtype
 from .vocab_parallel import vocab_parallel_cross_entropy
 
 
@@ -86,7 +88,10 @@ def cross_entropy(plan: Plan, local: Callable[..., Tensor], input: Any, target: 
             w = w[start : start + x.shape[class_dim]]
     if plan.rows and reduction == "mean":
         options = {**options, "reduction": "sum"}
-    with noted(plan.note):
+    half = plan.rows and reduction != "none" and x.dtype in (torch.float16, torch.bfloat16)
+    dtype = result_dtype(x)
+    # a sum over rows is float32: in float16 it would overflow before it is divided
+    with noted(plan.note), torch.autocast(x.device.type, x.dtype) if half else nullcontext():
         loss = local(x, y, weight=w, **options)
     whole: list[Any] = [Replicate()] * mesh.ndim
     if reduction == "none":
@@ -97,9 +102,9 @@ def cross_entropy(plan: Plan, local: Callable[..., Tensor], input: Any, target: 
     parts = [Partial() if i in plan.rows else Replicate() for i in range(mesh.ndim)]
     loss = DTensor.from_local(loss, mesh, parts, run_check=False).redistribute(placements=whole)
     if options["reduction"] == reduction:
-        return loss  # type: ignore[no-any-return]
+        return loss.to(dtype)  # type: ignore[no-any-return]
     divisor = DTensor.from_local(_divisor(x, y, weight, options["ignore_index"]), mesh, parts, run_check=False)
-    return loss / divisor.redistribute(placements=whole).to(loss.dtype)
+    return (loss / divisor.redistribute(placements=whole).to(loss.dtype)).to(dtype)
 
 
 def _divisor(x: Tensor, y: Tensor, weight: Any, ignore_index: int) -> Tensor:

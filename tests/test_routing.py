@@ -229,7 +229,7 @@ LAYERS = {
         "sharded",
         "vocab_parallel",
     },
-    "dtensors": {"routing", "vocab_parallel"},
+    "dtensors": {"routing", "serving", "vocab_parallel"},
     "functional": {"arguments", "backends", "composed", "dtensors", "loss", "losses", "routing", "serving"},
     "linear": {"arguments", "chunks", "composed", "config", "loss", "losses", "routing", "serving", "statistics"},
     "sparse_targets": {"arguments", "composed", "losses", "rows", "serving"},

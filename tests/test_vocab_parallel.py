@@ -300,7 +300,7 @@ def test_linear(ranks: Ranks, count: int) -> None:
 
 def test_linear_talks_once_forward_and_once_backward(ranks: Ranks) -> None:
     for forward, backward in ranks.returned(2, on_ranks.talk_of_a_linear_step):
-        assert (len(forward), len(backward)) == (2, 1)  # forward: other slices and rows than before
+        assert (len(forward), len(backward)) == (1, 1)
         assert "allgather" in forward[0]
         assert "allreduce" in backward[0]
 

@@ -26,6 +26,8 @@ from .modules import (
 from .routing import Route, explain
 from .sparse_targets import sparse_soft_cross_entropy
 from .statistics import TokenStatistics, token_statistics
+from .vocab_parallel import vocab_parallel_cross_entropy
+from .vocab_parallel_linear import vocab_parallel_linear_cross_entropy
 
 __all__ = [
     "BCELoss",
@@ -57,4 +59,6 @@ __all__ = [
     "sparse_soft_cross_entropy",
     "token_statistics",
     "use_backend",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def examine(devices: Sequence[str] = DEVICES) -> Iterator[Finding]:
-    """All findings as they come, with the kernels of these devices tried out. A check that cannot be made is a finding, not an exception."""
+    """All findings as they come, with the kernels of these devices tried out. What cannot be checked is a finding, not an exception."""
     checks: dict[str, Callable[[], list[Finding]]] = {
         "versions": _versions, "devices": _devices, "environment": _environment, "backends": _backends, "threads": _threads,
         "openmp": _openmp, "cache": _cache, "self_checks": lambda: _self_checks(devices),

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import composed, losses
+from . import composed, dtensors, losses
 from .arguments import REDUCTIONS, autocast_is_active, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
+from .backends import get_backend
 from .calls import kind_of, recall
 from .loss import COMPUTE
 from .routing import route, tiny
@@ -38,7 +39,8 @@ def cross_entropy(
     Source: torch.nn.functional.cross_entropy, whose arguments these are.
 
     Args:
-        input: logits, (C,), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16, any strides.
+        input: logits, (C,), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16, any strides. A DTensor sharded on its
+            classes or rows is computed where its shards are (docs/distributed.md).
         target: class indices, () or (N,) or (N, d1, ...), int64 or uint8; or class probabilities, shape and dtype of `input`.
         weight: (C,), dtype of `input`: the weight of every class.
         ignore_index: rows with this class index count for nothing: their logits are not looked at and get a zero gradient.
@@ -69,7 +71,14 @@ def cross_entropy(
     call = recall(kind)
     if call is not None:
         return again(call, (input, target, weight), theirs)
-    misfit = tensors_misfit(input, target, optional=(weight,)) or reduction_misfit(size_average, reduce, reduction)
+    odd_reduction = reduction_misfit(size_average, reduce, reduction)
+    misfit = tensors_misfit(input, target, optional=(weight,)) or odd_reduction
+    if misfit is not None and odd_reduction is None and dtensors.is_dtensor(input) and not inplace_backward and get_backend() != "torch":
+        plan = dtensors.plan_of(input, target, weight)
+        if isinstance(plan, dtensors.Plan):
+            named = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+            return dtensors.cross_entropy(plan, cross_entropy, input, target, weight, named)
+        misfit = plan
     loss: Any = losses.cross_entropy
     t: Any = (input, target, weight)
     o: Any = None

@@ -68,14 +68,14 @@ def linear_cross_entropy(
     >>> linear_cross_entropy(x, head, torch.tensor([2, 0]))
     tensor(0.5627)
     """
-    _refuse_softcap(logit_softcap)
+    refuse_softcap(logit_softcap)
     loss: Any = losses.linear_cross_entropy
     t: Any = None
     o: Any = None
     misfit = tensors_misfit(input, linear_weight, target, optional=(linear_bias, weight)) or reduction_misfit(None, None, reduction)
     if misfit is None:
         x, y = _two_dimensional(input, linear_weight, target)
-        products = _products(input)
+        products = products_of(input)
         chunk_rows, sums, misfit = _wishes(options, products)
         shared = logit_scale, logit_softcap or 0.0, chunk_rows, products, sums, reduction, result_dtype(input)
         if y.is_floating_point():
@@ -156,7 +156,7 @@ def linear_token_statistics(
     o: Any = None
     misfit = tensors_misfit(input, linear_weight, optional=(linear_bias, target))
     if misfit is None:
-        x, y, products = *_by_row(input, target), _products(input)
+        x, y, products = *_by_row(input, target), products_of(input)
         t = loss.tensors(x, linear_weight, linear_bias, y)
         sums = COMPUTE.get(products, products)
         o = loss.options(ignore_index, logit_scale, logit_softcap or 0.0, 0, products, sums, result_dtype(input), " ".join(names))
@@ -184,7 +184,7 @@ def linear_token_statistics(
 def _refuse_misfits(
     input: Tensor, linear_weight: Tensor, target: Tensor | None, linear_bias: Tensor | None, logit_softcap: float | None
 ) -> None:
-    _refuse_softcap(logit_softcap)
+    refuse_softcap(logit_softcap)
     for name, tensor in (("input", input), ("linear_weight", linear_weight), ("linear_bias", linear_bias)):
         if not isinstance(tensor, Tensor) and not (name == "linear_bias" and tensor is None):
             raise TypeError(f"{name} must be a Tensor, got {type(tensor).__name__}")
@@ -194,7 +194,7 @@ def _refuse_misfits(
     checked_dim(input, target, -1)  # the rows are those of the logits
 
 
-def _refuse_softcap(logit_softcap: float | None) -> None:
+def refuse_softcap(logit_softcap: float | None) -> None:
     if logit_softcap is not None and not logit_softcap > 0:
         raise ValueError(f"logit_softcap must be positive or None, got {logit_softcap!r}")
 
@@ -216,7 +216,7 @@ def _two_dimensional(input: Tensor, linear_weight: Tensor, target: Tensor) -> tu
     return input, target
 
 
-def _products(input: Tensor) -> torch.dtype:
+def products_of(input: Tensor) -> torch.dtype:
     """The dtype of the matrix products: autocast's, but float64 stays what it is."""
     autocast = autocast_is_active(input) and input.dtype is not torch.float64
     return torch.get_autocast_dtype(input.device.type) if autocast else input.dtype

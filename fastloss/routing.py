@@ -1,5 +1,7 @@
 """Who serves a call: our kernels in eager mode, our registered op where a compiler is watching, or torch; and the reason in words."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -49,6 +51,16 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> Route:
 def explaining() -> bool:
     """Whether a call is only asked where it would go."""
     return _explaining.get()
+
+
+@contextmanager
+def noted(note: str) -> Iterator[None]:
+    """Say more of a call that is made on the way to another's result."""
+    try:
+        yield
+    except _Explained as explained:
+        found: Route = explained.args[0]
+        raise _Explained(found._replace(reason=found.reason + note)) from None
 
 
 def tiny(input: Any) -> bool:

@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import composed, losses
+from . import composed, losses, sharded
 from .arguments import is_int64, tensors_misfit
 from .losses.token_statistics import belongs, positions
-from .routing import route, served_by_torch, tiny
+from .routing import Route, route, served_by_torch, tiny
 from .serving import by_kernels
 
 USUAL = ("log_prob", "entropy", "lse")
@@ -39,6 +39,7 @@ def token_statistics(
     ignore_index: int = -100,
     logit_scale: float = 1.0,
     outputs: Sequence[str] = USUAL,
+    group: Any = None,
 ) -> TokenStatistics:
     """Log-probabilities, entropy and more of each row of logits, from one visit to them going forward and one coming back.
 
@@ -55,6 +56,9 @@ def token_statistics(
             its logits are not looked at and get a zero gradient.
         logit_scale: 1 / temperature.
         outputs: which results are wanted, of 'log_prob', 'entropy', 'lse', 'sum_sq_prob', 'argmax'.
+        group: a process group of torch.distributed over whose ranks the classes are sharded, in rank order: `input` is this rank's slice,
+            `target` has indices among all classes and is the same on every rank, as the results are, to the bit. One all_gather, as in
+            `vocab_parallel_cross_entropy`, whose errors it has, too. None: all classes are here.
 
     Returns:
         A TokenStatistics. log_prob has the shape of `target`, the others that of `input` without `dim`. float32, float64 for float64;
@@ -74,6 +78,8 @@ def token_statistics(
     tensor([[ 0.0443,  0.1217, -0.1660],
             [-0.2107,  0.1054,  0.1054]])
     """
+    if group is not None:
+        return sharded_token_statistics(input, target, dim, ignore_index, logit_scale, outputs, group)
     loss: Any = losses.token_statistics
     names = checked_outputs(outputs, target)
     dim = checked_dim(input, target, dim)
@@ -89,6 +95,27 @@ def token_statistics(
     way = route(misfit, input)
     found = served_by_torch(theirs, way, theirs()) if way.path == "torch" else by_kernels(way, loss, t, o)
     return chosen(found, names, target)
+
+
+def sharded_token_statistics(
+    input: Tensor, target: Tensor | None, dim: int, ignore_index: int, logit_scale: float, outputs: Sequence[str], group: Any
+) -> TokenStatistics:
+    """The same where the ranks of a group have some of the classes each."""
+    loss: Any = losses.vocab_parallel_token_statistics
+    compiling, misfit = torch.compiler.is_compiling(), tensors_misfit(input, optional=(target,))
+    try:
+        names = checked_outputs(outputs, target)
+        dim = checked_dim(input, target, dim)
+        t, o = loss.tensors(input, target), loss.options(dim, ignore_index, logit_scale, " ".join(names), group.group_name)
+        misfit = misfit or loss.misfit(t, o)
+        way = route(misfit, input, 0)
+        if misfit is not None:
+            raise RuntimeError(f"token_statistics: {misfit}")
+    except Exception as error:
+        if compiling or not isinstance(input, Tensor):
+            raise
+        sharded.refuse("token_statistics", error, group.group_name, input.device)
+    return chosen(by_kernels(Route(way.backend, "op" if compiling else "kernel", way.reason), loss, t, o), names, target)
 
 
 def chosen(found: Sequence[Tensor], names: tuple[str, ...], target: Tensor | None) -> TokenStatistics:

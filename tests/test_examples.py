@@ -2,6 +2,8 @@
 
 import importlib.util
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -105,3 +107,14 @@ def test_lightning_language_model_learns(example, precision, monkeypatch, tmp_pa
     losses = example("lightning_language_model").main(["--epochs", "4", "--precision", precision])
     assert losses[0] == pytest.approx(math.log(2000), rel=0.05)
     assert losses[-1] < losses[0] - 1
+
+
+@pytest.mark.long  # in processes that are there already: test_vocab_parallel
+def test_vocab_parallel_has_the_loss_curve_of_the_unsharded_head():
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(EXAMPLES / "vocab_parallel.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = done.stdout.splitlines()
+    first, last = lines[1].split(), lines[-2].split()
+    assert float(last[1]) < float(first[1]) / 3
+    assert float(lines[-1].split()[-1]) < 1e-3

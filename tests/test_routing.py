@@ -170,7 +170,7 @@ def test_environment_variable() -> None:
 
 
 def test_import_loads_neither_numba_nor_triton() -> None:
-    heavy = ["numba", "llvmlite", "triton", "fastloss.kernels.cpu", "fastloss.kernels.cuda"]
+    heavy = ["numba", "llvmlite", "triton", "fastloss.kernels.cpu", "fastloss.kernels.cuda", "torch.distributed.tensor"]
     script = f"import sys, fastloss; print([name for name in {heavy} if name in sys.modules])"
     assert run(script).stdout.strip() == "[]"
 
@@ -195,20 +195,50 @@ LAYERS = {
     "elements": {"kinds", "loss", "rows"},
     "arguments": {"loss"},
     "chunks": {"config", "loss", "memory", "rows"},
-    "losses": {"arguments", "backends", "chunks", "elements", "kernels.groups", "loss", "memory", "rows"},
+    "sharded": set(),
+    "torch_launchers": {"backends", "kernels.groups", "loss"},
+    "slices": {"arguments", "kernels.groups", "loss", "rows", "sharded", "torch_launchers"},
+    "losses": {
+        "arguments",
+        "backends",
+        "chunks",
+        "elements",
+        "kernels.groups",
+        "loss",
+        "memory",
+        "rows",
+        "sharded",
+        "slices",
+        "torch_launchers",
+    },
     "foresight": {"config"},
     "operation": {"arguments", "foresight", "loss"},
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},
     "serving": {"arguments", "loss", "operation", "ops", "routing"},
     "composed": {"arguments", "chunks", "kernels.groups", "loss", "losses"},
-    "functional": {"arguments", "composed", "loss", "losses", "routing", "serving"},
+    "vocab_parallel_linear": {
+        "arguments",
+        "backends",
+        "chunks",
+        "linear",
+        "loss",
+        "losses",
+        "routing",
+        "serving",
+        "sharded",
+        "vocab_parallel",
+    },
+    "dtensors": {"routing", "serving", "vocab_parallel"},
+    "functional": {"arguments", "backends", "composed", "dtensors", "loss", "losses", "routing", "serving"},
     "linear": {"arguments", "chunks", "composed", "config", "loss", "losses", "routing", "serving", "statistics"},
     "sparse_targets": {"arguments", "composed", "losses", "rows", "serving"},
-    "statistics": {"arguments", "composed", "losses", "routing", "serving"},
+    "statistics": {"arguments", "composed", "losses", "routing", "serving", "sharded"},
+    "vocab_parallel": {"arguments", "backends", "loss", "losses", "routing", "serving", "sharded"},
     "modules": {"functional", "linear", "sparse_targets"},
 }
-BUILT_ON = {"linear_token_statistics": {".token_statistics"}}  # it is the other loss, of logits that it makes
+# they are the other loss, of logits that they make, or of some of them
+BUILT_ON = {"linear_token_statistics": {".token_statistics"}, "vocab_parallel_token_statistics": {".token_statistics"}}
 
 
 def imports_of(path: Path) -> set[str]:

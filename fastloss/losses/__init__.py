@@ -12,6 +12,10 @@ from .soft_cross_entropy import soft_cross_entropy
 from .softmax import log_softmax, softmax
 from .sparse_soft_cross_entropy import sparse_soft_cross_entropy
 from .token_statistics import token_statistics
+from .vocab_parallel_cross_entropy import vocab_parallel_cross_entropy
+from .vocab_parallel_linear_cross_entropy import vocab_parallel_linear_cross_entropy
+from .vocab_parallel_soft_cross_entropy import vocab_parallel_soft_cross_entropy
+from .vocab_parallel_token_statistics import vocab_parallel_token_statistics
 
 LOSSES = (
     cross_entropy,
@@ -27,6 +31,10 @@ LOSSES = (
     sigmoid_focal_loss,
     token_statistics,
     linear_token_statistics,
+    vocab_parallel_cross_entropy,
+    vocab_parallel_linear_cross_entropy,
+    vocab_parallel_soft_cross_entropy,
+    vocab_parallel_token_statistics,
 )
 
 __all__ = [
@@ -44,4 +52,8 @@ __all__ = [
     "softmax",
     "sparse_soft_cross_entropy",
     "token_statistics",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_soft_cross_entropy",
+    "vocab_parallel_token_statistics",
 ]

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .kernels.groups import Answers, Reduction, Rows, Slope
+from .kernels.groups import Answers, Foreseen, Reduction, Rows, Slope
 from .loss import COMPUTE, fields
 
 
@@ -179,6 +179,20 @@ class _Divisor(_Total):
         return super().fits(t, f) if t.numel() else t.dtype in (torch.float32, torch.float64)
 
 
+class _OneNumber(Kind):
+    rule = "one number of the compute dtype"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is f.compute and t.numel() == 1 and is_in_its_storage(t)
+
+
+class _LastNumbers(Kind):
+    rule = "[2] of the compute dtype, contiguous"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is f.compute and t.shape == (2,) and t.is_contiguous() and is_in_its_storage(t)
+
+
 class _Numbers(Kind):
     rule = "[N] of float32 or float64, contiguous"
     ours = True
@@ -261,6 +275,11 @@ AnswerResults = Annotated[
 SlopeNumbers = Annotated[Slope, Group(_RowNumbers(), Slope, "alpha"), Group(_SomeRowNumbers(), Slope, "beta", "gamma")]
 RowGradient = Annotated[Tensor, _RowGradient()]
 Reduced = Annotated[Reduction, Group(_Divisor(), Reduction, "divisor"), Group(_Total(), Reduction, "total")]
+ReducedForeseen = Annotated[
+    Foreseen, Group(_LastNumbers(), Foreseen, "dloss"), Group(_Divisor(), Foreseen, "divisor"), Group(_Total(), Foreseen, "total")
+]
+OneNumber = Annotated[Tensor, _OneNumber()]
+LastNumbers = Annotated[Tensor, _LastNumbers()]
 Numbers = Annotated[Tensor, _Numbers()]
 Total = Annotated[Tensor, _Total()]
 Elements = Annotated[Tensor, _Elements()]

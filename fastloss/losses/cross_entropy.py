@@ -68,8 +68,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         else:
             weight = rows.class_weight(t.weight, t.input)
             kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, numbers)
-        rows.sum_row_weights(numbers.row_weight, r.divisor)
-        rows.reduce_index_rows(loss, r.divisor, o, r.loss)
+        rows.reduce_index_rows(loss, r.divisor, o, r.loss, numbers.row_weight)
         return tuple(r)
 
     def forward_backward(

@@ -46,6 +46,13 @@ def sum_rows(values: Tensor, total: Tensor) -> None:
         total.copy_(subtotals.sum())  # few numbers: torch sums them on one thread
 
 
+def mean_of_rows(values: Tensor, weights: Tensor, divisor: Tensor, mean: Tensor) -> None:
+    """In two launches, which cost little here."""
+    sum_rows(weights, divisor)
+    sum_rows(values, mean)
+    mean.div_(divisor)
+
+
 def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
     blocks, subtotals = _subtotals(target.numel(), weight.dtype, total)
     direct = subtotals is None

@@ -57,7 +57,9 @@ def launch_everything(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     k.log_softmax_backward(x, y, x)
     k.nll_loss_forward(x, target, w, -100, n, n)
     k.nll_loss_backward(target, -100, n, n, x)
-    k.sum_rows(torch.empty(100000, dtype=real), n[:1])
+    values = torch.empty(100000, dtype=real)
+    k.sum_rows(values, n[:1])
+    k.mean_of_rows(values, values, n[:1], n[:1])
 
 
 def launch_elements(dtype: torch.dtype) -> None:
@@ -95,6 +97,53 @@ def test_hot_loops_on_nvidia(target: str, dtype: torch.dtype, classes: int) -> N
         assert not re.search(r"\bbar\.|barrier|shfl|\.shared", loop)
         if "backward" in name:
             assert set(re.findall(r"st\.global[\w.:]*", loop)) == {"st.global.v4.b32"}
+
+
+LONG_RUN = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, (16384, 50257)), (torch.float32, (65536, 1000)),
+     *(pytest.param(dtype, shape, marks=LONG_RUN) for dtype, shape in [
+         (torch.bfloat16, (65536, 1000)), (torch.float16, (65536, 1000)), (torch.float16, (16384, 50257)), (torch.float32, (16384, 50257))
+     ])],
+    ids=str,
+)  # fmt: skip
+def test_dense_losses_in_vectors(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """128-bit loads and stores in all loops, however rows start; beside them single numbers of rows and at the edges of rows."""
+    x, y, n, target = untouched(*shape, dtype=dtype), untouched(*shape, dtype=dtype), torch.empty(shape[0]), torch.empty(shape[0]).long()
+    numbers, smoothing, w = Rows(n, n, n, n), Smoothing(0.9, 0.1), torch.ones(1).expand(shape[1])
+    with compiling("sm_90") as launches:
+        k.cross_entropy_forward(x, target, w, -100, n, numbers)
+        k.cross_entropy_backward(x, target, -100, numbers, n, y)
+        k.smoothed_cross_entropy_forward(x, target, w, -100, smoothing, n, numbers)
+        k.smoothed_cross_entropy_backward(x, target, w, -100, smoothing, numbers, n, y)
+        k.soft_cross_entropy_forward(x, y, w, smoothing, n, numbers)
+        k.soft_cross_entropy_backward(x, y, w, smoothing, numbers, n, x)
+        k.soft_cross_entropy_target_backward(x, w, smoothing.keep, numbers, n, y)
+        k.softmax_forward(x, y)
+        k.softmax_backward(x, y, x)
+        k.log_softmax_forward(x, y)
+        k.log_softmax_backward(x, y, x)
+    assert len(launches) == 11
+    for launch in launches:
+        assert launch.name.endswith("_rows")
+        assert launch.registers_spilled == 0, launch.name
+        ptx, loops = launch.kernel.asm["ptx"], [loop for loop in launch.loops() if re.search(r"(ld|st)\.global", loop)]
+        assert loops or shape[1] == 1000, launch.name  # there one step is enough, and no loop is left
+        for loop in loops:
+            loads = re.findall(r"ld\.global[\w.:]*", loop)
+            assert set(loads) <= {"ld.global.v4.b32", "ld.global.b32"}, launch.name
+            assert loads.count("ld.global.b32") <= 1, launch.name  # the one class weight, of which the compiler knows no better
+            assert set(re.findall(r"st\.global[\w.:]*", loop)) <= {"st.global.v4.b32"}, launch.name
+        assert "ld.global.v4.b32" in ptx, launch.name
+        assert ("st.global.v4.b32" in ptx) == (launch.name not in FORWARD_ONLY), launch.name
+        assert len(re.findall(r"ld\.global\.b(?:16|32)", ptx)) <= 8, launch.name
+        assert len(re.findall(r"st\.global\.b(?:16|32)", ptx)) <= 5, launch.name
+
+
+FORWARD_ONLY = ("_cross_entropy_forward_rows", "_smoothed_cross_entropy_forward_rows", "_soft_cross_entropy_forward_rows")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

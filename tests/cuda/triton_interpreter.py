@@ -49,6 +49,12 @@ def _mended_cast(original: Any) -> Any:
     return cast
 
 
+def _fused(x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """x y + z, rounded once where float64 holds the product."""
+    wide = [t.data.astype(np.float64) if t.dtype.scalar == tl.float32 else t.data for t in (x, y, z)]
+    return TensorHandle((wide[0] * wide[1] + wide[2]).astype(x.data.dtype), z.dtype.scalar)
+
+
 def _mended_argument(original: Any) -> Any:
     def convert(argument: Any) -> Any:
         if isinstance(argument, float):
@@ -106,6 +112,7 @@ def interpreted(package: str) -> Iterator[None]:
         builder.create_fp_to_fp = lambda source, to, mode: (
             builder.cast_impl(source, to) if tl.bfloat16 in (source.dtype.scalar, to.scalar) else original(source, to, mode)
         )
+        builder.create_fma = _fused
         InterpretedFunction.__call__ = call
         interpreter.GridExecutor.__call__ = launch_afresh
         interpreter._implicit_cvt = _mended_argument(saved_convert)

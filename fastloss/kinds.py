@@ -23,11 +23,13 @@ class Facts:
 class Kind:
     """A rule for one argument, in words and as a test. Some kinds give the facts that the others are held against.
 
-    `ours` is what nobody but the calling loss can have made, a moment ago: it is held against its rule only where launches are watched.
+    `written` is written whole, unless it is `kept` too: then it may stay what it was. `ours` is what nobody but the calling loss can have
+    made, a moment ago: it is held against its rule only where launches are watched.
     """
 
     rule = ""
     written = False
+    kept = False
     ours = False
 
     def facts(self, t: Tensor) -> Facts | None:
@@ -61,6 +63,10 @@ class _Gradient(_LikeLogits):
 
     def fits(self, t: Tensor, f: Facts) -> bool:
         return super().fits(t, f) and (t.is_contiguous() or all(s or n < 2 for s, n in zip(t.stride(), t.shape, strict=True)))
+
+
+class _KeptGradient(_Gradient):
+    kept = True
 
 
 class _OnlyGradient(_Gradient, _Logits):
@@ -247,6 +253,7 @@ class _ElementResults(_ElementNumbers):
 Logits = Annotated[Tensor, _Logits()]
 LikeLogits = Annotated[Tensor, _LikeLogits()]
 Gradient = Annotated[Tensor, _Gradient()]
+KeptGradient = Annotated[Tensor, _KeptGradient()]
 OnlyGradient = Annotated[Tensor, _OnlyGradient()]
 Indices = Annotated[Tensor, _Indices()]
 AnyIndices = Annotated[Tensor, _AnyIndices()]

@@ -24,6 +24,7 @@ from .kinds import (
     IndexRowResults,
     IndexRows,
     Indices,
+    KeptGradient,
     LastNumbers,
     LikeLogits,
     Logits,
@@ -96,7 +97,7 @@ class Kernels(Protocol):
         foreseen: ReducedForeseen,
         loss: RowResults,
         rows: IndexRowResults,
-        dlogits: Gradient,
+        dlogits: KeptGradient,
     ) -> None:
         """The same for an upstream gradient that the host does not know. `dlogits` may stay as it is if none is foreseen."""
 
@@ -109,7 +110,7 @@ class Kernels(Protocol):
         dloss: RowGradient,
         upstream: OneNumber,
         foreseen: LastNumbers,
-        dlogits: Gradient,
+        dlogits: KeptGradient,
     ) -> None:
         """After it: what `cross_entropy_backward` computes, if `upstream`, whose share `dloss` is, is not what was foreseen."""
 

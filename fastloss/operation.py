@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from .arguments import plain
-from .foresight import Foresight, foresee
+from .foresight import Foresight, ForesightOnDevice, foresee
 from .loss import Loss
 
 
 def apply(loss: Loss[Any, Any, Any], t: Any, o: Any, inplace_backward: bool = False) -> Any:
     """The answer of a loss to tensors and options that fit, by the kernels; a tuple if it has several."""
-    foresight = foresee(loss.name, t[: loss.one_visit], o.reduction) if loss.one_visit and not inplace_backward else None
+    ahead = loss.one_visit and not inplace_backward and loss.one_visit_pays(t, o)
+    foresight = foresee(loss.name, t[: loss.one_visit], o.reduction) if ahead else None
     return _Operation.apply(loss, o, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
 
 
@@ -54,6 +55,8 @@ class _Operation(torch.autograd.Function):
             gradients = loss.gradient(dloss, s, o, needed)
         else:
             found = () if foresight is None else foresight.take(dloss)
+            if found and isinstance(foresight, ForesightOnDevice):
+                loss.repair(dloss, foresight.expected, s, o, found)
             found += (None,) * (loss.differentiable - len(found))
             missing = tuple(wanted and gradient is None for wanted, gradient in zip(needed, found, strict=True))
             if any(missing):

@@ -196,7 +196,7 @@ LAYERS = {
     "arguments": {"loss"},
     "chunks": {"config", "loss", "memory", "rows"},
     "losses": {"arguments", "backends", "chunks", "elements", "kernels.groups", "loss", "memory", "rows"},
-    "foresight": {"config"},
+    "foresight": {"config", "loss"},
     "operation": {"arguments", "foresight", "loss"},
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},

@@ -13,7 +13,7 @@ from triton_compiler import Launch, compiling
 
 import fastloss.kernels.cuda as k
 from fastloss.kernels.cuda.plan import Device
-from fastloss.kernels.groups import Focus, Rows, Smoothing
+from fastloss.kernels.groups import Focus, Foreseen, Rows, Smoothing
 
 
 def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -228,6 +228,31 @@ def test_one_visit_by_a_cluster(target: str, ctas: int, monkeypatch: pytest.Monk
     assert "mapa" in ptx
     assert set(re.findall(r"st\.global[\w.:]*", ptx)) == {"st.global.v4.b32", "st.global.b32"}  # the gradient; the row's numbers
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4  # 32 logits for each thread
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(1000, torch.bfloat16), (16384, torch.float32), *(pytest.param(10007, d, marks=LONG_RUN) for d in (torch.bfloat16, torch.float16))],
+    ids=str,
+)
+def test_one_visit_and_its_repair(classes: int, dtype: torch.dtype) -> None:
+    """A row in registers, in 128-bit vectors. A repair looks at three numbers before anything else."""
+    rows = 4096
+    logits, dlogits = untouched(rows, classes, dtype=dtype), untouched(rows, classes, dtype=dtype)
+    n, target, w = torch.empty(rows), torch.empty(rows).long(), torch.ones(1).expand(classes)
+    numbers, last = Rows(n, None, n, n), torch.empty(2)
+    with compiling("sm_90") as launches:
+        k.foreseen_cross_entropy_forward_backward(logits, target, w, -100, Foreseen(last, n[:0], n[:1]), n, numbers, dlogits)
+        k.cross_entropy_repair(logits, target, -100, numbers, n[:1].expand(rows), n[:1], last, dlogits)
+    visit, repair = of_name(launches, "_cross_entropy_forward_backward_rows"), of_name(launches, "_cross_entropy_backward_rows")
+    assert [launch.name for launch in launches] == [visit.name, "_sum", repair.name]
+    for launch in (visit, repair):
+        assert launch.registers_spilled == 0, launch.name
+        ptx = launch.kernel.asm["ptx"]
+        assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(re.findall(r"(?:ld|st)\.global[\w.:]*", ptx))
+        assert len(re.findall(r"ld\.global\.b(?:16|32)", ptx)) <= 9, launch.name
+    before = repair.kernel.asm["ptx"].partition("ret;")[0]
+    assert len(re.findall(r"ld\.global", before)) == 3
 
 
 def test_no_launch_waits_for_the_device() -> None:

@@ -140,12 +140,12 @@ def _smoothed_cross_entropy_forward_rows(a, keep: "fp64", spread: "fp64", VEC: t
     for v in tl.range(0, vectors, LANES):
         inside = (v + lane < vectors)[:, None]
         x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside, other=float("-inf")))
-        w = tl.where(inside, _class_weights(a, head + v * VEC + offset), 0.0)
+        w = _class_weights(a, head + v * VEC + offset, inside)
         tops, totals, gaps, weights = _see_weighted_vectors(tops, totals, gaps, weights, x, w, inside, v > 0)
     # edges
     c, at_edge = _edges_of(head, vectors, C, VEC)
     x = _wide(tl.load(a.logits + start + c, mask=at_edge, other=float("-inf")))
-    w = tl.where(at_edge, _class_weights(a, c), 0.0)
+    w = _class_weights(a, c, at_edge)
     numbers = _merge_weighted(tops, totals, gaps, weights, x, w, at_edge)
     _write_loss(a, a.logits + start, row, row >= 0, y, numbers, keep.to(real), spread.to(real))
 
@@ -165,7 +165,7 @@ def _smoothed_cross_entropy_forward_tiles(a, keep: "fp64", spread: "fp64", BLOCK
         c = first + tl.arange(0, BLOCK_C)
         lanes = inside[:, None] & (c < a.way.classes)[None, :]
         x = _wide(tl.load(_lanes_at(a.logits, strides, b, p, c), mask=lanes, other=float("-inf")))
-        w = _class_weights(a, c)[None, :]
+        w = _class_weights(a, c, c < a.way.classes)[None, :]
         before = tops
         tops, totals = _see(tops, totals, x)
         # in the first step nothing rises: from the lowest number that could be infinite, and 0 x inf
@@ -201,7 +201,7 @@ def _smoothed_cross_entropy_backward_rows(a, splits, chunk, keep: "fp64", spread
     for v in tl.range(0, vectors, LANES):
         inside = (v + lane < vectors)[:, None]
         x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside & is_row, other=0.0))
-        w = _class_weights(a, part + head + v * VEC + offset) * spread.to(real)
+        w = _class_weights(a, part + head + v * VEC + offset, inside) * spread.to(real)
         d = _exp(x - top) * scale - tl.where(is_row, g * w, 0.0)
         # only the block that holds y compares
         y_here = y - head - v * VEC
@@ -211,7 +211,7 @@ def _smoothed_cross_entropy_backward_rows(a, splits, chunk, keep: "fp64", spread
     # edges
     c, at_edge = _edges_of(head, vectors, count, VEC)
     x = _wide(tl.load(a.logits + start + c, mask=at_edge & is_row, other=0.0))
-    d = _exp(x - top) * scale - tl.where(is_row, g * (_class_weights(a, part + c) * spread.to(real)), 0.0)
+    d = _exp(x - top) * scale - tl.where(is_row, g * (_class_weights(a, part + c, at_edge) * spread.to(real)), 0.0)
     tl.store(a.dlogits + to + c, tl.where(c == y, d - kept, d), mask=at_edge)
 
 
@@ -232,7 +232,7 @@ def _smoothed_cross_entropy_backward_tiles(a, keep: "fp64", spread: "fp64", BLOC
     # gradient
     lanes = inside[:, None] & (c < a.way.classes)[None, :]
     x = _wide(tl.load(_lanes_at(a.logits, a.way.strides, b, p, c), mask=lanes, other=0.0))
-    w = _class_weights(a, c)[None, :] * spread.to(real)
+    w = _class_weights(a, c, c < a.way.classes)[None, :] * spread.to(real)
     d = _exp(x - top[:, None]) * scale[:, None] - g[:, None] * w
     d = tl.where(c[None, :] == y[:, None], d - kept[:, None], d)
     tl.store(_lanes_at(a.dlogits, a.dstrides, b, p, c), tl.where(is_row[:, None], d, 0.0), mask=lanes)

@@ -140,14 +140,14 @@ def _soft_cross_entropy_forward_rows(a, keep: "fp64", spread: "fp64", VEC: tl.co
         inside = (v + lane < vectors)[:, None]
         x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside, other=float("-inf")))
         q = _wide(tl.load(q_ptr + (v * VEC + offset), mask=inside, other=0.0))
-        w = tl.where(inside, _class_weights(a, head + v * VEC + offset), 0.0)
+        w = _class_weights(a, head + v * VEC + offset, inside)
         k = w * (keep.to(real) * q + spread.to(real))
         tops, totals, gaps, masses = _see_weighted_vectors(tops, totals, gaps, masses, x, k, inside, v > 0)
     # edges
     c, at_edge = _edges_of(head, vectors, C, VEC)
     x = _wide(tl.load(a.logits + start + c, mask=at_edge, other=float("-inf")))
     q = _wide(tl.load(a.target + given + c, mask=at_edge, other=0.0))
-    k = tl.where(at_edge, _class_weights(a, c) * (keep.to(real) * q + spread.to(real)), 0.0)
+    k = _class_weights(a, c, at_edge) * (keep.to(real) * q + spread.to(real))
     top, total, gap, mass = _merge_weighted(tops, totals, gaps, masses, x, k, at_edge)
     # loss
     tl.store(a.loss + row, _loss_of(mass, tl.log(total), gap))
@@ -170,7 +170,7 @@ def _soft_cross_entropy_forward_tiles(a, keep: "fp64", spread: "fp64", BLOCK_N: 
         lanes = inside[:, None] & (c < a.way.classes)[None, :]
         x = _wide(tl.load(_lanes_at(a.logits, a.way.strides, b, p, c), mask=lanes, other=float("-inf")))
         q = _wide(tl.load(_lanes_at(a.target, a.target_strides, b, p, c), mask=lanes, other=0.0))
-        w = _class_weights(a, c)[None, :]
+        w = _class_weights(a, c, c < a.way.classes)[None, :]
         k = w * (keep.to(real) * q + spread.to(real))
         before = tops
         tops, totals = _see(tops, totals, x)
@@ -208,13 +208,13 @@ def _soft_cross_entropy_backward_rows(a, splits, chunk, keep: "fp64", spread: "f
         inside = (v + lane < vectors)[:, None]
         x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside, other=0.0))
         q = _wide(tl.load(q_ptr + (v * VEC + offset), mask=inside, other=0.0))
-        k = _class_weights(a, part + head + v * VEC + offset) * (keep.to(real) * q + spread.to(real))
+        k = _class_weights(a, part + head + v * VEC + offset, inside) * (keep.to(real) * q + spread.to(real))
         tl.store(dx_ptr + (v * VEC + offset), g * (_exp(x - top) * scale - k), mask=inside)
     # edges
     c, at_edge = _edges_of(head, vectors, count, VEC)
     x = _wide(tl.load(a.logits + start + c, mask=at_edge, other=0.0))
     q = _wide(tl.load(a.target + given + c, mask=at_edge, other=0.0))
-    k = _class_weights(a, part + c) * (keep.to(real) * q + spread.to(real))
+    k = _class_weights(a, part + c, at_edge) * (keep.to(real) * q + spread.to(real))
     tl.store(a.dlogits + to + c, g * (_exp(x - top) * scale - k), mask=at_edge)
 
 
@@ -233,7 +233,7 @@ def _soft_cross_entropy_backward_tiles(a, keep: "fp64", spread: "fp64", BLOCK_N:
     lanes = inside[:, None] & (c < a.way.classes)[None, :]
     x = _wide(tl.load(_lanes_at(a.logits, a.way.strides, b, p, c), mask=lanes, other=0.0))
     q = _wide(tl.load(_lanes_at(a.target, a.target_strides, b, p, c), mask=lanes, other=0.0))
-    w = _class_weights(a, c)[None, :]
+    w = _class_weights(a, c, c < a.way.classes)[None, :]
     k = w * (keep.to(real) * q + spread.to(real))
     d = g[:, None] * (_exp(x - top[:, None]) * scale[:, None] - k)
     tl.store(_lanes_at(a.dlogits, a.dstrides, b, p, c), d, mask=lanes)
@@ -258,12 +258,12 @@ def _soft_cross_entropy_target_backward_rows(a, splits, chunk, keep: "fp64", VEC
     for v in tl.range(0, vectors, LANES):
         inside = (v + lane < vectors)[:, None]
         x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside, other=0.0))
-        d = g * _class_weights(a, part + head + v * VEC + offset) * (log_total - (x - top))
+        d = g * _class_weights(a, part + head + v * VEC + offset, inside) * (log_total - (x - top))
         tl.store(dq_ptr + (v * VEC + offset), d, mask=inside)
     # edges
     c, at_edge = _edges_of(head, vectors, count, VEC)
     x = _wide(tl.load(a.logits + start + c, mask=at_edge, other=0.0))
-    tl.store(a.dtarget + to + c, g * _class_weights(a, part + c) * (log_total - (x - top)), mask=at_edge)
+    tl.store(a.dtarget + to + c, g * _class_weights(a, part + c, at_edge) * (log_total - (x - top)), mask=at_edge)
 
 
 @triton.jit
@@ -280,6 +280,6 @@ def _soft_cross_entropy_target_backward_tiles(a, keep: "fp64", BLOCK_N: tl.const
     # gradient
     lanes = inside[:, None] & (c < a.way.classes)[None, :]
     x = _wide(tl.load(_lanes_at(a.logits, a.way.strides, b, p, c), mask=lanes, other=0.0))
-    w = _class_weights(a, c)[None, :]
+    w = _class_weights(a, c, c < a.way.classes)[None, :]
     d = g[:, None] * w * (log_total[:, None] - (x - top[:, None]))
     tl.store(_lanes_at(a.dtarget, a.dstrides, b, p, c), d, mask=lanes)

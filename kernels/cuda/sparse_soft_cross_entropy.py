@@ -142,7 +142,7 @@ def _sparse_soft_cross_entropy_forward(
         before = tops
         tops, totals = _see(tops, totals, x)
         if SMOOTHED:
-            w = _class_weights(a, c)[None, :]
+            w = _class_weights(a, c, c < a.way.classes)[None, :]
             # in the first step nothing rises: from the lowest number that could be infinite, and 0 x inf
             gaps += tl.where(first > 0, weights * (tops - before), 0.0) + tl.where(lanes, w * (tops - x), 0.0)
             weights += w
@@ -195,7 +195,7 @@ def _sparse_soft_cross_entropy_backward(
     x = _wide(tl.load(_lanes_at(a.logits, a.way.strides, b, p, c), mask=lanes, other=0.0))
     d = _exp(x - top[:, None]) * scale[:, None]
     if SMOOTHED:
-        d -= g[:, None] * (_class_weights(a, c)[None, :] * spread.to(real))
+        d -= g[:, None] * (_class_weights(a, c, c < a.way.classes)[None, :] * spread.to(real))
     for k in tl.range(0, e.per_row):
         y = tl.load(e.indices + row * e.per_row + k, mask=inside, other=_PAD)
         here = (y >= first) & (y < first + BLOCK_C) & (y < a.way.classes)

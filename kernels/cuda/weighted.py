@@ -13,12 +13,12 @@ from .rows import _no_statistics
 
 
 @triton.jit
-def _class_weights(a, c):
-    """Shaped like c, 0 beyond the classes. Without a stride one number serves all: nothing is loaded for each class."""
+def _class_weights(a, c, there):
+    """Of classes c, 0 for those that are not there. Without a stride one number serves all: nothing is loaded for each class."""
     if a.weight_stride is None:
-        w = tl.where(c < a.way.classes, tl.load(a.weight), 0.0)
+        w = tl.where(there, tl.load(a.weight), 0.0)
     else:
-        w = tl.load(a.weight + c.to(tl.int64) * a.weight_stride, mask=c < a.way.classes, other=0.0)
+        w = tl.load(a.weight + c.to(tl.int64) * a.weight_stride, mask=there, other=0.0)
     return w
 
 

@@ -63,7 +63,7 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("weighted.py", "masses * (joint - tops)", "0.0", index_targets((3, 20001), 0.1)),
     ("weighted.py", "masses * (top - tops)", "0.0", index_targets((4, 5001), 0.1)),
     ("smoothed_cross_entropy.py", "y_here = y - head", "y_here = y", index_targets((4, 5001), 0.1)),
-    ("soft_cross_entropy.py", "_class_weights(a, part + c)", "_class_weights(a, c)", lambda k: soft_rows(k)),
+    ("soft_cross_entropy.py", "_class_weights(a, part + c,", "_class_weights(a, c,", lambda k: soft_rows(k)),
     ("soft_cross_entropy.py", "a.target + _first_vector(given, VEC)", "a.target + given", lambda k: soft_rows(k)),
     ("softmax.py", "+ tl.sum(y_edges * dy_edges, 0)", "", lambda k: check.softmax(k, torch.randn(4, 601) * 3)),
     ("soft_cross_entropy.py", "+ spread.to(real))\n    d = ", ")\n    d = ", SOFT),

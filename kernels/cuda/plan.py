@@ -11,11 +11,12 @@ from typing import NamedTuple
 
 VECTOR_BYTES = 16
 LONG_ROW = 512  # classes from which on one program has enough to do with one row: two vectors of 16-bit numbers for each of 32 threads
+SHORT_ROW = 1024
 BLOCK = 4096  # classes of a long row in one step: two vectors of 16-bit numbers for each of 256 threads
 TILE = 2048  # lanes of a tile: 16 for each of 128 threads keeps `top` and `total` in registers
 FEW_CLASSES = 64
 ROW_IN_REGISTERS = 16384  # classes that one thread block can keep: 32 for each of 512 threads
-ONE_VISIT_BYTES = 64 << 20  # of logits: the visit saved is then worth the four small launches more (24 us of an H100's bandwidth)
+ONE_VISIT_BYTES = 64 << 20  # of logits: reading them again takes an H100 22 us (modelled), the small launches of one visit as long
 ELEMENTS = 2048  # of an elementwise program: 16 for each of 128 threads
 SPLIT_FROM = 4 * BLOCK  # a row shorter than this is not worth a second launch
 LIMIT = 1 << 31  # programs, positions and classes are counted in int32; everything else is int64
@@ -158,7 +159,7 @@ def whole_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
     """Each row in one program."""
     block = _block(v, itemsize)
     chunk = ceil_div(v.classes, block) * block
-    return RowsPlan(v.rows, 1, chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+    return RowsPlan(v.rows, 1, chunk, vector(v, itemsize), block, _warps_of(block, itemsize, device))
 
 
 def forward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
@@ -168,18 +169,23 @@ def forward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
     if v.classes >= SPLIT_FROM and v.rows < 2 * device.processors:
         splits = min(ceil_div(4 * device.processors, v.rows), ceil_div(v.classes, 2 * block))
     chunk = ceil_div(ceil_div(v.classes, splits), block) * block  # whole blocks: an odd chunk would end in a masked step
-    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, _warps_of(block, itemsize, device))
 
 
 def backward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
     """Four blocks of a row in one program, so that its start costs little beside them; one where that leaves the device idle."""
     block = _block(v, itemsize)
     chunk = 4 * block if v.rows * ceil_div(v.classes, 4 * block) >= 16 * device.processors else block
-    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, _warps_of(block, itemsize, device))
 
 
 def _block(v: View, itemsize: int) -> int:
     return min(BLOCK * 2 // max(2, itemsize), power_of_two_from(v.classes))
+
+
+def _warps_of(block: int, itemsize: int, device: Device) -> int:
+    """Two vectors for each thread; four in short rows, of whose numbers every warp computes its own copy."""
+    return warps(block * itemsize // (64 if block <= SHORT_ROW else 32), device)
 
 
 def one_visit(v: View, itemsize: int, device: Device, clusters: bool) -> OneVisitPlan | None:

@@ -14,9 +14,9 @@ from .rows import _no_statistics
 
 @triton.jit
 def _class_weights(a, c, there):
-    """Of classes c, 0 for those that are not there. Without a stride one number serves all: nothing is loaded for each class."""
+    """Shaped like the classes c, 0 for those that are not there. Without a stride one number serves all: none is loaded for each class."""
     if a.weight_stride is None:
-        w = tl.where(there, tl.load(a.weight), 0.0)
+        w = tl.where(there, tl.load(a.weight), tl.zeros(c.shape, a.weight.dtype.element_ty))
     else:
         w = tl.load(a.weight + c.to(tl.int64) * a.weight_stride, mask=there, other=0.0)
     return w

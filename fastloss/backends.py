@@ -130,3 +130,8 @@ def kernels_for(tensor: Tensor) -> Kernels:
     if name is None:
         raise BackendError(f"there are no kernels for device {tensor.device}")
     return kernels(name)
+
+
+def one_visit_pays(logits: Tensor) -> bool:
+    """Whether the CUDA kernels make the loss and the gradient of such logits, [N, C] or [B, C, P], in one visit, faster than in two."""
+    return logits.is_cuda and bool(_import(f"{__package__}{_MODULE_OF['triton']}.cross_entropy_one_visit").one_visit_pays(logits))

@@ -9,7 +9,7 @@ pool_min_bytes: int = 1 << 22
 """Gradients on CPU from this size on come from the pool of huge-page memory (`fastloss.memory`). Smaller ones are plain tensors."""
 
 foresight_max_bytes: int = 4 << 30
-"""Gradients on CPU up to this size are computed in the forward where the upstream gradient can be foreseen (`fastloss.foresight`), and
+"""Gradients up to this size are computed in the forward where the upstream gradient can be foreseen (`fastloss.foresight`), and
 wait in memory for the backward. 0: none is."""
 
 foresight_waiting_bytes: int = 1 << 22

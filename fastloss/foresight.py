@@ -5,6 +5,9 @@ or a loss scale. So a forward whose logits want a gradient computes it for the n
 The backward compares. If another number came it computes the gradient as it would have anyway, to the same bits, and no forward trusts
 that number until it has come twice.
 
+Elsewhere than on CPU the host would have to wait for that number, so it never looks: the last two numbers stay on the device, a kernel
+makes the gradient if they are the same, and in the backward a kernel that compares leaves it or makes it anew (`Loss.repair`).
+
 A gradient that waits is memory that torch would not need yet. So one may wait, of any size up to `config.foresight_max_bytes`, and more
 of them only up to `config.foresight_waiting_bytes` together: the losses of many micro-batches, summed before one backward, keep one.
 """
@@ -15,13 +18,19 @@ import torch
 from torch import Tensor
 
 from . import config
+from .loss import COMPUTE
 
 _last: dict[tuple[Any, ...], tuple[float, bool]] = {}  # kind of loss -> the number that came last, and whether to trust it
 _waiting: dict[int, int] = {}  # bytes of every gradient that waits. Without a lock: a dict's single steps are atomic
 
 
+_last_on: dict[tuple[Any, ...], "_LastNumbers"] = {}  # kind of loss, with its device -> the numbers that came last
+
+
 class Foresight:
     """What a forward expects as upstream gradient, None if it trusts no number; and the gradients for it, until the backward takes them."""
+
+    expected: float | Tensor | None
 
     def __init__(self, kind: tuple[Any, ...], size: int) -> None:
         number, trusted = _last.get(kind, (1.0, True))
@@ -38,12 +47,15 @@ class Foresight:
         number = float(dloss)
         last, _ = _last.get(self._kind, (1.0, True))
         _last[self._kind] = number, number == last and number != 0  # there are two zeros
+        gradients = self._take()
+        return gradients if number == self.expected else ()
+
+    def _take(self) -> tuple[Tensor | None, ...]:
         _waiting.pop(id(self), None)
         try:
-            gradients = self._gradients.pop()  # one of two threads gets them
+            return self._gradients.pop()  # one of two threads gets them
         except IndexError:
             return ()
-        return gradients if number == self.expected else ()
 
     def forget(self) -> None:
         _waiting.pop(id(self), None)
@@ -51,6 +63,35 @@ class Foresight:
 
     def __del__(self) -> None:
         _waiting.pop(id(self), None)
+
+
+class _LastNumbers:
+    """The last two upstream gradients of a kind, on the device; 1 and 1 before any came. A captured graph keeps this memory in use."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.numbers = torch.ones(2, dtype=dtype, device=device)
+        self._next = 0
+
+    def put(self, number: Tensor) -> None:
+        self.numbers[self._next].copy_(number)
+        self._next = 1 - self._next
+
+
+class ForesightOnDevice(Foresight):
+    """`expected`, [2], is what the last numbers were when the forward began. The gradients that are taken may be those for another number,
+    or none at all, until they are repaired."""
+
+    expected: Tensor
+
+    def __init__(self, last: _LastNumbers, size: int) -> None:
+        self.expected = last.numbers.clone()
+        self._last, self._size = last, size
+        self._gradients = []
+
+    def take(self, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients to repair, if nobody took them before; else ()."""
+        self._last.put(dloss)
+        return self._take()
 
 
 def foresee(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Foresight | None:
@@ -64,13 +105,24 @@ def foresee(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Fo
             size += t.nbytes
     if (
         not 0 < size <= config.foresight_max_bytes
-        or not first.is_cpu  # elsewhere the backward could not look at the number without waiting for the device
         or (_waiting and size + sum(_waiting.copy().values()) > config.foresight_waiting_bytes)
         # saved tensors are moved or dropped until the backward (offloading, checkpointing): memory is scarce
         or _saved_tensors_are_hooked()
     ):
         return None
-    return Foresight((loss, first.dtype, first.shape[min(1, first.dim() - 1)] if first.dim() else 1, reduction), size)
+    kind = (loss, first.dtype, first.shape[min(1, first.dim() - 1)] if first.dim() else 1, reduction)
+    return Foresight(kind, size) if first.device.type in _LOOKED_AT else _on_device((*kind, first.device), size, first)
+
+
+_LOOKED_AT = {"cpu"}
+
+
+def _on_device(kind: tuple[Any, ...], size: int, first: Tensor) -> Foresight | None:
+    if kind not in _last_on:
+        if first.is_cuda and torch.cuda.is_current_stream_capturing():
+            return None  # what is made now holds nothing until the graph is replayed
+        _last_on[kind] = _LastNumbers(COMPUTE[first.dtype], first.device)
+    return ForesightOnDevice(_last_on[kind], size)
 
 
 def _saved_tensors_are_hooked() -> bool:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from .kernels.groups import Answers, Reduction, Rows, Slope
+from .kernels.groups import Answers, Foreseen, Reduction, Rows, Slope
 from .loss import COMPUTE, fields
 
 
@@ -23,11 +23,13 @@ class Facts:
 class Kind:
     """A rule for one argument, in words and as a test. Some kinds give the facts that the others are held against.
 
-    `ours` is what nobody but the calling loss can have made, a moment ago: it is held against its rule only where launches are watched.
+    `written` is written whole, unless it is `kept` too: then it may stay what it was. `ours` is what nobody but the calling loss can have
+    made, a moment ago: it is held against its rule only where launches are watched.
     """
 
     rule = ""
     written = False
+    kept = False
     ours = False
 
     def facts(self, t: Tensor) -> Facts | None:
@@ -61,6 +63,10 @@ class _Gradient(_LikeLogits):
 
     def fits(self, t: Tensor, f: Facts) -> bool:
         return super().fits(t, f) and (t.is_contiguous() or all(s or n < 2 for s, n in zip(t.stride(), t.shape, strict=True)))
+
+
+class _KeptGradient(_Gradient):
+    kept = True
 
 
 class _OnlyGradient(_Gradient, _Logits):
@@ -186,6 +192,20 @@ class _Divisor(_Total):
         return super().fits(t, f) if t.numel() else t.dtype in (torch.float32, torch.float64)
 
 
+class _OneNumber(Kind):
+    rule = "one number of the compute dtype"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is f.compute and t.numel() == 1 and is_in_its_storage(t)
+
+
+class _LastNumbers(Kind):
+    rule = "[2] of the compute dtype, contiguous"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.dtype is f.compute and t.shape == (2,) and t.is_contiguous() and is_in_its_storage(t)
+
+
 class _Numbers(Kind):
     rule = "[N] of float32 or float64, contiguous"
     ours = True
@@ -240,6 +260,7 @@ class _ElementResults(_ElementNumbers):
 Logits = Annotated[Tensor, _Logits()]
 LikeLogits = Annotated[Tensor, _LikeLogits()]
 Gradient = Annotated[Tensor, _Gradient()]
+KeptGradient = Annotated[Tensor, _KeptGradient()]
 OnlyGradient = Annotated[Tensor, _OnlyGradient()]
 Indices = Annotated[Tensor, _Indices()]
 AnyIndices = Annotated[Tensor, _AnyIndices()]
@@ -268,6 +289,11 @@ AnswerResults = Annotated[
 SlopeNumbers = Annotated[Slope, Group(_RowNumbers(), Slope, "alpha"), Group(_SomeRowNumbers(), Slope, "beta", "gamma")]
 RowGradient = Annotated[Tensor, _RowGradient()]
 Reduced = Annotated[Reduction, Group(_Divisor(), Reduction, "divisor"), Group(_Total(), Reduction, "total")]
+ReducedForeseen = Annotated[
+    Foreseen, Group(_LastNumbers(), Foreseen, "dloss"), Group(_Divisor(), Foreseen, "divisor"), Group(_Total(), Foreseen, "total")
+]
+OneNumber = Annotated[Tensor, _OneNumber()]
+LastNumbers = Annotated[Tensor, _LastNumbers()]
 Numbers = Annotated[Tensor, _Numbers()]
 Total = Annotated[Tensor, _Total()]
 Number = Annotated[Tensor, _Number()]

@@ -24,12 +24,16 @@ from .kinds import (
     IndexRowResults,
     IndexRows,
     Indices,
+    KeptGradient,
+    LastNumbers,
     LikeLogits,
     Logits,
     Number,
     Numbers,
+    OneNumber,
     OnlyGradient,
     Reduced,
+    ReducedForeseen,
     RowGradient,
     RowNumbers,
     RowResults,
@@ -84,6 +88,32 @@ class Kernels(Protocol):
         dlogits: Gradient,
     ) -> None:
         """The same for the sum of all losses, or their mean, and its upstream gradient: with them, `sum_weights` and `sum_rows`."""
+
+    def foreseen_cross_entropy_forward_backward(
+        self,
+        logits: Logits,
+        target: Indices,
+        weight: ClassWeight,
+        ignore_index: int,
+        foreseen: ReducedForeseen,
+        loss: RowResults,
+        rows: IndexRowResults,
+        dlogits: KeptGradient,
+    ) -> None:
+        """The same for an upstream gradient that the host does not know. `dlogits` may stay as it is if none is foreseen."""
+
+    def cross_entropy_repair(
+        self,
+        logits: Logits,
+        target: Indices,
+        ignore_index: int,
+        rows: IndexRows,
+        dloss: RowGradient,
+        upstream: OneNumber,
+        foreseen: LastNumbers,
+        dlogits: KeptGradient,
+    ) -> None:
+        """After it: what `cross_entropy_backward` computes, if `upstream`, whose share `dloss` is, is not what was foreseen."""
 
     def smoothed_cross_entropy_forward(
         self,
@@ -318,6 +348,8 @@ class Kernels(Protocol):
     def sum_rows(self, values: Numbers, total: Total) -> None:
         """total [1] = the sum of values [N] (compute dtype), accumulated in float64 in one fixed order."""
 
+    def mean_of_rows(self, values: Numbers, weights: RowNumbers, divisor: Total, mean: Total) -> None:
+        """divisor [1] = the sum of weights [N]; mean [1] = the sum of values [N] over it. Sums as in `sum_rows`, to the same bits."""
     def divide(self, total: Number, divisor: Number, result: Total) -> None:
         """result [1] = total / divisor."""
 

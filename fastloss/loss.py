@@ -78,10 +78,20 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
         """The gradients of the first tensors, None where not needed, by the kernels; the very first in `result` if there is one, which
         may be the memory of the first tensor."""
 
+    def one_visit_pays(self, t: Tensors, o: Options) -> bool:
+        """Whether `forward_backward` is faster, for these arguments, than forward and backward."""
+        return bool(t[0].device.type == "cpu")
+
     def forward_backward(
-        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+        self, dloss: Any, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
-        """The gradients of the first tensors under this upstream gradient, and what `forward` returns, in one visit."""
+        """The gradients of the first tensors under this upstream gradient, and what `forward` returns, in one visit. A tensor [2] in
+        place of a number says: this one, if both are the same, else any; then the gradients are to be repaired."""
+        raise NotImplementedError(self.name)
+
+    def repair(self, dloss: Tensor, foreseen: Tensor, s: Saved, o: Options, gradients: tuple[Tensor | None, ...]) -> None:
+        """Make the gradients of `forward_backward` those that `backward` computes, if `dloss` is not what was foreseen, without waiting for
+        the device to know."""
         raise NotImplementedError(self.name)
 
     def gradient(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .arguments import plain
 from .calls import Call
-from .foresight import Foresight, foresee
+from .foresight import Foresight, ForesightOnDevice, foresee
 
 
 def apply(call: Call, t: Any, inplace_backward: bool = False) -> Any:
     """The answer of a loss to tensors that fit, by the kernels; a tuple if it has several."""
-    loss = call.loss
-    foresight = foresee(loss.name, t[: loss.one_visit], call.options.reduction) if loss.one_visit and not inplace_backward else None
+    loss, o = call.loss, call.options
+    ahead = loss.one_visit and not inplace_backward and loss.one_visit_pays(t, o)
+    foresight = foresee(loss.name, t[: loss.one_visit], o.reduction) if ahead else None
     return _Operation.apply(call, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
 
 
@@ -51,6 +52,8 @@ class _Operation(torch.autograd.Function):
                 ctx.foresight.forget()
             else:
                 found = ctx.foresight.take(upstream[0])
+                if found and isinstance(ctx.foresight, ForesightOnDevice):
+                    loss.repair(upstream[0], ctx.foresight.expected, loss.saved(*saved), ctx.call.options, found)
         if len(found) < loss.differentiable or any(gradient is None for gradient in found):
             found = _gradients(ctx, upstream, loss.saved(*saved), needed, found, graph)
         return None, None, None, *found, *(None,) * (len(ctx.needs_input_grad) - 3 - loss.differentiable)

@@ -97,8 +97,10 @@ def class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
-    """The same for kernels that read it along with the logits: side by side in memory, also where all are one."""
-    return class_weight(weight, logits).contiguous()
+    """The same for kernels that read it along with the logits: side by side in memory. No weight is that, too, but on CUDA, where a
+    weight of stride 0 is read once."""
+    found = class_weight(weight, logits)
+    return found if found.is_cuda and found.stride(0) == 0 else found.contiguous()
 
 
 def ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -160,33 +162,30 @@ def each_number(numbers: Tensor) -> tuple[Tensor, ...]:
 # ---------------------------------------------------------------- reductions
 
 
-def sum_row_weights(row_weight: Tensor | None, divisor: Tensor) -> None:
-    """Write what 'mean' divides by, the sum of the rows' weights, where it has a place."""
-    if divisor.numel() and row_weight is not None:
-        kernels_for(row_weight).sum_rows(row_weight, divisor)
-
-
-def reduce_rows(rows: Tensor, divisor: Tensor, reduction: str, loss: Tensor) -> None:
-    """Write the loss, from the losses of the rows."""
+def reduce_rows(rows: Tensor, divisor: Tensor, reduction: str, loss: Tensor, row_weight: Tensor | None = None) -> None:
+    """Write the loss, from the losses of the rows; with their weights also what 'mean' divides by, the sum of these."""
     if reduction == "none":
         if rows.data_ptr() != loss.data_ptr():
             loss.view(-1).copy_(rows)
         return
     total, kernels = loss if loss.dtype == rows.dtype else rows.new_empty(()), kernels_for(rows)
-    kernels.sum_rows(rows, total)
-    if divisor.numel():
-        kernels.divide(total, divisor, total)
+    if divisor.numel() and row_weight is not None:
+        kernels.mean_of_rows(rows, row_weight, divisor, total)
+    else:
+        kernels.sum_rows(rows, total)
+        if divisor.numel():
+            kernels.divide(total, divisor, total)
     if total is not loss:
         loss.copy_(total)
 
 
-def reduce_index_rows(losses: Tensor, divisor: Tensor, o: Any, loss: Tensor) -> None:
+def reduce_index_rows(losses: Tensor, divisor: Tensor, o: Any, loss: Tensor, row_weight: Tensor | None = None) -> None:
     """The same where rows have weights and `o` says how much is smoothed."""
     if o.label_smoothing == 0 or o.reduction != "mean":
-        reduce_rows(losses, divisor, o.reduction, loss)
+        reduce_rows(losses, divisor, o.reduction, loss, row_weight)
         return
     kernels, parts = kernels_for(losses), losses.new_empty(2)
-    reduce_rows(losses, divisor, o.reduction, parts[0])
+    reduce_rows(losses, divisor, o.reduction, parts[0], row_weight)
     # no weight at all: NaN, although the smoothed part of the sum is not 0
     kernels.divide(torch.zeros((), dtype=losses.dtype, device=losses.device), divisor, parts[1])
     reduce_rows(parts, divisor.new_empty(0), "sum", loss)

@@ -25,6 +25,14 @@ class Reduction(NamedTuple):
     total: Computed  # where the one or the other goes
 
 
+class Foreseen(NamedTuple):
+    """`Reduction` where the upstream gradient is on the device and the host does not look at it."""
+
+    dloss: Computed  # [2], the numbers that came last: the gradient is made for them if they are the same, else none is
+    divisor: Computed
+    total: Computed
+
+
 class Smoothing(NamedTuple):
     """Label smoothing: how much of a target stays where it is, and how much goes to every class."""
 

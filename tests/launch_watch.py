@@ -20,21 +20,21 @@ def watch(name: str, launcher: Any, arguments: Sequence[Any], places: Sequence[P
     tensors = [(place.name, place.of(arguments), place.kind) for place in places]
     written = [(argument, t) for argument, t, kind in tensors if kind.written]
     read = [(argument, t) for argument, t, kind in tensors if not kind.written]
-    logits = tensors[0][1]
+    logits, kept = tensors[0][1], {argument for argument, _, kind in tensors if kind.kept}
     in_place = [argument for argument, t in written if _same_place(t, logits) and argument != tensors[0][0]]
     for argument, t in written:
         for other, o in tensors_but(argument, tensors):
             if _overlap(t, o):
                 allowed = argument in in_place and other == tensors[0][0]
                 assert allowed, f"{name}: {argument} lies in the memory of {other}"
-        if argument not in in_place:
+        if argument not in in_place and argument not in kept:
             _bits(t).fill_(_POISON[t.dtype])
     before = [(argument, t, _bits(t).clone()) for argument, t in read if not any(_overlap(t, w) for _, w in written)]
     launcher(*arguments)
     for argument, t, bits in before:
         assert torch.equal(_bits(t), bits), f"{name}: {argument} was written to"
     for argument, t in written:
-        assert not bool((_bits(t) == _POISON[t.dtype]).any()), f"{name}: {argument} was not written whole"
+        assert argument in kept or not bool((_bits(t) == _POISON[t.dtype]).any()), f"{name}: {argument} was not written whole"
 
 
 def tensors_but(argument: str, tensors: Sequence[tuple[str, Tensor, Any]]) -> list[tuple[str, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastloss import contract, kinds, launchers
 from fastloss.backends import kernels
-from fastloss.kernels.groups import Answers, Focus, Reduction, Rows, Slope, Smoothing
+from fastloss.kernels.groups import Answers, Focus, Foreseen, Reduction, Rows, Slope, Smoothing
 
 ROWS = [f"rows.{name}" for name in Rows._fields]
 ANSWERS = [f"answers.{name}" for name in Answers._fields]
@@ -22,6 +22,7 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_Logits": lambda: torch.randn(N, C),
     "_LikeLogits": lambda: torch.rand(N, C),
     "_Gradient": lambda: torch.empty(N, C),
+    "_KeptGradient": lambda: torch.empty(N, C),
     "_OnlyGradient": lambda: torch.empty(N, C),
     "_Indices": lambda: torch.randint(C, (N,)),
     "_AnyIndices": lambda: torch.randint(C, (N,)),
@@ -39,6 +40,8 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_RowResults": lambda: torch.empty(N),
     "_RowGradient": lambda: torch.rand(N),
     "_Numbers": lambda: torch.rand(N),
+    "_OneNumber": lambda: torch.rand(()),
+    "_LastNumbers": lambda: torch.rand(2),
     "_Total": lambda: torch.empty(()),
     "_Divisor": lambda: torch.empty(()),
     "_Elements": lambda: torch.rand(1, N, C),
@@ -78,9 +81,10 @@ _STRIDED = {
     "_EntryNumbers",
     "_Total",
     "_Divisor",
+    "_OneNumber",
 }
 ALLOWED = {
-    "apart": {*_STRIDED, "_Gradient", "_OnlyGradient"},
+    "apart": {*_STRIDED, "_Gradient", "_KeptGradient", "_OnlyGradient"},
     "one for all": {*_STRIDED, "_RowGradient"},
     # nothing tells how long they should be
     "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient", "_Divisor", "_EntryIndices"},
@@ -102,6 +106,7 @@ def arguments_of(launcher: str) -> dict[str, Any]:
     numbers: dict[str, Any] = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "focus": Focus(0.3, 0.7, 2.0)}
     numbers |= {"logit_scale": 0.7, "answers": Answers(*(None,) * 5), "slope": Slope(None, None, None)}
     numbers |= {"rows": Rows(None, None, None, None), "reduction": Reduction(1.0, torch.empty(()), torch.empty(()))}
+    numbers |= {"foreseen": Foreseen(torch.ones(2), torch.empty(()), torch.empty(()))} if launcher.startswith("foreseen") else {}
     arguments = {name: numbers[name] if name in numbers else made[type(kind_of(hint)).__name__]() for name, hint in hints.items()}
     for name, kind in kinds_of(launcher).items():
         if "." in name:
@@ -195,6 +200,10 @@ def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
         "loss",
         "reduction.divisor",
         "reduction.total",
+        "foreseen.divisor",
+        "foreseen.total",
+        "divisor",
+        "mean",
         "row_weight",
         *ROWS,
         *ANSWERS,

@@ -211,7 +211,7 @@ LAYERS = {
         "slices",
         "torch_launchers",
     },
-    "foresight": {"config"},
+    "foresight": {"config", "loss"},
     "operation": {"arguments", "foresight", "loss"},
     "ops": {"kinds", "loss", "losses"},
     "routing": {"backends", "config"},

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from .. import rows
 from ..arguments import class_indices_misfit, smoothing_misfit
-from ..backends import kernels_for
-from ..kernels.groups import Reduction, Rows, Smoothing
-from ..loss import Loss, Spec
+from ..backends import kernels_for, one_visit_pays
+from ..kernels.groups import Foreseen, Reduction, Rows, Smoothing
+from ..loss import Loss, Spec, compute_dtype
 from ..memory import empty_like
 
 
@@ -68,17 +68,20 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         else:
             weight = rows.class_weight(t.weight, t.input)
             kernels.cross_entropy_forward(logits, target, weight, o.ignore_index, loss, numbers)
-        rows.sum_row_weights(numbers.row_weight, r.divisor)
-        rows.reduce_index_rows(loss, r.divisor, o, r.loss)
+        rows.reduce_index_rows(loss, r.divisor, o, r.loss, numbers.row_weight)
         return tuple(r)
 
+    def one_visit_pays(self, t: Tensors, o: Options) -> bool:
+        return t.input.is_cpu or (o.label_smoothing == 0 and one_visit_pays(rows.as_rows(t.input)))
+
     def forward_backward(
-        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+        self, dloss: float | Tensor, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
         loss, weight, dinput = rows.row_losses(r.loss, t.input, o.reduction), rows.class_weight(t.weight, t.input), empty_like(t.input)
         dlogits, numbers = rows.as_rows(dinput), _numbers(r.numbers)
         if o.label_smoothing > 0:
+            assert isinstance(dloss, float)
             if o.reduction == "mean":
                 kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
             g = rows.row_gradient_of(dloss, r.divisor, t.input)
@@ -87,11 +90,24 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
             )
             rows.reduce_index_rows(loss, r.divisor, o, r.loss)
         else:
-            reduction = Reduction(dloss, r.divisor, r.loss if r.loss.dtype is loss.dtype else loss.new_empty(()))
-            kernels.reduced_cross_entropy_forward_backward(logits, target, weight, o.ignore_index, reduction, loss, numbers, dlogits)
-            if reduction.total is not r.loss:
-                r.loss.copy_(reduction.total)
+            total = r.loss if r.loss.dtype is loss.dtype else loss.new_empty(())
+            if isinstance(dloss, Tensor):
+                foreseen = Foreseen(dloss, r.divisor, total)
+                kernels.foreseen_cross_entropy_forward_backward(logits, target, weight, o.ignore_index, foreseen, loss, numbers, dlogits)
+            else:
+                reduction = Reduction(dloss, r.divisor, total)
+                kernels.reduced_cross_entropy_forward_backward(logits, target, weight, o.ignore_index, reduction, loss, numbers, dlogits)
+            if total is not r.loss:
+                r.loss.copy_(total)
         return (rows.settle(dinput, dlogits),), tuple(r)
+
+    def repair(self, dloss: Tensor, foreseen: Tensor, s: Saved, o: Options, gradients: tuple[Tensor | None, ...]) -> None:
+        (dinput,) = gradients
+        assert dinput is not None
+        logits, dlogits, target = rows.as_rows(s.input), rows.as_rows(dinput), rows.as_indices(s.target)
+        g, upstream = rows.row_gradient(dloss, s.divisor, s.input), dloss.to(compute_dtype(s.input))
+        kernels_for(s.input).cross_entropy_repair(logits, target, o.ignore_index, _numbers(s.numbers), g, upstream, foreseen, dlogits)
+        rows.settle(dinput, dlogits)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         dinput = empty_like(s.input) if result is None else result

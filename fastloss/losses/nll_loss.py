@@ -64,8 +64,7 @@ class NLLLoss(Loss[Tensors, Options, Saved]):
         )
         loss = rows.row_losses(r.loss, t.input, o.reduction)
         kernels_for(t.input).nll_loss_forward(log_prob, target, weight, o.ignore_index, loss, r.row_weight)
-        rows.sum_row_weights(r.row_weight, r.divisor)
-        rows.reduce_rows(loss, r.divisor, o.reduction, r.loss)
+        rows.reduce_rows(loss, r.divisor, o.reduction, r.loss, r.row_weight)
         return tuple(r)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:

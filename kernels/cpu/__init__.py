@@ -8,9 +8,14 @@ from .bce_with_logits import (
 )
 from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
-from .cross_entropy_one_visit import cross_entropy_forward_backward, reduced_cross_entropy_forward_backward
+from .cross_entropy_one_visit import (
+    cross_entropy_forward_backward,
+    cross_entropy_repair,
+    foreseen_cross_entropy_forward_backward,
+    reduced_cross_entropy_forward_backward,
+)
 from .nll_loss import nll_loss_backward, nll_loss_forward
-from .reduction import divide, sum_rows, sum_weights
+from .reduction import divide, mean_of_rows, sum_rows, sum_weights
 from .sigmoid_focal_loss import sigmoid_focal_loss_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_sum
 from .smoothed_cross_entropy import (
     smoothed_cross_entropy_backward,
@@ -43,9 +48,12 @@ __all__ = [
     "cross_entropy_backward",
     "cross_entropy_forward",
     "cross_entropy_forward_backward",
+    "cross_entropy_repair",
     "divide",
+    "foreseen_cross_entropy_forward_backward",
     "log_softmax_backward",
     "log_softmax_forward",
+    "mean_of_rows",
     "nll_loss_backward",
     "nll_loss_forward",
     "reduced_cross_entropy_forward_backward",

@@ -57,6 +57,13 @@ def sum_rows(values: Tensor, total: Tensor) -> None:
         _sum(1, a._replace(narrow=total, to=_NARROW))
 
 
+def mean_of_rows(values: Tensor, weights: Tensor, divisor: Tensor, mean: Tensor) -> None:
+    """In three launches, which cost little here."""
+    sum_rows(weights, divisor)
+    sum_rows(values, mean)
+    divide(mean, divisor, mean)
+
+
 def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
     blocks, subtotals = _subtotals(target.numel(), weight.dtype, total)
     direct = subtotals is None

@@ -1,7 +1,7 @@
 """Sigmoid focal loss on logits, element by element; s = sigmoid, q = y s(-x) + (1 - y) s(x) is how wrong the prediction is.
 
     loss = a q^gamma bce      a = positive y + negative (1 - y)      bce = (1 - y) x + softplus(-x)
-    dlogits = dloss a q^gamma ((s(x) - y) + gamma (1 - 2 y) s(x) s(-x) / q bce)
+    dlogits = dloss a q^gamma ((1 - y) s(x) - y s(-x) + gamma (1 - 2 y) s(x) s(-x) / q bce)
 
 q has no cancellation: the small one of s(x), s(-x) is computed as such. Where it is 0, so is what it divides.
 """
@@ -116,7 +116,7 @@ def _loss(x: Any, y: Any, focus: Any) -> Any:
 def _slope(x: Any, y: Any, focus: Any) -> Any:
     q, s, rest = _wrong(x, y)
     steeper = focus.gamma * (1.0 - y - y) * select(q > 0.0, s * rest / q, 0.0) * loss_of(x, y, 1.0, 1.0)
-    return _weight(y, focus) * _power(q, focus.gamma) * (s - y + steeper)
+    return _weight(y, focus) * _power(q, focus.gamma) * ((1.0 - y) * s - y * rest + steeper)
 
 
 @region(Forward)

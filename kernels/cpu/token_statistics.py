@@ -12,25 +12,23 @@ One visit to the logits going forward, one coming back. A row whose targets are 
 
 from typing import Any, NamedTuple
 
-import numpy as np
 from numba import njit
 from torch import Tensor
 
 from ..groups import Answers, Rows, Slope
+from .answers import ARGMAX, wanted_of, write_answers, write_nothing
 from .arguments import Computed, Known, Stored, arguments
-from .blocks import block_of, block_size, blocks_apart, real_total, scratch
-from .class_table import Targets, classes_at, counting, is_ignored
+from .blocks import block_of, block_size, blocks_apart, scratch
+from .class_table import Targets, classes_at, is_ignored
 from .gradient import write_zeros
 from .launch import next_task, next_worker, raise_flag, region
 from .math import INLINE, log
-from .memory import load, load_each, store, store_classes
-from .moments import GAP, SQUARES, Moments, block_moments, first_at, first_nan, merge_moments, no_moments
+from .memory import load
+from .moments import GAP, SQUARES, Moments, block_moments, first_at, merge_moments, no_moments
 from .rows import Strides, Walk, bypass_caches, lanes_at, last_tile, load_numbers, strides_of, tile_of, tiles_of, walk
 from .simd import any_lane, first_lane, lane_numbers, lane_sum, lanes_of, select, splat
 from .slope import LOG, SQUARE, Piece, SlopeNumbers, keep_slope, write_slope
 from .targets import refuse_out_of_bounds
-
-LOG_PROB, ENTROPY, LSE, SUM_SQ_PROB, ARGMAX = 1, 2, 4, 8, 16  # what is wanted, as the bits of a number
 
 
 class Blocks(NamedTuple):
@@ -76,7 +74,6 @@ class Backward(NamedTuple):
 def token_statistics_forward(logits: Tensor, target: Tensor, ignore_index: int, logit_scale: float, answers: Answers, rows: Rows) -> None:
     way = walk(logits)
     moments = (GAP if answers.entropy.numel() else 0) | (SQUARES if answers.sum_sq_prob.numel() else 0)
-    wanted = sum(bit for bit, answer in zip((LOG_PROB, ENTROPY, LSE, SUM_SQ_PROB, ARGMAX), answers, strict=True) if answer.numel())
     targets, blocks, parts = Targets(target, target.shape[1], ignore_index), blocks_apart(way, logits), None
     if blocks > 1:
         parts = rows.top.new_empty(4 * rows.top.numel() * blocks)
@@ -84,8 +81,8 @@ def token_statistics_forward(logits: Tensor, target: Tensor, ignore_index: int, 
             logits=logits, targets=targets, scale=logit_scale, parts=parts, blocks=blocks, moments=moments, way=way,
         ))  # fmt: skip
     out_of_bounds = _forward(way.tasks, Forward(
-        logits=logits, targets=targets, scale=logit_scale, answers=answers, wanted=wanted, rows=rows, parts=parts, blocks=blocks,
-        moments=moments, way=way,
+        logits=logits, targets=targets, scale=logit_scale, answers=answers, wanted=wanted_of(answers), rows=rows, parts=parts,
+        blocks=blocks, moments=moments, way=way,
     ))  # fmt: skip
     if out_of_bounds:
         refuse_out_of_bounds(target, way.classes, ignore_index)
@@ -152,61 +149,8 @@ def _row_moments(a: Any, x: Any, row: Any) -> Any:
 @njit(**INLINE)
 def _see_row(a: Any, x: Any, row: Any) -> Any:
     """Write the answers of the rows at x, the first of which is `row`. True if a target is no class."""
-    # statistics
     m, largest = _row_moments(a, x, row)
-    total = real_total(m.total)
-    log_total, lse = log(total), m.top * a.scale + log(m.total)  # of nothing but -inf, lse is -inf
-    if any_lane(total != total):
-        odd = first_nan(x, a.way.classes)
-        largest = select(odd > -1, odd, largest)
-        lse = select((odd < 0) & (m.top == np.inf), np.inf, lse)
-    counts = counting(a.targets, x, row, total) if x.tile > 1 else lane_numbers(total) > -1
-    # answers
-    store(a.rows.top, row, 1, x.rows, select(counts, m.top, 0.0))
-    store(a.rows.total, row, 1, x.rows, select(counts, total, 0.0))
-    if a.wanted & ENTROPY:
-        store(a.answers.entropy, row, 1, x.rows, select(counts, log_total - m.gap / total, 0.0))
-    if a.wanted & LSE:
-        store(a.answers.lse, row, 1, x.rows, select(counts, lse, 0.0))
-    if a.wanted & SUM_SQ_PROB:
-        store(a.answers.sum_sq_prob, row, 1, x.rows, select(counts, m.squares / (total * total), 0.0))
-    if a.wanted & ARGMAX:
-        store_classes(a.answers.argmax, row, x.rows, select(counts, largest, 0))
-    return _write_log_probs(a, x, row, m.top, log_total) if a.wanted & LOG_PROB else False
-
-
-@njit(**INLINE)
-def _write_log_probs(a: Any, x: Any, row: Any, top: Any, log_total: Any) -> Any:
-    """log_prob of all targets of the rows at x; 0 for `ignore_index`. True if a target is no class."""
-    lanes, count, classes, bad = lanes_of(top), a.targets.per_row, a.way.classes, False
-    for k in range(0, count, 1 if x.tile > 1 else lanes):
-        y = classes_at(a.targets, x, row, k, top)
-        is_class = (y > -1) & (y < classes)
-        x_y = load_each(x.at, x.lane if x.tile > 1 else 0, y, x.class_, is_class)
-        log_prob = select(is_class, (x_y - top) * a.scale - log_total, 0.0)
-        if x.tile > 1:
-            store(a.answers.log_prob, row * count + k, count, x.rows, log_prob)
-        else:
-            store(a.answers.log_prob, row * count + k, 1, count - k, log_prob)
-        bad = bad or any_lane((y < -1) | (y > classes - 1))
-    return bad
-
-
-@njit(**INLINE)
-def _write_nothing(a: Any, row: Any) -> None:
-    """The answers of one row that does not count."""
-    a.rows.top[row], a.rows.total[row] = 0, 0
-    if a.wanted & LOG_PROB:
-        for k in range(row * a.targets.per_row, (row + 1) * a.targets.per_row):
-            a.answers.log_prob[k] = 0
-    if a.wanted & ENTROPY:
-        a.answers.entropy[row] = 0
-    if a.wanted & LSE:
-        a.answers.lse[row] = 0
-    if a.wanted & SUM_SQ_PROB:
-        a.answers.sum_sq_prob[row] = 0
-    if a.wanted & ARGMAX:
-        a.answers.argmax[row] = 0
+    return write_answers(a, x, row, m, largest)
 
 
 @region(Forward)
@@ -218,7 +162,7 @@ def _forward(block: Any) -> None:
             t = tile_of(number, a.way)
             x = lanes_at(a.logits, a.way.strides, t, a.way)
             if x.tile == 1 and is_ignored(a.targets, t.row):
-                _write_nothing(a, t.row)
+                write_nothing(a, t.row)
             elif _see_row(a, x, t.row):
                 raise_flag(block)
         task = next_task(block)

@@ -1,7 +1,9 @@
-"""Binary cross-entropy of logits x and targets y.
+"""Binary cross-entropy of logits x and targets y; s = sigmoid, v = pos_weight.
 
-loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)),    softplus(-x) = log1p(exp(-|x|)) + max(-x, 0)
-dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))
+    loss = w ((1 - y) x + (1 + (v - 1) y) softplus(-x))      dlogits = dloss w ((1 - y) s(x) - v y s(-x))
+
+Both are written so that no tail is lost to cancellation: the small one of s(x), s(-x) is computed as such, and for x < 0 the loss is
+(1 + (v - 1) y) log1p(exp(x)) - v y x.
 """
 
 from typing import NamedTuple
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from .elements import _at, _elements_of, _load_at, _number_at
 from .launch import launch
-from .math import _exp, _log1p
+from .math import _far_exp, _log1p
 from .plan import Elements, ElementsPlan, ElementStrides, elements
 from .reduction import sum_rows
 
@@ -89,15 +91,27 @@ def bce_with_logits_sum_backward(
 
 
 @triton.jit
-def _softplus(x):
-    """Of -x."""
-    return _log1p(_exp(-tl.abs(x))) + tl.where(x < 0.0, -x, 0.0)
+def _unweighted(x, y, pos_weight, stored: tl.constexpr):
+    """The loss of logits loaded from the dtype `stored`, but for w."""
+    negative = 1.0 - y
+    high = negative * x
+    # 0 * high: an infinite x makes the loss NaN where torch's does
+    linear = tl.where(x > 0.0, high, high * 0.0 - pos_weight * y * x)
+    return (pos_weight * y + negative) * _log1p(_far_exp(-tl.abs(x), stored)) + linear
 
 
 @triton.jit
-def _loss(x, y, w, pos_weight):
-    softplus = _softplus(x)
-    return w * ((1.0 - y) * x + (1.0 + (pos_weight - 1.0) * y) * softplus)
+def _loss(x, y, w, pos_weight, stored: tl.constexpr):
+    return w * _unweighted(x, y, pos_weight, stored)
+
+
+@triton.jit
+def _slope(x, y, w, pos_weight, stored: tl.constexpr):
+    e = _far_exp(-tl.abs(x), stored)
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    positive = x > 0.0
+    return w * ((1.0 - y) * tl.where(positive, large, small) - pos_weight * y * tl.where(positive, small, large))
 
 
 @triton.jit
@@ -113,7 +127,7 @@ def _bce_with_logits_forward(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
     """One program: BLOCK_B by BLOCK_P elements."""
     piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
     x, y, w, pos_weight = _inputs_at(a.inputs, piece)
-    tl.store(_at(a.loss, a.loss_strides, piece), _loss(x, y, w, pos_weight), mask=piece[3])
+    tl.store(_at(a.loss, a.loss_strides, piece), _loss(x, y, w, pos_weight, a.inputs.logits.dtype.element_ty), mask=piece[3])
 
 
 @triton.jit
@@ -121,7 +135,7 @@ def _bce_with_logits_sum(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
     """One program: the sum over BLOCK_B by BLOCK_P elements."""
     piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
     x, y, w, pos_weight = _inputs_at(a.inputs, piece)
-    loss = tl.where(piece[3], _loss(x, y, w, pos_weight), 0.0)
+    loss = tl.where(piece[3], _loss(x, y, w, pos_weight, a.inputs.logits.dtype.element_ty), 0.0)
     tl.store(a.partial + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
 
 
@@ -131,8 +145,5 @@ def _bce_with_logits_backward(a, BLOCK_B: tl.constexpr, BLOCK_P: tl.constexpr):
     piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
     x, y, w, pos_weight = _inputs_at(a.inputs, piece)
     g = _number_at(a.dloss, a.dloss_strides, piece)
-    # sigmoid(-x) without overflow: e / (1 + e) or 1 / (1 + e)
-    e = _exp(-tl.abs(x))
-    rest = tl.where(x < 0.0, 1.0, e) / (1.0 + e)
-    d = g * w * ((1.0 - y) - (1.0 + (pos_weight - 1.0) * y) * rest)
-    tl.store(_at(a.dlogits, a.dstrides, piece), d, mask=piece[3])
+    slope = _slope(x, y, w, pos_weight, a.inputs.logits.dtype.element_ty)
+    tl.store(_at(a.dlogits, a.dstrides, piece), g * slope, mask=piece[3])

@@ -5,6 +5,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+_LOG2_E = tl.constexpr(1.44269502162933349609375)  # log2 e as a float32, and the rest of it
+_REST_OF_LOG2_E = tl.constexpr(1.92596299112661746887e-8)
+_LOG_2 = tl.constexpr(0.6931471805599453)
+
 fp64 = Any  # `number: "fp64"` is how Triton is told to pass a Python float whole: it would round it to float32
 
 
@@ -29,6 +33,21 @@ def _exp(x):
         e = tl.exp(x)
     else:
         e = tl.exp2(x * 1.4426950408889634)
+    return e
+
+
+@triton.jit
+def _far_exp(x, stored: tl.constexpr):
+    """e**x for x <= 0 with all its digits, however far x is. The exponent x log2 e is rounded, by up to |x| / 2.6 ulp of the result: what
+    that lost is added to the result. Not for 16-bit logits, whose results are rounded by a thousand times more."""
+    if stored == tl.float32:
+        x = tl.maximum(x, -104.0, propagate_nan=tl.PropagateNan.ALL)  # finite, and e**x is 0 all the same
+        exponent = x * _LOG2_E
+        lost = tl.fma(x, _REST_OF_LOG2_E, tl.fma(x, _LOG2_E, -exponent))
+        e = tl.exp2(exponent)
+        e = tl.fma(e, lost * _LOG_2, e)
+    else:
+        e = _exp(x)
     return e
 
 

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 VECTOR_BYTES = 16
-LONG_ROW = 1024  # classes from which on one program has enough to do with one row
+LONG_ROW = 512  # classes from which on one program has enough to do with one row: two vectors of 16-bit numbers for each of 32 threads
+SHORT_ROW = 1024
 BLOCK = 4096  # classes of a long row in one step: two vectors of 16-bit numbers for each of 256 threads
 TILE = 2048  # lanes of a tile: 16 for each of 128 threads keeps `top` and `total` in registers
 FEW_CLASSES = 64
 ROW_IN_REGISTERS = 16384  # classes that one thread block can keep: 32 for each of 512 threads
+ONE_VISIT_BYTES = 64 << 20  # of logits: reading them again takes an H100 22 us (modelled), the small launches of one visit as long
 ELEMENTS = 2048  # of an elementwise program: 16 for each of 128 threads
 SPLIT_FROM = 4 * BLOCK  # a row shorter than this is not worth a second launch
 LIMIT = 1 << 31  # programs, positions and classes are counted in int32; everything else is int64
@@ -97,9 +99,10 @@ class RowsPlan:
 
 @dataclass(frozen=True)
 class OneVisitPlan:
-    """One program for each row, in `num_ctas` thread blocks."""
+    """One program for each row, in `num_ctas` thread blocks. VEC elements are one aligned vector in every tensor."""
 
     rows: int
+    VEC: int
     BLOCK_C: int
     num_warps: int
     num_ctas: int
@@ -137,6 +140,13 @@ def has_long_rows(v: View) -> bool:
     return v.classes >= LONG_ROW and all(s.class_ == 1 for s in v.strides)
 
 
+def takes_rows(v: View, weight_stride: int | None) -> bool:
+    """The same for kernels that read a class weight beside each logit: tiles read both in vectors where rows are aligned anyway. Beside
+    rows that start anywhere, weights are read one by one."""
+    aligned = all(n % 16 == 0 for s in v.strides for n in (v.classes, s.batch, s.position))
+    return has_long_rows(v) and (weight_stride is None or not aligned)
+
+
 def vector(v: View, itemsize: int) -> int:
     """How many classes make a vector that is aligned in every tensor at once: rows may start anywhere, but all alike."""
     vec = VECTOR_BYTES // itemsize
@@ -145,32 +155,49 @@ def vector(v: View, itemsize: int) -> int:
     return vec if alike else 1
 
 
+def whole_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
+    """Each row in one program."""
+    block = _block(v, itemsize)
+    chunk = ceil_div(v.classes, block) * block
+    return RowsPlan(v.rows, 1, chunk, vector(v, itemsize), block, _warps_of(block, itemsize, device))
+
+
 def forward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
     """Each row in one program, or split over several when there are too few rows to fill the device."""
-    block = min(BLOCK * 2 // max(2, itemsize), power_of_two_from(v.classes))
+    block = _block(v, itemsize)
     splits = 1
     if v.classes >= SPLIT_FROM and v.rows < 2 * device.processors:
         splits = min(ceil_div(4 * device.processors, v.rows), ceil_div(v.classes, 2 * block))
     chunk = ceil_div(ceil_div(v.classes, splits), block) * block  # whole blocks: an odd chunk would end in a masked step
-    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, _warps_of(block, itemsize, device))
 
 
 def backward_rows(v: View, itemsize: int, device: Device) -> RowsPlan:
     """Four blocks of a row in one program, so that its start costs little beside them; one where that leaves the device idle."""
-    block = min(BLOCK * 2 // max(2, itemsize), power_of_two_from(v.classes))
+    block = _block(v, itemsize)
     chunk = 4 * block if v.rows * ceil_div(v.classes, 4 * block) >= 16 * device.processors else block
-    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, warps(block * itemsize // 32, device))
+    return RowsPlan(v.rows, ceil_div(v.classes, chunk), chunk, vector(v, itemsize), block, _warps_of(block, itemsize, device))
+
+
+def _block(v: View, itemsize: int) -> int:
+    return min(BLOCK * 2 // max(2, itemsize), power_of_two_from(v.classes))
+
+
+def _warps_of(block: int, itemsize: int, device: Device) -> int:
+    """Two vectors for each thread; four in short rows, of whose numbers every warp computes its own copy."""
+    return warps(block * itemsize // (64 if block <= SHORT_ROW else 32), device)
 
 
 def one_visit(v: View, itemsize: int, device: Device, clusters: bool) -> OneVisitPlan | None:
-    """For a row that waits in registers. None if it is too short, too long, or does not lie in whole aligned vectors."""
-    aligned = v.classes % 16 == 0 and all(s.batch * itemsize % VECTOR_BYTES == s.position * itemsize % VECTOR_BYTES == 0 for s in v.strides)
+    """For a row that waits in registers. None if it is too short or too long, or its vectors do not start alike in every tensor; a
+    cluster wants rows of whole aligned vectors."""
+    vec, aligned = vector(v, itemsize), v.classes % 16 == 0 and all(s.batch % 16 == s.position % 16 == 0 for s in v.strides)
     block = power_of_two_from(v.classes)
     num_ctas = max(1, block // ROW_IN_REGISTERS)
-    allowed = 16 if clusters and device.clusters else 1
-    if not has_long_rows(v) or not aligned or itemsize > 4 or num_ctas > allowed:
+    fits = num_ctas == 1 or (num_ctas <= 16 and clusters and device.clusters and aligned)
+    if not has_long_rows(v) or vec == 1 or itemsize > 4 or not fits:
         return None
-    return OneVisitPlan(v.rows, block, max(1, block // num_ctas // (32 * device.warp)), num_ctas)
+    return OneVisitPlan(v.rows, vec, block, max(1, block // num_ctas // (32 * device.warp)), num_ctas)
 
 
 def tiles(v: View, device: Device, lanes: int = TILE) -> TilesPlan:

@@ -39,16 +39,6 @@ def _lanes_at(ptr, strides, b, p, c):
 
 
 @triton.jit
-def _class_weights(a, c):
-    """[1, BLOCK_C], 0 beyond the classes. Without a stride one number serves all: nothing is loaded for each class."""
-    if a.weight_stride is None:
-        w = tl.where(c < a.way.classes, tl.load(a.weight), 0.0)
-    else:
-        w = tl.load(a.weight + c.to(tl.int64) * a.weight_stride, mask=c < a.way.classes, other=0.0)
-    return w[None, :]
-
-
-@triton.jit
 def _weight_of(a, y, is_class):
     """w_y. Outside [0, C) a target is no index: its weight, and with it the loss, is NaN."""
     if a.weight_stride is None:
@@ -90,25 +80,24 @@ def _merge(tops, totals, axis: tl.constexpr):
 
 
 @triton.jit
-def _gap_of(gaps, masses, tops, totals, top):
-    """sum k (top - x) of all lanes. One that saw no logit above -inf has no top of its own, and nothing rises from there."""
-    return tl.sum(gaps + tl.where(totals > 0.0, masses * (top[:, None] - tops), 0.0), 1)
-
-
-@triton.jit
-def _loss_of(mass, log_total, gap):
-    """sum k (-log p). Where a k is infinite, so is its product with any -log p above 0; mass or gap may have met 0 x inf instead."""
-    endless = tl.where(log_total > 0.0, mass, gap + log_total)
-    return tl.where(tl.abs(mass) == float("inf"), endless, mass * log_total + gap)
+def _first_vector(start, VEC: tl.constexpr):
+    """The offset of the first aligned vector of a row, as a product, so that the compiler sees its alignment wherever the row starts."""
+    return (start + (VEC - 1)) // VEC * VEC
 
 
 @triton.jit
 def _body_of(start, C, VEC: tl.constexpr):
-    """Of C classes from offset `start`: those before the first aligned vector, whole vectors, and the offset of the first vector.
-    The offset is written as a product so that the compiler sees its alignment, wherever the row starts."""
-    first = (start + (VEC - 1)) // VEC * VEC
+    """Of C classes from offset `start`: those before the first aligned vector, whole vectors, and the offset of the first vector."""
+    first = _first_vector(start, VEC)
     head = tl.minimum((first - start).to(tl.int32), C)
     return head, (C - head) // VEC, first
+
+
+@triton.jit
+def _lanes_of_vectors(LANES: tl.constexpr, VEC: tl.constexpr):
+    """The numbers of so many vectors [LANES], and where their classes lie behind the first [LANES, VEC]."""
+    lane = tl.arange(0, LANES)
+    return lane, lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
 
 
 @triton.jit
@@ -124,8 +113,7 @@ def _row_statistics(logits_ptr, start, C, VEC: tl.constexpr, BLOCK_C: tl.constex
     """`top` and `total` of C classes that lie side by side from offset `start`."""
     LANES: tl.constexpr = BLOCK_C // (2 * VEC)
     head, vectors, first = _body_of(start, C, VEC)
-    lane = tl.arange(0, LANES)
-    offset = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    lane, offset = _lanes_of_vectors(LANES, VEC)
     body_ptr = logits_ptr + first
     # edges
     c, at_edge = _edges_of(head, vectors, C, VEC)

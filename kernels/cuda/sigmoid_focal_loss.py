@@ -1,7 +1,7 @@
 """Sigmoid focal loss of logits x and targets y; s = sigmoid, q = y s(-x) + (1 - y) s(x) is how wrong the prediction is.
 
     loss = a q^gamma bce      a = positive y + negative (1 - y)      bce = (1 - y) x + softplus(-x)
-    dlogits = dloss a q^gamma ((s(x) - y) + gamma (1 - 2 y) s(x) s(-x) / q bce)
+    dlogits = dloss a q^gamma ((1 - y) s(x) - y s(-x) + gamma (1 - 2 y) s(x) s(-x) / q bce)
 
 q has no cancellation: the small one of s(x), s(-x) is computed as such. Where it is 0, so is what it divides.
 """
@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..groups import Focus
-from .bce_with_logits import _softplus
+from .bce_with_logits import _unweighted
 from .elements import _at, _elements_of, _load_at, _number_at
 from .launch import device_of, launch
-from .math import _exp, fp64
+from .math import _exp, _far_exp, fp64
 from .plan import Elements, ElementsPlan, ElementStrides, elements, warps
 from .reduction import sum_rows
 
@@ -88,9 +88,9 @@ def _launch(kernel: Any, e: ElementsPlan, a: Forward | Sum | Backward, focus: Fo
 
 
 @triton.jit
-def _wrong(x, y):
-    """q, s(x) and s(-x)."""
-    e = _exp(-tl.abs(x))
+def _wrong(x, y, stored: tl.constexpr):
+    """q, s(x) and s(-x) of a number loaded from the dtype `stored`."""
+    e = _far_exp(-tl.abs(x), stored)
     large = 1.0 / (1.0 + e)
     small = e * large
     s, rest = tl.where(x > 0.0, large, small), tl.where(x > 0.0, small, large)
@@ -117,17 +117,17 @@ def _weight(y, positive, negative):
 
 
 @triton.jit
-def _loss(x, y, positive, negative, gamma):
-    q, _s, _rest = _wrong(x, y)
-    return _weight(y, positive, negative) * _power(q, gamma) * ((1.0 - y) * x + _softplus(x))
+def _loss(x, y, positive, negative, gamma, stored: tl.constexpr):
+    q, _s, _rest = _wrong(x, y, stored)
+    return _weight(y, positive, negative) * _power(q, gamma) * _unweighted(x, y, 1.0, stored)
 
 
 @triton.jit
-def _slope(x, y, positive, negative, gamma):
-    q, s, rest = _wrong(x, y)
-    bce = (1.0 - y) * x + _softplus(x)
-    steeper = gamma.to(x.dtype) * (1.0 - y - y) * tl.where(q > 0.0, s * rest / q, 0.0) * bce
-    return _weight(y, positive, negative) * _power(q, gamma) * (s - y + steeper)
+def _slope(x, y, positive, negative, gamma, stored: tl.constexpr):
+    q, s, rest = _wrong(x, y, stored)
+    steeper = gamma.to(x.dtype) * (1.0 - y - y) * tl.where(q > 0.0, s * rest / q, 0.0) * _unweighted(x, y, 1.0, stored)
+    slope = (1.0 - y) * s - y * rest + steeper  # before the loop of `_power`: fewer numbers stay in registers
+    return _weight(y, positive, negative) * _power(q, gamma) * slope
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def _sigmoid_focal_loss_forward(
     """One program: BLOCK_B by BLOCK_P elements."""
     piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
     x, y = _inputs_at(a.inputs, piece)
-    tl.store(_at(a.loss, a.loss_strides, piece), _loss(x, y, positive, negative, gamma), mask=piece[3])
+    tl.store(_at(a.loss, a.loss_strides, piece), _loss(x, y, positive, negative, gamma, a.inputs.logits.dtype.element_ty), mask=piece[3])
 
 
 @triton.jit
@@ -152,7 +152,7 @@ def _sigmoid_focal_loss_sum(a, positive: "fp64", negative: "fp64", gamma: "fp64"
     """One program: the sum over BLOCK_B by BLOCK_P elements."""
     piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
     x, y = _inputs_at(a.inputs, piece)
-    loss = tl.where(piece[3], _loss(x, y, positive, negative, gamma), 0.0)
+    loss = tl.where(piece[3], _loss(x, y, positive, negative, gamma, a.inputs.logits.dtype.element_ty), 0.0)
     tl.store(a.partial + tl.program_id(0), tl.sum(tl.sum(loss, 1), 0))
 
 
@@ -164,4 +164,6 @@ def _sigmoid_focal_loss_backward(
     piece = _elements_of(tl.program_id(0), a.way.b, a.way.p, BLOCK_B, BLOCK_P)
     x, y = _inputs_at(a.inputs, piece)
     g = _number_at(a.dloss, a.dloss_strides, piece)
-    tl.store(_at(a.dlogits, a.dstrides, piece), g * _slope(x, y, positive, negative, gamma), mask=piece[3])
+    tl.store(
+        _at(a.dlogits, a.dstrides, piece), g * _slope(x, y, positive, negative, gamma, a.inputs.logits.dtype.element_ty), mask=piece[3]
+    )

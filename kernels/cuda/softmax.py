@@ -14,8 +14,20 @@ from torch import Tensor
 
 from .launch import device_of, launch
 from .math import _exp, _wide
-from .plan import Strides, View, Walk, looping_tiles, view
-from .rows import _lanes_at, _merge, _no_statistics, _see, _tile_of
+from .plan import Strides, View, Walk, has_long_rows, looping_tiles, view, whole_rows
+from .rows import (
+    _body_of,
+    _edges_of,
+    _first_vector,
+    _lanes_at,
+    _lanes_of_vectors,
+    _merge,
+    _no_statistics,
+    _row_of,
+    _row_statistics,
+    _see,
+    _tile_of,
+)
 
 
 class Forward(NamedTuple):
@@ -39,35 +51,40 @@ class Backward(NamedTuple):
 
 
 def softmax_forward(logits: Tensor, prob: Tensor) -> None:
-    _launch_forward(_softmax_forward, logits, prob)
+    _launch_forward((_softmax_forward_rows, _softmax_forward_tiles), logits, prob)
 
 
 def softmax_backward(prob: Tensor, dprob: Tensor, dlogits: Tensor) -> None:
-    _launch_backward(_softmax_backward, prob, dprob, dlogits)
+    _launch_backward((_softmax_backward_rows, _softmax_backward_tiles), prob, dprob, dlogits)
 
 
 def log_softmax_forward(logits: Tensor, log_prob: Tensor) -> None:
-    _launch_forward(_log_softmax_forward, logits, log_prob)
+    _launch_forward((_log_softmax_forward_rows, _log_softmax_forward_tiles), logits, log_prob)
 
 
 def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -> None:
-    _launch_backward(_log_softmax_backward, log_prob, dlog_prob, dlogits)
+    _launch_backward((_log_softmax_backward_rows, _log_softmax_backward_tiles), log_prob, dlog_prob, dlogits)
 
 
-def _launch_forward(kernel: Any, logits: Tensor, prob: Tensor) -> None:
+def _launch_forward(kernels: tuple[Any, Any], logits: Tensor, prob: Tensor) -> None:
     v = view(logits.shape, logits.stride(), prob.stride())
-    _row_by_row(kernel, v, logits, Forward(logits=logits, prob=prob, prob_strides=v.strides[1], way=v.way))
+    _row_by_row(kernels, v, logits, Forward(logits=logits, prob=prob, prob_strides=v.strides[1], way=v.way))
 
 
-def _launch_backward(kernel: Any, prob: Tensor, dprob: Tensor, dlogits: Tensor) -> None:
+def _launch_backward(kernels: tuple[Any, Any], prob: Tensor, dprob: Tensor, dlogits: Tensor) -> None:
     v = view(prob.shape, prob.stride(), dprob.stride(), dlogits.stride())
     a = Backward(prob=prob, dprob=dprob, d_strides=v.strides[1], dlogits=dlogits, to_strides=v.strides[2], way=v.way)
-    _row_by_row(kernel, v, prob, a)
+    _row_by_row(kernels, v, prob, a)
 
 
-def _row_by_row(kernel: Any, v: View, on: Tensor, a: Forward | Backward) -> None:
-    t = looping_tiles(v, device_of(on))
-    launch(kernel, t.programs, t.num_warps, on, a, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C)
+def _row_by_row(kernels: tuple[Any, Any], v: View, on: Tensor, a: Forward | Backward) -> None:
+    """The first kernel takes rows, the second one tiles."""
+    if has_long_rows(v):
+        r = whole_rows(v, on.element_size(), device_of(on))
+        launch(kernels[0], r.programs, r.num_warps, on, a, VEC=r.VEC, BLOCK_C=r.BLOCK_C)
+    else:
+        t = looping_tiles(v, device_of(on))
+        launch(kernels[1], t.programs, t.num_warps, on, a, BLOCK_N=t.BLOCK_N, BLOCK_C=t.BLOCK_C)
 
 
 @triton.jit
@@ -83,7 +100,30 @@ def _statistics(a, b, p, inside, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _softmax_forward(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _softmax_forward_rows(a, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the class strides are 1 and rows start alike modulo VEC. One program: one row."""
+    LANES: tl.constexpr = BLOCK_C // VEC
+    row, C = tl.program_id(0), a.way.classes
+    start, to = _row_of(row, a.way.positions, a.way.strides), _row_of(row, a.way.positions, a.prob_strides)
+    # statistics
+    top, total = _row_statistics(a.logits, start, C, VEC, BLOCK_C)
+    scale = 1.0 / total
+    # probabilities
+    head, vectors, first = _body_of(start, C, VEC)
+    x_ptr, y_ptr = a.logits + first, a.prob + _first_vector(to, VEC)
+    lane, offset = _lanes_of_vectors(LANES, VEC)
+    for v in tl.range(0, vectors, LANES):
+        inside = (v + lane < vectors)[:, None]
+        x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        tl.store(y_ptr + (v * VEC + offset), _exp(x - top) * scale, mask=inside)
+    # edges
+    c, at_edge = _edges_of(head, vectors, C, VEC)
+    x = _wide(tl.load(a.logits + start + c, mask=at_edge, other=0.0))
+    tl.store(a.prob + to + c, _exp(x - top) * scale, mask=at_edge)
+
+
+@triton.jit
+def _softmax_forward_tiles(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: all classes of BLOCK_N positions."""
     b, p, _row, inside = _tile_of(tl.program_id(0), a.way.positions, BLOCK_N)
     # statistics
@@ -98,7 +138,30 @@ def _softmax_forward(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _log_softmax_forward(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _log_softmax_forward_rows(a, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the class strides are 1 and rows start alike modulo VEC. One program: one row."""
+    LANES: tl.constexpr = BLOCK_C // VEC
+    row, C = tl.program_id(0), a.way.classes
+    start, to = _row_of(row, a.way.positions, a.way.strides), _row_of(row, a.way.positions, a.prob_strides)
+    # statistics
+    top, total = _row_statistics(a.logits, start, C, VEC, BLOCK_C)
+    log_total = tl.log(total)
+    # log-probabilities
+    head, vectors, first = _body_of(start, C, VEC)
+    x_ptr, y_ptr = a.logits + first, a.prob + _first_vector(to, VEC)
+    lane, offset = _lanes_of_vectors(LANES, VEC)
+    for v in tl.range(0, vectors, LANES):
+        inside = (v + lane < vectors)[:, None]
+        x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        tl.store(y_ptr + (v * VEC + offset), (x - top) - log_total, mask=inside)
+    # edges
+    c, at_edge = _edges_of(head, vectors, C, VEC)
+    x = _wide(tl.load(a.logits + start + c, mask=at_edge, other=0.0))
+    tl.store(a.prob + to + c, (x - top) - log_total, mask=at_edge)
+
+
+@triton.jit
+def _log_softmax_forward_tiles(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: all classes of BLOCK_N positions."""
     b, p, _row, inside = _tile_of(tl.program_id(0), a.way.positions, BLOCK_N)
     # statistics
@@ -113,7 +176,38 @@ def _log_softmax_forward(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _softmax_backward(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _softmax_backward_rows(a, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the class strides are 1 and rows start alike modulo VEC. One program: one row."""
+    LANES: tl.constexpr = BLOCK_C // VEC
+    real: tl.constexpr = tl.float64 if a.prob.dtype.element_ty == tl.float64 else tl.float32
+    row, P = tl.program_id(0), a.way.positions
+    start, given, to = _row_of(row, P, a.way.strides), _row_of(row, P, a.d_strides), _row_of(row, P, a.to_strides)
+    head, vectors, first = _body_of(start, a.way.classes, VEC)
+    y_ptr, dy_ptr, dx_ptr = a.prob + first, a.dprob + _first_vector(given, VEC), a.dlogits + _first_vector(to, VEC)
+    lane, offset = _lanes_of_vectors(LANES, VEC)
+    # edges
+    c, at_edge = _edges_of(head, vectors, a.way.classes, VEC)
+    y_edges = _wide(tl.load(a.prob + start + c, mask=at_edge, other=0.0))
+    dy_edges = _wide(tl.load(a.dprob + given + c, mask=at_edge, other=0.0))
+    # sum of dp p
+    dots = tl.zeros([LANES], real)
+    for v in tl.range(0, vectors, LANES):
+        inside = (v + lane < vectors)[:, None]
+        y = _wide(tl.load(y_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        dy = _wide(tl.load(dy_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        dots += tl.sum(y * dy, 1)
+    dot = tl.sum(dots, 0) + tl.sum(y_edges * dy_edges, 0)
+    # gradient
+    for v in tl.range(0, vectors, LANES):
+        inside = (v + lane < vectors)[:, None]
+        y = _wide(tl.load(y_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        dy = _wide(tl.load(dy_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        tl.store(dx_ptr + (v * VEC + offset), y * (dy - dot), mask=inside)
+    tl.store(a.dlogits + to + c, y_edges * (dy_edges - dot), mask=at_edge)
+
+
+@triton.jit
+def _softmax_backward_tiles(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: all classes of BLOCK_N positions."""
     real: tl.constexpr = tl.float64 if a.prob.dtype.element_ty == tl.float64 else tl.float32
     b, p, _row, inside = _tile_of(tl.program_id(0), a.way.positions, BLOCK_N)
@@ -135,7 +229,37 @@ def _softmax_backward(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _log_softmax_backward(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+def _log_softmax_backward_rows(a, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Where the class strides are 1 and rows start alike modulo VEC. One program: one row."""
+    LANES: tl.constexpr = BLOCK_C // VEC
+    real: tl.constexpr = tl.float64 if a.prob.dtype.element_ty == tl.float64 else tl.float32
+    row, P = tl.program_id(0), a.way.positions
+    start, given, to = _row_of(row, P, a.way.strides), _row_of(row, P, a.d_strides), _row_of(row, P, a.to_strides)
+    head, vectors, first = _body_of(start, a.way.classes, VEC)
+    y_ptr, dy_ptr, dx_ptr = a.prob + first, a.dprob + _first_vector(given, VEC), a.dlogits + _first_vector(to, VEC)
+    lane, offset = _lanes_of_vectors(LANES, VEC)
+    # edges
+    c, at_edge = _edges_of(head, vectors, a.way.classes, VEC)
+    y_edges = _wide(tl.load(a.prob + start + c, mask=at_edge, other=0.0))
+    dy_edges = _wide(tl.load(a.dprob + given + c, mask=at_edge, other=0.0))
+    # sum of d
+    dots = tl.zeros([LANES], real)
+    for v in tl.range(0, vectors, LANES):
+        inside = (v + lane < vectors)[:, None]
+        dy = _wide(tl.load(dy_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        dots += tl.sum(dy, 1)
+    dot = tl.sum(dots, 0) + tl.sum(dy_edges, 0)
+    # gradient
+    for v in tl.range(0, vectors, LANES):
+        inside = (v + lane < vectors)[:, None]
+        y = _wide(tl.load(y_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        dy = _wide(tl.load(dy_ptr + (v * VEC + offset), mask=inside, other=0.0))
+        tl.store(dx_ptr + (v * VEC + offset), dy - _exp(y) * dot, mask=inside)
+    tl.store(a.dlogits + to + c, dy_edges - _exp(y_edges) * dot, mask=at_edge)
+
+
+@triton.jit
+def _log_softmax_backward_tiles(a, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     """One program: all classes of BLOCK_N positions."""
     real: tl.constexpr = tl.float64 if a.prob.dtype.element_ty == tl.float64 else tl.float32
     b, p, _row, inside = _tile_of(tl.program_id(0), a.way.positions, BLOCK_N)

@@ -14,7 +14,8 @@ from ..groups import PAD, Rows, Smoothing
 from .launch import device_of, launch
 from .math import _exp, _wide, fp64
 from .plan import TILE, Strides, Walk, ceil_div, class_stride, reading_tiles, tiles, view
-from .rows import _blocks_of, _class_weights, _gap_of, _lanes_at, _loss_of, _merge, _no_statistics, _row_of, _see, _tile_of, _weight_of
+from .rows import _blocks_of, _lanes_at, _merge, _no_statistics, _row_of, _see, _tile_of, _weight_of
+from .weighted import _class_weights, _gap_of, _loss_of
 
 _PAD = tl.constexpr(PAD)
 _ENTRIES = 256  # in a program that takes them one by one
@@ -141,7 +142,7 @@ def _sparse_soft_cross_entropy_forward(
         before = tops
         tops, totals = _see(tops, totals, x)
         if SMOOTHED:
-            w = _class_weights(a, c)
+            w = _class_weights(a, c, c < a.way.classes)[None, :]
             # in the first step nothing rises: from the lowest number that could be infinite, and 0 x inf
             gaps += tl.where(first > 0, weights * (tops - before), 0.0) + tl.where(lanes, w * (tops - x), 0.0)
             weights += w
@@ -194,7 +195,7 @@ def _sparse_soft_cross_entropy_backward(
     x = _wide(tl.load(_lanes_at(a.logits, a.way.strides, b, p, c), mask=lanes, other=0.0))
     d = _exp(x - top[:, None]) * scale[:, None]
     if SMOOTHED:
-        d -= g[:, None] * (_class_weights(a, c) * spread.to(real))
+        d -= g[:, None] * (_class_weights(a, c, c < a.way.classes)[None, :] * spread.to(real))
     for k in tl.range(0, e.per_row):
         y = tl.load(e.indices + row * e.per_row + k, mask=inside, other=_PAD)
         here = (y >= first) & (y < first + BLOCK_C) & (y < a.way.classes)

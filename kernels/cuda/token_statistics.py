@@ -18,23 +18,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ..groups import Answers, Rows, Slope
+from .answers import Wanted, _of_one_row, _write_answers, if_any
 from .launch import device_of, launch
 from .math import _wide, fp64
-from .moments import _NO_CLASS, _look_again, _merge_moments, _no_moments, _row_moments, _see_moments
+from .moments import _NO_CLASS, _merge_moments, _no_moments, _row_moments, _see_moments
 from .plan import TILE, Strides, Walk, backward_rows, forward_rows, has_long_rows, power_of_two_from, reading_tiles, tiles, view
-from .rows import _blocks_of, _body_of, _edges_of, _lanes_at, _row_of, _tile_of
+from .rows import _blocks_of, _body_of, _edges_of, _first_vector, _lanes_at, _lanes_of_vectors, _row_of, _tile_of
 from .slope import _slope, _slope_numbers
-from .targets import Targets, _counting, _taken, _targets_of, in_one_step
-
-
-class Wanted(NamedTuple):
-    """`Answers`, None for those without elements."""
-
-    log_prob: Tensor | None
-    entropy: Tensor | None
-    lse: Tensor | None
-    sum_sq_prob: Tensor | None
-    argmax: Tensor | None
+from .targets import Targets, _counting, _taken, in_one_step
 
 
 class Forward(NamedTuple):
@@ -79,7 +70,7 @@ class Backward(NamedTuple):
 def token_statistics_forward(logits: Tensor, target: Tensor, ignore_index: int, logit_scale: float, answers: Answers, rows: Rows) -> None:
     v = view(logits.shape, logits.stride())
     a = Forward(
-        logits=logits, targets=Targets(target, target.shape[1], ignore_index), answers=Wanted(*map(_if_any, answers)), rows=rows, way=v.way,
+        logits=logits, targets=Targets(target, target.shape[1], ignore_index), answers=Wanted(*map(if_any, answers)), rows=rows, way=v.way,
     )  # fmt: skip
     if not has_long_rows(v):
         t = reading_tiles(v, device_of(logits), TILE // 4)
@@ -104,7 +95,7 @@ def token_statistics_backward(
     v = view(logits.shape, logits.stride(), dlogits.stride())
     a = Backward(
         logits=logits, targets=Targets(target, target.shape[1], ignore_index), rows=rows,
-        slope=Powers(slope.alpha, _if_any(slope.beta), _if_any(slope.gamma)), dlog_prob=_if_any(dlog_prob),
+        slope=Powers(slope.alpha, if_any(slope.beta), if_any(slope.gamma)), dlog_prob=if_any(dlog_prob),
         dlogits=dlogits, dstrides=v.strides[1], way=v.way,
     )  # fmt: skip
     if has_long_rows(v):
@@ -119,68 +110,7 @@ def token_statistics_backward(
         launch(_token_statistics_backward_tiles, t.elementwise_programs, t.num_warps, logits, a, float(logit_scale), **sizes)
 
 
-def _if_any(numbers: Tensor) -> Tensor | None:
-    return numbers if numbers.numel() else None
-
-
 # ---------------------------------------------------------------- forward
-
-
-@triton.jit
-def _write_log_probs(a, place, top, log_total, scale, BLOCK_K: tl.constexpr):
-    """log_prob of all targets of the rows: 0 for `ignore_index`, NaN if a target is no class."""
-    b, p, row, inside = place
-    x_ptr = a.logits + b * a.way.strides.batch + p * a.way.strides.position
-    for first in tl.range(0, a.targets.per_row, BLOCK_K):
-        k = first + tl.arange(0, BLOCK_K)
-        at, y, is_class = _targets_of(a, row, inside, k)
-        x_y = _wide(tl.load(x_ptr[:, None] + y * a.way.strides.class_, mask=is_class, other=float("nan")))
-        log_prob = (x_y - top[:, None]) * scale - log_total[:, None]
-        exists = inside[:, None] & (k < a.targets.per_row)[None, :]
-        tl.store(a.answers.log_prob + at, tl.where(y == a.targets.ignore_index, 0.0, log_prob), mask=exists)
-
-
-@triton.jit
-def _write_answers(a, place, counts, moments, scale, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr):
-    """The answers of rows, all else [rows]."""
-    _b, _p, row, inside = place
-    top, summed, gap, squares, largest = moments
-    # statistics: every row but one of nothing but -inf has its largest term, 1, in the sum
-    total = tl.where(summed > 0.5, summed, float("nan"))
-    log_total = tl.log(total)
-    odd = tl.full(row.shape, _NO_CLASS, tl.int32)
-    if a.answers.lse is not None or a.answers.argmax is not None:
-        unclear = summed != summed
-        if a.answers.argmax is not None:
-            unclear = unclear | (largest == _NO_CLASS)
-        unclear = unclear & counts
-        if tl.max(unclear.to(tl.int32), 0) > 0:
-            odd, largest = _look_again(a, place, top, BLOCK_C)
-    # answers
-    tl.store(a.rows.top + row, tl.where(counts, top, 0.0), mask=inside)
-    tl.store(a.rows.total + row, tl.where(counts, total, 0.0), mask=inside)
-    if a.answers.entropy is not None:
-        tl.store(a.answers.entropy + row, tl.where(counts, log_total - gap / total, 0.0), mask=inside)
-    if a.answers.lse is not None:
-        lse = top * scale + tl.log(summed)  # of nothing but -inf, -inf
-        lse = tl.where((odd == _NO_CLASS) & (top == float("inf")), float("inf"), lse)
-        tl.store(a.answers.lse + row, tl.where(counts, lse, 0.0), mask=inside)
-    if a.answers.sum_sq_prob is not None:
-        tl.store(a.answers.sum_sq_prob + row, tl.where(counts, squares / (total * total), 0.0), mask=inside)
-    if a.answers.argmax is not None:
-        largest = tl.where(odd == _NO_CLASS, largest, odd)
-        largest = tl.where(counts & (largest != _NO_CLASS), largest, 0)
-        tl.store(a.answers.argmax + row, largest.to(tl.int64), mask=inside)
-    if a.answers.log_prob is not None:
-        _write_log_probs(a, place, top, log_total, scale, BLOCK_K)
-
-
-@triton.jit
-def _of_one_row(moments):
-    """Numbers as [1]."""
-    top, total, gap, squares, largest = moments
-    one = tl.zeros([1], top.dtype)
-    return one + top, one + total, one + gap, one + squares, tl.zeros([1], tl.int32) + largest
 
 
 # the scale comes by itself: Triton rounds the floats of a tuple to float32
@@ -269,14 +199,13 @@ def _token_statistics_backward_rows(a, splits, chunk, scale: "fp64", VEC: tl.con
     count = tl.minimum(chunk, a.way.classes - part)
     start, to = _row_of(row, a.way.positions, a.way.strides) + part, _row_of(row, a.way.positions, a.dstrides) + part
     head, vectors, first = _body_of(start, count, VEC)
-    x_ptr, dx_ptr = a.logits + first, a.dlogits + (to + (VEC - 1)) // VEC * VEC
+    x_ptr, dx_ptr = a.logits + first, a.dlogits + _first_vector(to, VEC)
     # row numbers: a row that does not count is not read, its logits count as 0, and its numbers are 0
     rows = row + tl.zeros([1], tl.int32)
     counts, top, numbers = _slope_numbers(a, row, row >= 0, tl.sum(_taken(a, rows, rows >= 0, BLOCK_K), 0), scale)
     seen, target = tl.where(counts, count, 0), row.to(tl.int64) * a.targets.per_row
     # gradient
-    lane = tl.arange(0, LANES)
-    offset = lane[:, None] * VEC + tl.arange(0, VEC)[None, :]
+    lane, offset = _lanes_of_vectors(LANES, VEC)
     for v in tl.range(0, vectors, LANES):
         inside = (v + lane < vectors)[:, None]
         x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=(v + lane < tl.minimum(vectors, seen))[:, None], other=0.0))

@@ -317,6 +317,37 @@ def bce_with_logits(k: Any, x: Tensor, y: Tensor, w: Tensor, pos_weight: Tensor)
     assert_inside(total)
 
 
+def tails(k: Any, device: str = "cpu") -> dict[str, float]:
+    """The largest relative error, in eps of float32, of what is tiny far from 0: the loss of a sure and right prediction, its gradient."""
+    x = torch.cat([torch.linspace(0, 80, 1601), -torch.linspace(0, 80, 1601)]).to(device).view(1, 1, -1)
+    y, one, infinite = (x > 0).float(), torch.ones(1, 1, 1, device=device).expand(x.shape), torch.tensor([[[torch.inf, -torch.inf]]]).to(x)
+    small, s = torch.log1p(torch.exp(-x.double().abs())), torch.sigmoid(-x.double().abs())
+    right, found, eps = torch.where(y > 0, -s, s), {}, torch.finfo(torch.float32).eps
+
+    def compare(name: str, got: Tensor, want: Tensor) -> None:
+        assert_inside(got)
+        found[name] = ((got.double() - want) / want).abs().max().item() / eps
+
+    loss, dlogits = poisoned(x), poisoned(x)
+    k.bce_with_logits_forward(x, y, one, one, loss)
+    k.bce_with_logits_backward(x, y, one, one, one, dlogits)
+    compare("bce", loss, small)
+    compare("bce backward", dlogits, right)
+    focus, loss, dlogits = Focus(1.0, 1.0, 1.0), poisoned(x), poisoned(x)
+    k.sigmoid_focal_loss_forward(x, y, focus, loss)
+    k.sigmoid_focal_loss_backward(x, y, focus, one, dlogits)
+    normal = s * small > torch.finfo(torch.float32).smallest_normal
+    compare("focal", loss[normal], (s * small)[normal])
+    compare("focal backward", dlogits[normal], (right * (s + small * (1 - s)))[normal])
+    dlogits = poisoned(infinite)
+    k.bce_with_logits_backward(infinite, (infinite > 0).float(), *[one[..., :2]] * 3, dlogits)
+    assert (dlogits == 0).all()
+    # the limit of tests/test_bce.py; of products of two tiny numbers twice that
+    assert max(found["bce"], found["bce backward"]) < 4, found
+    assert max(found["focal"], found["focal backward"]) < 8, found
+    return found
+
+
 def binary_cross_entropy(k: Any, p: Tensor, y: Tensor, w: Tensor) -> None:
     """Elements [A, B, P]: forward, sum, backward."""
     p64, y64, w64 = p.double(), y.double(), w.double()
@@ -362,3 +393,13 @@ def sum_rows(k: Any, values: Tensor) -> None:
     limit = torch.finfo(values.dtype).eps * want.abs() + 1e-13 * values.double().abs().sum()
     assert (total[0].double() - want).abs() <= limit
     assert_inside(total)
+
+
+def mean_of_rows(k: Any, values: Tensor, weights: Tensor) -> None:
+    """To the bits of two sums and torch's division; a sum rounded to the values' dtype."""
+    divisor, mean, sums = poisoned(values.new_empty(1)), poisoned(values.new_empty(1)), [poisoned(values.new_empty(1)) for _ in range(2)]
+    k.mean_of_rows(values, weights, divisor, mean)
+    k.sum_rows(values, sums[0])
+    k.sum_rows(weights, sums[1])
+    assert_same((divisor, mean), (sums[1], sums[0] / sums[1]))
+    assert_inside(divisor, mean)

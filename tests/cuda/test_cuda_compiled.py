@@ -13,7 +13,7 @@ from triton_compiler import Launch, compiling
 
 import fastloss.kernels.cuda as k
 from fastloss.kernels.cuda.plan import Device
-from fastloss.kernels.groups import Focus, Rows, Smoothing
+from fastloss.kernels.groups import Focus, Foreseen, Rows, Smoothing
 
 
 def untouched(*shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -57,7 +57,9 @@ def launch_everything(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     k.log_softmax_backward(x, y, x)
     k.nll_loss_forward(x, target, w, -100, n, n)
     k.nll_loss_backward(target, -100, n, n, x)
-    k.sum_rows(torch.empty(100000, dtype=real), n[:1])
+    values = torch.empty(100000, dtype=real)
+    k.sum_rows(values, n[:1])
+    k.mean_of_rows(values, values, n[:1], n[:1])
 
 
 def launch_elements(dtype: torch.dtype) -> None:
@@ -95,6 +97,54 @@ def test_hot_loops_on_nvidia(target: str, dtype: torch.dtype, classes: int) -> N
         assert not re.search(r"\bbar\.|barrier|shfl|\.shared", loop)
         if "backward" in name:
             assert set(re.findall(r"st\.global[\w.:]*", loop)) == {"st.global.v4.b32"}
+
+
+LONG_RUN = pytest.mark.long
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [(torch.bfloat16, (16384, 50257)),
+     *(pytest.param(dtype, shape, marks=LONG_RUN) for dtype, shape in [
+         (torch.bfloat16, (65536, 1000)), (torch.float32, (65536, 1000)), (torch.float16, (65536, 1000)), (torch.float16, (16384, 50257)),
+         (torch.float32, (16384, 50257))
+     ])],
+    ids=str,
+)  # fmt: skip
+def test_dense_losses_in_vectors(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """128-bit loads and stores in all loops, however rows start; beside them single numbers of rows and at the edges of rows."""
+    x, y, n, target = untouched(*shape, dtype=dtype), untouched(*shape, dtype=dtype), torch.empty(shape[0]), torch.empty(shape[0]).long()
+    numbers, smoothing, w = Rows(n, n, n, n), Smoothing(0.9, 0.1), torch.ones(1).expand(shape[1])
+    with compiling("sm_90") as launches:
+        k.cross_entropy_forward(x, target, w, -100, n, numbers)
+        k.cross_entropy_backward(x, target, -100, numbers, n, y)
+        k.smoothed_cross_entropy_forward(x, target, w, -100, smoothing, n, numbers)
+        k.smoothed_cross_entropy_backward(x, target, w, -100, smoothing, numbers, n, y)
+        k.soft_cross_entropy_forward(x, y, w, smoothing, n, numbers)
+        k.soft_cross_entropy_backward(x, y, w, smoothing, numbers, n, x)
+        k.soft_cross_entropy_target_backward(x, w, smoothing.keep, numbers, n, y)
+        k.softmax_forward(x, y)
+        k.softmax_backward(x, y, x)
+        k.log_softmax_forward(x, y)
+        k.log_softmax_backward(x, y, x)
+    assert len(launches) == 11
+    for launch in launches:
+        assert launch.name.endswith("_rows")
+        assert launch.registers_spilled == 0, launch.name
+        ptx, loops = launch.kernel.asm["ptx"], [loop for loop in launch.loops() if re.search(r"(ld|st)\.global", loop)]
+        assert loops or shape[1] == 1000, launch.name  # there one step is enough, and no loop is left
+        for loop in loops:
+            loads = re.findall(r"ld\.global[\w.:]*", loop)
+            assert set(loads) <= {"ld.global.v4.b32", "ld.global.b32"}, launch.name
+            assert loads.count("ld.global.b32") <= 1, launch.name  # the one class weight, of which the compiler knows no better
+            assert set(re.findall(r"st\.global[\w.:]*", loop)) <= {"st.global.v4.b32"}, launch.name
+        assert "ld.global.v4.b32" in ptx, launch.name
+        assert ("st.global.v4.b32" in ptx) == (launch.name not in FORWARD_ONLY), launch.name
+        assert len(re.findall(r"ld\.global\.b(?:16|32)", ptx)) <= 8, launch.name
+        assert len(re.findall(r"st\.global\.b(?:16|32)", ptx)) <= 5, launch.name
+
+
+FORWARD_ONLY = ("_cross_entropy_forward_rows", "_smoothed_cross_entropy_forward_rows", "_soft_cross_entropy_forward_rows")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -179,6 +229,31 @@ def test_one_visit_by_a_cluster(target: str, ctas: int, monkeypatch: pytest.Monk
     assert "mapa" in ptx
     assert set(re.findall(r"st\.global[\w.:]*", ptx)) == {"st.global.v4.b32", "st.global.b32"}  # the gradient; the row's numbers
     assert len(re.findall(r"ld\.global\.v4\.b32", ptx)) == 4  # 32 logits for each thread
+
+
+@pytest.mark.parametrize(
+    ("classes", "dtype"),
+    [(1000, torch.bfloat16), *(pytest.param(c, d, marks=LONG_RUN) for c, d in [(16384, torch.float32), (10007, torch.float16)])],
+    ids=str,
+)
+def test_one_visit_and_its_repair(classes: int, dtype: torch.dtype) -> None:
+    """A row in registers, in 128-bit vectors. A repair looks at three numbers before anything else."""
+    rows = 4096
+    logits, dlogits = untouched(rows, classes, dtype=dtype), untouched(rows, classes, dtype=dtype)
+    n, target, w = torch.empty(rows), torch.empty(rows).long(), torch.ones(1).expand(classes)
+    numbers, last = Rows(n, None, n, n), torch.empty(2)
+    with compiling("sm_90") as launches:
+        k.foreseen_cross_entropy_forward_backward(logits, target, w, -100, Foreseen(last, n[:0], n[:1]), n, numbers, dlogits)
+        k.cross_entropy_repair(logits, target, -100, numbers, n[:1].expand(rows), n[:1], last, dlogits)
+    visit, repair = of_name(launches, "_cross_entropy_forward_backward_rows"), of_name(launches, "_cross_entropy_backward_rows")
+    assert [launch.name for launch in launches] == [visit.name, "_sum", repair.name]
+    for launch in (visit, repair):
+        assert launch.registers_spilled == 0, launch.name
+        ptx = launch.kernel.asm["ptx"]
+        assert {"ld.global.v4.b32", "st.global.v4.b32"} <= set(re.findall(r"(?:ld|st)\.global[\w.:]*", ptx))
+        assert len(re.findall(r"ld\.global\.b(?:16|32)", ptx)) <= 9, launch.name
+    before_the_first_branch = re.split(r"\bbra\b", repair.kernel.asm["ptx"])[0]
+    assert len(re.findall(r"ld\.global", before_the_first_branch)) == 3
 
 
 def test_no_launch_waits_for_the_device() -> None:

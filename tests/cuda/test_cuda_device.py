@@ -77,7 +77,11 @@ def test_elementwise(k: Any, dtype: torch.dtype) -> None:
     w = torch.rand(1, 40, 1, dtype=check.real(dtype), device="cuda").expand(x.shape)
     check.bce_with_logits(k, x, torch.rand_like(x), w, w + 1)
     check.binary_cross_entropy(k, torch.sigmoid(x / 4), torch.rand_like(x), w)
-    check.sum_rows(k, torch.randn(100001, dtype=check.real(dtype), device="cuda"))
+    check.tails(k, "cuda")
+    for size in (5, 100001, 2**21):
+        values = torch.randn(size, dtype=check.real(dtype), device="cuda")
+        check.sum_rows(k, values)
+        check.mean_of_rows(k, values, torch.rand_like(values))
 
 
 def test_same_bits_on_every_run(k: Any) -> None:

@@ -24,6 +24,8 @@ from fastloss.kernels.groups import Rows, Smoothing
 
 PACKAGE = "fastloss.kernels.cuda"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+DENSE = ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"]
+DENSE_TOO = ["padded rows", "shifted tokens", "every other class"]  # rows that start anywhere, and tiles in several steps
 INF = float("inf")
 
 
@@ -81,7 +83,8 @@ def test_cross_entropy_of_many_odd_rows(k: Any, dtype: torch.dtype, monkeypatch:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    ("shape", "layout"), [((3, 1024), "contiguous"), ((3, 5008), "padded8"), ((3, 1031), "contiguous"), ((2, 1040, 3), "shifted")]
+    ("shape", "layout"),
+    [((3, 1000), "contiguous"), ((3, 5008), "padded8"), ((3, 1031), "contiguous"), ((3, 517), "padded3"), ((2, 1040, 3), "shifted")],
 )
 def test_one_visit(k: Any, shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> None:
     """Rows kept in registers, and shapes for which there are two visits after all."""
@@ -152,7 +155,7 @@ def test_scalar_upstream_gradient(k: Any) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
+@pytest.mark.parametrize("name", DENSE)
 @pytest.mark.parametrize("smoothing", [0.1, 1.0])
 def test_smoothed_cross_entropy(k: Any, name: str, dtype: torch.dtype, smoothing: float) -> None:
     logits, target, weight = make(*[check.SHAPES[name][0], dtype, check.SHAPES[name][1]])
@@ -161,7 +164,7 @@ def test_smoothed_cross_entropy(k: Any, name: str, dtype: torch.dtype, smoothing
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
+@pytest.mark.parametrize("name", DENSE)
 def test_soft_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     shape, layout = check.SHAPES[name]
     logits = check.laid_out(torch.randn(shape).mul(3).to(dtype), layout)
@@ -169,6 +172,33 @@ def test_soft_cross_entropy(k: Any, name: str, dtype: torch.dtype) -> None:
     weight = torch.rand(shape[1], dtype=check.real(dtype)) + 0.5
     check.soft_cross_entropy(k, logits, q, weight, smoothing=0.1)
     check.soft_cross_entropy(k, logits, check.laid_out(q, "classes last"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", DENSE_TOO)
+def test_dense_losses_of_long_rows(k: Any, name: str, dtype: torch.dtype) -> None:
+    shape, layout = check.SHAPES[name]
+    logits, target, weight = make(shape, dtype, layout)
+    q = torch.softmax(torch.randn(shape), 1).to(dtype)
+    check.cross_entropy(k, logits, target, weight, smoothing=0.1)
+    check.cross_entropy(k, logits, target, smoothing=0.1)
+    check.soft_cross_entropy(k, logits.nan_to_num(), q, weight, smoothing=0.1)
+    check.soft_cross_entropy(k, logits.nan_to_num(), check.laid_out(q, layout))
+    check.softmax(k, logits.nan_to_num())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("loss", ["smoothed", "soft", "softmax"])
+def test_dense_losses_of_many_odd_rows(k: Any, loss: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with thousands of rows: several blocks of a row in one program."""
+    monkeypatch.setattr("fastloss.kernels.cuda.launch.ASSUMED", Device(processors=1, warp=32))
+    logits, target, weight = make((3, 20011), dtype)
+    if loss == "smoothed":
+        check.cross_entropy(k, logits, target, weight, smoothing=0.1, inplace=True)
+    elif loss == "soft":
+        check.soft_cross_entropy(k, logits.nan_to_num(), torch.softmax(torch.randn(logits.shape), 1).to(dtype), weight, smoothing=0.1)
+    else:
+        check.softmax(k, logits.nan_to_num())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -287,7 +317,7 @@ def test_nan_and_infinity_are_torchs(k: Any, name: str, classes: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("name", ["one class", "few classes", "middling", "long rows, not a multiple of anything", "images", "shifted few"])
+@pytest.mark.parametrize("name", DENSE)
 def test_softmax(k: Any, name: str, dtype: torch.dtype) -> None:
     shape, layout = check.SHAPES[name]
     check.softmax(k, check.laid_out(torch.randn(shape).mul(3).to(dtype), layout))
@@ -361,6 +391,10 @@ def test_sigmoid_focal_loss(k: Any, alpha: float, gamma: float, dtype: torch.dty
     check.sigmoid_focal_loss(k, torch.randn(1, 1, 2500).to(dtype), torch.randint(2, (1, 1, 2500)).to(dtype), alpha, gamma)
 
 
+def test_elementwise_losses_in_the_tails(k: Any) -> None:
+    check.tails(k)
+
+
 @triton.jit
 def _where_tiles_lie(number, n, rows_ptr, inside_ptr, elements_ptr, exist_ptr, BLOCK: tl.constexpr):
     """A tile of n positions and an elementwise program of n elements."""
@@ -397,3 +431,4 @@ def test_a_class_weight_with_a_huge_stride(k: Any) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_sum_rows(k: Any, size: int, dtype: torch.dtype) -> None:
     check.sum_rows(k, torch.randn(size, dtype=dtype))
+    check.mean_of_rows(k, torch.randn(size, dtype=dtype), torch.rand(size, dtype=dtype))

@@ -60,6 +60,12 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("cross_entropy.py", "tl.where(is_row, w_y * nll, 0.0)", "w_y * nll", FEW),
     ("smoothed_cross_entropy.py", "_gap_of(gaps, weights, tops", "_gap_of(gaps, weights * 0, tops", index_targets((5, 300), 0.1)),
     ("smoothed_cross_entropy.py", "- g[:, None] * w", "", index_targets((5, 10), 0.1)),
+    ("weighted.py", "masses * (joint - tops)", "0.0", index_targets((3, 20001), 0.1)),
+    ("weighted.py", "masses * (top - tops)", "0.0", index_targets((4, 5001), 0.1)),
+    ("smoothed_cross_entropy.py", "y_here = y - head", "y_here = y", index_targets((4, 5001), 0.1)),
+    ("soft_cross_entropy.py", "_class_weights(a, part + c,", "_class_weights(a, c,", lambda k: soft_rows(k)),
+    ("soft_cross_entropy.py", "a.target + _first_vector(given, VEC)", "a.target + given", lambda k: soft_rows(k)),
+    ("softmax.py", "+ tl.sum(y_edges * dy_edges, 0)", "", lambda k: check.softmax(k, torch.randn(4, 601) * 3)),
     ("soft_cross_entropy.py", "+ spread.to(real))\n    d = ", ")\n    d = ", SOFT),
     ("soft_cross_entropy.py", "log_total[:, None] - (x", "log_total[:, None] * 0 - (x", SOFT),
     ("sparse_soft_cross_entropy.py", "d - less[:, None]", "d", lambda k: sparse(k)),
@@ -71,13 +77,21 @@ MUTANTS: list[tuple[str, str, str, Callable[[Any], None]]] = [
     ("nll_loss.py", "-g[:, None], elsewhere[:, None]", "-g[:, None], -0.5", NLL),
     ("nll_loss.py", 'float("nan"), 0.0)\n    d', "0.0, 0.0)\n    d", NO_CLASS),
     ("math.py", "p * x - 4.999989265e-1", "p * x - 4.9e-1", elements),
-    ("bce_with_logits.py", "tl.where(x < 0.0, 1.0, e)", "e", elements),
+    ("math.py", "tl.fma(e, lost * _LOG_2, e)", "e", check.tails),
+    ("bce_with_logits.py", "tl.where(positive, small, large)", "small", elements),
+    ("bce_with_logits.py", "tl.where(x > 0.0, high, high", "high + tl.where(x > 0.0, 0.0, high - high", check.tails),
     ("sigmoid_focal_loss.py", "(1.0 - y - y)", "(1.0 - y)", lambda k: focal(k)),
     ("sigmoid_focal_loss.py", "if fraction > 0.0", "if fraction > 1.0", lambda k: focal(k)),
     ("sigmoid_focal_loss.py", "negative.to(y.dtype) * (1.0 - y)", "negative.to(y.dtype)", lambda k: focal(k)),
     ("elements.py", "p * strides[2]", "p", lambda k: elements_transposed(k)),
+    ("reduction.py", "tl.num_programs(0) + ", "", lambda k: check.mean_of_rows(k, torch.randn(40000), torch.rand(40000))),
     ("reduction.py", "mask=i < count", "mask=i <= count", lambda k: check.sum_rows(k, torch.randn(40000)[:20000])),
 ]
+
+
+def soft_rows(k: Any) -> None:
+    q = torch.softmax(torch.randn(3, 5001), 1)
+    check.soft_cross_entropy(k, torch.randn(3, 5001), q, torch.rand(5001) + 0.5, 0.1)
 
 
 def elements_transposed(k: Any) -> None:

@@ -58,7 +58,7 @@ def test_positions_are_never_merged_beyond_int32() -> None:
 
 
 @pytest.mark.parametrize("rows", [1, 7, 100, 5000, 1 << 18])
-@pytest.mark.parametrize("classes", [1024, 4096, 32000, 50257, 128256, 262144])
+@pytest.mark.parametrize("classes", [512, 1000, 1024, 4096, 32000, 50257, 128256, 262144])
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
 def test_rows_plans_cover_every_class_once(rows: int, classes: int, itemsize: int) -> None:
     v = plan.view((rows, classes), contiguous(rows, classes), contiguous(rows, classes))
@@ -90,9 +90,10 @@ def test_vectors_need_rows_that_start_alike() -> None:
 
 @pytest.mark.parametrize(
     ("shape", "itemsize", "want"),
-    [((8, 1024), 2, (1024, 1, 1)), ((8, 16384), 2, (16384, 16, 1)), ((8, 32000), 2, (32768, 16, 2)), ((8, 128256), 2, (131072, 16, 8)),
-     ((8, 128256), 4, (131072, 16, 8)), ((8, 262144), 2, (262144, 16, 16)), ((8, 262160), 2, None), ((8, 50257), 2, None),
-     ((8, 100), 2, None), ((8, 4096), 8, None)],
+    [((8, 512), 2, (8, 512, 1, 1)), ((8, 1000), 2, (8, 1024, 1, 1)), ((8, 1000), 4, (4, 1024, 1, 1)), ((8, 1024), 2, (8, 1024, 1, 1)),
+     ((8, 10007), 2, (8, 16384, 16, 1)), ((8, 16384), 2, (8, 16384, 16, 1)), ((8, 32000), 2, (8, 32768, 16, 2)),
+     ((8, 128256), 2, (8, 131072, 16, 8)), ((8, 128256), 4, (4, 131072, 16, 8)), ((8, 262144), 2, (8, 262144, 16, 16)),
+     ((8, 262160), 2, None), ((8, 50257), 2, None), ((8, 100), 2, None), ((8, 4096), 8, None)],
 )  # fmt: skip
 def test_one_visit(shape: tuple[int, ...], itemsize: int, want: tuple[int, ...] | None) -> None:
     v = plan.view(shape, contiguous(*shape), contiguous(*shape))
@@ -104,9 +105,11 @@ def test_one_visit(shape: tuple[int, ...], itemsize: int, want: tuple[int, ...] 
     assert plan.one_visit(v, itemsize, MI300, False) is None or plan.one_visit(v, itemsize, MI300, False).num_ctas == 1
 
 
-def test_one_visit_needs_aligned_rows() -> None:
-    v = plan.view((8, 1024), (1027, 1), contiguous(8, 1024))
-    assert plan.one_visit(v, 2, H100, False) is None
+def test_one_visit_needs_rows_that_start_alike() -> None:
+    assert plan.one_visit(plan.view((8, 1024), (1027, 1), contiguous(8, 1024)), 2, H100, False) is None
+    assert plan.one_visit(plan.view((8, 1024), (1027, 1), (1027, 1)), 2, H100, False) is not None
+    cluster = plan.Device(132, 32, clusters=True)
+    assert plan.one_visit(plan.view((8, 32000), (32001, 1), (32001, 1)), 2, cluster, True) is None
 
 
 def test_which_kernel() -> None:
@@ -114,6 +117,16 @@ def test_which_kernel() -> None:
     assert not plan.has_long_rows(plan.view((4, 10), contiguous(4, 10)))
     assert not plan.has_long_rows(plan.view((2, 5000, 9), contiguous(2, 5000, 9)))
     assert not plan.has_long_rows(plan.view((4, 5000), contiguous(4, 5000), (1, 4)))
+    assert plan.has_long_rows(plan.view((4, 1000), contiguous(4, 1000)))  # not a multiple of 16: tiles would not see vectors
+
+
+def test_which_kernel_reads_weights() -> None:
+    aligned, odd = (plan.view((4, classes), contiguous(4, classes)) for classes in (32000, 50257))
+    assert plan.takes_rows(aligned, None)
+    assert not plan.takes_rows(aligned, 1)
+    assert plan.takes_rows(odd, None)
+    assert plan.takes_rows(odd, 1)
+    assert plan.takes_rows(plan.view((4, 32000), (32003, 1)), 1)
 
 
 @pytest.mark.parametrize("make", [plan.tiles, plan.looping_tiles, plan.reading_tiles])

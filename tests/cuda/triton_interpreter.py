@@ -2,8 +2,9 @@
 
 `TRITON_INTERPRET=1` must be set before Triton is first imported and then forbids compiling. Instead `interpreted()` swaps every jitted
 function of triton.language and of the kernel package for its interpreted form, and puts everything back. Triton 3.8's interpreter
-truncates to bfloat16 where devices round to nearest even, and leaves Python floats unwrapped where a device sees float64; those before
-3.8 make an index of a tensor in a way that NumPy 2.4 refuses. All mended here.
+truncates to bfloat16 where devices round to nearest even, leaves Python floats unwrapped where a device sees float64, rounds the product of
+a fused multiply-add, and makes a float of a comparison of two single ones that meets a block; those before 3.8 make an index of a tensor in
+a way that NumPy 2.4 refuses. All mended here.
 """
 
 import sys
@@ -47,6 +48,19 @@ def _mended_cast(original: Any) -> Any:
         return original(source, to)
 
     return cast
+
+
+def _fused(x: TensorHandle, y: TensorHandle, z: TensorHandle) -> TensorHandle:
+    """x y + z, rounded once where float64 holds the product."""
+    wide = [t.data.astype(np.float64) if t.dtype.scalar == tl.float32 else t.data for t in (x, y, z)]
+    return TensorHandle((wide[0] * wide[1] + wide[2]).astype(x.data.dtype), z.dtype.scalar)
+
+
+def _mended_comparison(original: Any) -> Any:
+    def compare(x: TensorHandle, y: TensorHandle) -> TensorHandle:
+        return TensorHandle(original(x, y).data, tl.int1)
+
+    return compare
 
 
 def _mended_argument(original: Any) -> Any:
@@ -106,6 +120,9 @@ def interpreted(package: str) -> Iterator[None]:
         builder.create_fp_to_fp = lambda source, to, mode: (
             builder.cast_impl(source, to) if tl.bfloat16 in (source.dtype.scalar, to.scalar) else original(source, to, mode)
         )
+        builder.create_fma = _fused
+        for name in [name for name in dir(builder) if name.startswith("create_fcmp")]:
+            setattr(builder, name, _mended_comparison(getattr(builder, name)))
         InterpretedFunction.__call__ = call
         interpreter.GridExecutor.__call__ = launch_afresh
         interpreter._implicit_cvt = _mended_argument(saved_convert)

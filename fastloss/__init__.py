@@ -7,10 +7,8 @@ from .functional import (
     binary_cross_entropy,
     binary_cross_entropy_with_logits,
     cross_entropy,
-    log_softmax,
     nll_loss,
     sigmoid_focal_loss,
-    softmax,
 )
 from .linear import linear_cross_entropy, linear_token_statistics
 from .modules import (
@@ -23,6 +21,7 @@ from .modules import (
     Softmax,
     SparseSoftCrossEntropyLoss,
 )
+from .probabilities import log_softmax, softmax
 from .routing import Route, explain
 from .sparse_targets import sparse_soft_cross_entropy
 from .statistics import TokenStatistics, token_statistics

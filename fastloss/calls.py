@@ -38,7 +38,7 @@ class Call:
         """The loss's `forward`."""
         return self._again(None, t, lambda: ((), self.loss.forward(t, self.options)))[1]
 
-    def forward_backward(self, dloss: float, t: Any, needed: tuple[bool, ...]) -> replay.Found:
+    def forward_backward(self, dloss: Any, t: Any, needed: tuple[bool, ...]) -> replay.Found:
         """The loss's `forward_backward`."""
         return self._again(dloss, t, lambda: self.loss.forward_backward(dloss, t, self.options, needed))
 

@@ -7,8 +7,10 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-from .kinds import Group, Kind, is_in_its_storage
+from .element_launchers import ElementKernels
+from .kinds import Group, Kind
 from .launchers import Kernels
+from .storage import is_in_its_storage
 
 
 class Place(NamedTuple):
@@ -31,8 +33,11 @@ watch: Callable[[str, Launcher, Sequence[Any], Sequence[Place]], None] | None = 
 
 def checked(package: Any, device: str) -> Any:
     """The launchers of a kernel package for tensors on this type of device, each behind its contract."""
-    names = [name for name in vars(Kernels) if not name.startswith("_")]
-    return SimpleNamespace(**{name: _checked(name, getattr(package, name), device) for name in names})
+    return SimpleNamespace(**{name: _checked(name, getattr(package, name), device) for name in launcher_names()})
+
+
+def launcher_names() -> list[str]:
+    return [name for kernels in (ElementKernels, Kernels) for name in vars(kernels) if not name.startswith("_")]
 
 
 def places(name: str) -> list[Place]:

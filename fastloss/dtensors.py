@@ -115,7 +115,7 @@ def _divisor(x: Tensor, y: Tensor, weight: Any, ignore_index: int) -> Tensor:
     if weight is None:
         return counts.sum(dtype=torch.float64)
     w = weight.full_tensor() if is_dtensor(weight) else weight
-    return w.double()[y.masked_fill(~counts, 0).long()].masked_fill(~counts, 0.0).sum()
+    return w.double()[y.masked_fill(~counts, 0).long()].masked_fill(~counts, 0.0).sum()  # type: ignore[no-any-return]
 
 
 def _local(tensor: Any) -> Any:

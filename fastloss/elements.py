@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 
 from .backends import kernels_for
-from .kinds import present
 from .loss import Spec, compute_dtype
 from .rows import ones
+from .storage import present
 
 
 def loss_spec(like: Tensor, reduction: str, dtype: torch.dtype) -> Spec:
@@ -68,15 +68,16 @@ def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
     return dloss / first.numel() if reduction == "mean" else dloss
 
 
-def place_of_sum(loss: Tensor, first: Tensor) -> Tensor:
-    """Where the kernels write the sum of the losses: the loss itself, if its dtype is that for computing."""
+def place_of_sum(loss: Tensor, reduction: str, first: Tensor) -> Tensor:
+    """Where the kernels write the sum of the losses: the loss itself, if that is what it will be."""
     compute = compute_dtype(first)
-    return loss if loss.dtype is compute else torch.empty((), dtype=compute, device=loss.device)
+    return loss if reduction == "sum" and loss.dtype is compute else torch.empty((), dtype=compute, device=loss.device)
 
 
 def reduce_elements(total: Tensor, count: int, reduction: str, loss: Tensor) -> None:
     """Write the loss, from the sum of the losses of `count` elements."""
     if reduction == "mean":
-        kernels_for(total).divide(total, torch.full((), count, dtype=total.dtype, device=total.device), total)
+        whole, total = total, loss if loss.dtype is total.dtype else torch.empty_like(total)
+        kernels_for(whole).divide(whole, torch.full((), count, dtype=whole.dtype, device=whole.device), total)
     if total is not loss:
         loss.copy_(total)

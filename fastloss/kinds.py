@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .kernels.groups import Answers, Foreseen, Reduction, Rows, Slope
 from .loss import COMPUTE, fields
+from .storage import is_in_its_storage
 
 
 class Facts:
@@ -178,13 +179,6 @@ class _Total(Kind):
         return t.dtype in (torch.float32, torch.float64) and t.numel() == 1 and is_in_its_storage(t)
 
 
-class _Number(_Total):
-    written = False
-
-    def facts(self, t: Tensor) -> Facts | None:
-        return Facts(t, 1, 1)
-
-
 class _Divisor(_Total):
     rule = "at most one number, float32 or float64"
 
@@ -197,6 +191,13 @@ class _OneNumber(Kind):
 
     def fits(self, t: Tensor, f: Facts) -> bool:
         return t.dtype is f.compute and t.numel() == 1 and is_in_its_storage(t)
+
+
+class _FirstNumber(_OneNumber):
+    ours = True
+
+    def facts(self, t: Tensor) -> Facts | None:
+        return Facts(t, 1, 1)
 
 
 class _LastNumbers(Kind):
@@ -296,25 +297,7 @@ OneNumber = Annotated[Tensor, _OneNumber()]
 LastNumbers = Annotated[Tensor, _LastNumbers()]
 Numbers = Annotated[Tensor, _Numbers()]
 Total = Annotated[Tensor, _Total()]
-Number = Annotated[Tensor, _Number()]
+FirstNumber = Annotated[Tensor, _FirstNumber()]
 Elements = Annotated[Tensor, _Elements()]
 ElementNumbers = Annotated[Tensor, _ElementNumbers()]
 ElementResults = Annotated[Tensor, _ElementResults()]
-
-
-def is_in_its_storage(t: Tensor) -> bool:
-    """Whether every element lies in memory that the tensor still has: a storage may have been freed or cut (`resize_`, FSDP)."""
-    count = t.numel()
-    if not count:
-        return True
-    last = count if t.is_contiguous() else 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))
-    return (t.storage_offset() + last) * t.element_size() <= t.untyped_storage().nbytes()
-
-
-def present(t: Tensor, name: str) -> Tensor:
-    """The tensor, if it still has its memory: torch's own operations would not all ask."""
-    if not is_in_its_storage(t):
-        raise RuntimeError(
-            f"{name}: the storage of {t.dtype} {tuple(t.shape)} holds {t.untyped_storage().nbytes()} bytes: it was freed or cut"
-        )
-    return t

@@ -9,17 +9,16 @@ sum of exp(x - top). Results are written whole, every element, exactly once; `dl
 
 from typing import Protocol
 
-from .kernels.groups import Focus, Smoothing
+from .element_launchers import ElementKernels
+from .kernels.groups import Smoothing
 from .kinds import (
     AnswerResults,
     AnyIndices,
     ClassWeight,
-    ElementNumbers,
-    ElementResults,
-    Elements,
     EntryIndices,
     EntryNumbers,
     EntryResults,
+    FirstNumber,
     Gradient,
     IndexRowResults,
     IndexRows,
@@ -28,7 +27,6 @@ from .kinds import (
     LastNumbers,
     LikeLogits,
     Logits,
-    Number,
     Numbers,
     OneNumber,
     OnlyGradient,
@@ -50,7 +48,7 @@ from .kinds import (
 )
 
 
-class Kernels(Protocol):
+class Kernels(ElementKernels, Protocol):
     """What a kernel package offers. Launchers fill the results they are given and return None."""
 
     def cross_entropy_forward(
@@ -286,71 +284,13 @@ class Kernels(Protocol):
     ) -> None:
         """dlogits = logit_scale (p (alpha - sum_k d_k + beta log p + gamma p) + sum_k d_k onehot(y_k)), d = dlog_prob."""
 
-    # The elementwise losses: every tensor is [A, B, P], all of one shape, each with its own strides (0 where it is broadcast).
-    # logits, prob, target, dlogits and dprob are in the logits' dtype; weight, pos_weight, loss and dloss in the compute dtype.
-
-    def bce_with_logits_forward(
-        self, logits: Elements, target: LikeLogits, weight: ElementNumbers, pos_weight: ElementNumbers, loss: ElementResults
-    ) -> None:
-        """loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0)."""
-
-    def bce_with_logits_sum(
-        self, logits: Elements, target: LikeLogits, weight: ElementNumbers, pos_weight: ElementNumbers, total: Total
-    ) -> None:
-        """total [1] = the sum of these losses, in one fixed order."""
-
-    def bce_with_logits_backward(
-        self,
-        logits: Elements,
-        target: LikeLogits,
-        weight: ElementNumbers,
-        pos_weight: ElementNumbers,
-        dloss: ElementNumbers,
-        dlogits: Gradient,
-    ) -> None:
-        """dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))."""
-
-    def bce_with_logits_sum_backward(
-        self,
-        logits: Elements,
-        target: LikeLogits,
-        weight: ElementNumbers,
-        pos_weight: ElementNumbers,
-        dloss: ElementNumbers,
-        total: Total,
-        dlogits: Gradient,
-    ) -> None:
-        """What sum and backward compute, in one visit where that can be."""
-
-    def binary_cross_entropy_forward(self, prob: Elements, target: LikeLogits, weight: ElementNumbers, loss: ElementResults) -> None:
-        """loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))."""
-
-    def binary_cross_entropy_sum(self, prob: Elements, target: LikeLogits, weight: ElementNumbers, total: Total) -> None:
-        """total [1] = the sum of these losses, in one fixed order."""
-
-    def binary_cross_entropy_backward(
-        self, prob: Elements, target: LikeLogits, weight: ElementNumbers, dloss: ElementNumbers, dprob: Gradient
-    ) -> None:
-        """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
-
-    def sigmoid_focal_loss_forward(self, logits: Elements, target: LikeLogits, focus: Focus, loss: ElementResults) -> None:
-        """loss = a q^gamma bce, a = positive y + negative (1 - y), q = y sigmoid(-x) + (1 - y) sigmoid(x),
-        bce = (1 - y) x + softplus(-x)."""
-
-    def sigmoid_focal_loss_sum(self, logits: Elements, target: LikeLogits, focus: Focus, total: Total) -> None:
-        """total [1] = the sum of these losses, in one fixed order."""
-
-    def sigmoid_focal_loss_backward(
-        self, logits: Elements, target: LikeLogits, focus: Focus, dloss: ElementNumbers, dlogits: Gradient
-    ) -> None:
-        """dlogits = dloss a q^gamma ((sigmoid(x) - y) + gamma (1 - 2 y) sigmoid(x) sigmoid(-x) / q bce)."""
-
     def sum_rows(self, values: Numbers, total: Total) -> None:
         """total [1] = the sum of values [N] (compute dtype), accumulated in float64 in one fixed order."""
 
     def mean_of_rows(self, values: Numbers, weights: RowNumbers, divisor: Total, mean: Total) -> None:
         """divisor [1] = the sum of weights [N]; mean [1] = the sum of values [N] over it. Sums as in `sum_rows`, to the same bits."""
-    def divide(self, total: Number, divisor: Number, result: Total) -> None:
+
+    def divide(self, total: FirstNumber, divisor: OneNumber, result: Total) -> None:
         """result [1] = total / divisor."""
 
     def sum_weights(self, target: AnyIndices, weight: WeightAlone, ignore_index: int, total: Total) -> None:

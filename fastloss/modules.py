@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import functional, linear, sparse_targets
+from . import functional, linear, probabilities, sparse_targets
 
 
 class CrossEntropyLoss(torch.nn.CrossEntropyLoss):
@@ -86,7 +86,7 @@ class Softmax(torch.nn.Softmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.softmax(input, self.dim, _stacklevel=5)
+        return probabilities.softmax(input, self.dim, _stacklevel=5)
 
 
 class LogSoftmax(torch.nn.LogSoftmax):
@@ -97,7 +97,7 @@ class LogSoftmax(torch.nn.LogSoftmax):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        return functional.log_softmax(input, self.dim, _stacklevel=5)
+        return probabilities.log_softmax(input, self.dim, _stacklevel=5)
 
 
 class _LinearCrossEntropyLoss(torch.nn.modules.loss._WeightedLoss):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from .kinds import present
 from .loss import COMPUTE, Loss, each, fields
 from .losses import LOSSES
+from .storage import present
 
 AnyLoss = Loss[Any, Any, Any]
 

@@ -68,14 +68,15 @@ class Program(NamedTuple):
                 block[word] = bases[base] + distance
             if step.region.run(step.version, step.tasks, block):
                 return None
-        return tuple(made[: self.gradients]), tuple(made[self.gradients :])
+        return tuple(made[: self.gradients]), tuple(made[self.gradients :])  # type: ignore[arg-type]
 
 
 def record(call: Callable[[], Found], t: Sequence[Tensor | None]) -> tuple[Found, Program | None]:
     """What the call finds, and its program if it can have one."""
     from .kernels.cpu.launch import recorded
 
-    recorded.launches = launches = []
+    launches: list[Any] = []
+    recorded.launches = launches
     watch = _Watch(t, launches)
     try:
         with watch:
@@ -89,7 +90,7 @@ class _Watch(TorchDispatchMode):
     """Sorts what torch does: memory without contents, constants, and whether it computes anything of other tensors."""
 
     def __init__(self, t: Sequence[Tensor | None], launches: list[Any]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.given, self.launches = [tensor for tensor in t if tensor is not None], launches
         self.computes = False
         self.fresh: list[Tensor] = []  # kept, so that no two have one address

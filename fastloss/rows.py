@@ -13,8 +13,8 @@ from torch import Tensor
 
 from . import memory
 from .backends import kernels_for
-from .kinds import present
 from .loss import Spec, compute_dtype, reduced
+from .storage import present
 
 
 def as_rows(logits: Tensor, dim: int = 1) -> Tensor:
@@ -172,9 +172,10 @@ def reduce_rows(rows: Tensor, divisor: Tensor, reduction: str, loss: Tensor, row
     if divisor.numel() and row_weight is not None:
         kernels.mean_of_rows(rows, row_weight, divisor, total)
     else:
-        kernels.sum_rows(rows, total)
+        whole = rows.new_empty(()) if divisor.numel() else total
+        kernels.sum_rows(rows, whole)
         if divisor.numel():
-            kernels.divide(total, divisor, total)
+            kernels.divide(whole, divisor, total)
     if total is not loss:
         loss.copy_(total)
 

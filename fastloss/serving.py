@@ -1,6 +1,7 @@
 """From a public function's arguments to its result: by our kernels, as an op where a compiler is watching, or by torch."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
 
 def again(call: Call, tensors: Any, theirs: Callable[[], Tensor]) -> Tensor:
     """The result of a call of a kind that was remembered."""
-    result: Tensor = theirs() if call is THEIRS else apply(call, tensors)
+    result: Tensor = theirs() if call is THEIRS else apply(call, call.loss.tensors(*tensors))
     return result
 
 
@@ -63,3 +64,9 @@ def result_dtype(input: Tensor) -> torch.dtype:
     """float32 for half precision under autocast, computed without a float32 copy of the input; else the input's own."""
     half = input.dtype in (torch.float16, torch.bfloat16)
     return torch.float32 if half and autocast_is_active(input) else input.dtype
+
+
+def scripted_as_torchs(function: Any) -> None:
+    """torch.jit.script cannot compile our functions: it takes torch's of the same name instead, by the protocol it has for that
+    (undocumented)."""
+    function.__prepare_scriptable__ = partial(getattr, torch.nn.functional, function.__name__)

@@ -16,7 +16,7 @@ from fastloss.kernels.groups import Answers, Focus, Foreseen, Reduction, Rows, S
 
 ROWS = [f"rows.{name}" for name in Rows._fields]
 ANSWERS = [f"answers.{name}" for name in Answers._fields]
-LAUNCHERS = [name for name in vars(launchers.Kernels) if not name.startswith("_")]
+LAUNCHERS = contract.launcher_names()
 N, C = 6, 5
 MADE: dict[str, Callable[[], Tensor]] = {
     "_Logits": lambda: torch.randn(N, C),
@@ -41,6 +41,7 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_RowGradient": lambda: torch.rand(N),
     "_Numbers": lambda: torch.rand(N),
     "_OneNumber": lambda: torch.rand(()),
+    "_FirstNumber": lambda: torch.rand(()),
     "_LastNumbers": lambda: torch.rand(2),
     "_Total": lambda: torch.empty(()),
     "_Divisor": lambda: torch.empty(()),
@@ -82,6 +83,7 @@ _STRIDED = {
     "_Total",
     "_Divisor",
     "_OneNumber",
+    "_FirstNumber",
 }
 ALLOWED = {
     "apart": {*_STRIDED, "_Gradient", "_KeptGradient", "_OnlyGradient"},

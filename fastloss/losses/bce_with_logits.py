@@ -56,7 +56,7 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
             settle(exact, written)
             return (loss if exact is loss else loss.copy_(exact),)
         x, y, w, pos = as_elements(*t)
-        total = place_of_sum(loss, t.input)
+        total = place_of_sum(loss, o.reduction, t.input)
         kernels_for(x).bce_with_logits_sum(x, y, computed(w, x), computed(pos, x), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)
@@ -65,7 +65,7 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
         self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         (loss,), dinput = self.allocate(t, o), empty_like(t.input)
-        total = place_of_sum(loss, t.input)
+        total = place_of_sum(loss, o.reduction, t.input)
         x, y, w, pos, written = as_elements(*t, dinput)
         g = element_gradient(torch.full((), dloss, dtype=o.dtype, device=x.device), o.reduction, x).expand(x.shape)
         kernels_for(x).bce_with_logits_sum_backward(x, y, computed(w, x), computed(pos, x), g, total, written)

@@ -56,7 +56,7 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
             settle(exact, written)
             return (loss if exact is loss else loss.copy_(exact),)
         p, y, w = as_elements(*t)
-        total = place_of_sum(loss, t.input)
+        total = place_of_sum(loss, o.reduction, t.input)
         kernels_for(p).binary_cross_entropy_sum(p, y, computed(w, p), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)

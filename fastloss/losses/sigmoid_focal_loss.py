@@ -64,7 +64,7 @@ class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
             settle(exact, written)
             return (loss if exact is loss else loss.copy_(exact),)
         x, y = as_elements(*t)
-        total = place_of_sum(loss, t.input)
+        total = place_of_sum(loss, o.reduction, t.input)
         kernels_for(x).sigmoid_focal_loss_sum(x, y, _focus(o), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)

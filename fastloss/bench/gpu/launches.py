@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...contract import Place, places
+from ...contract import Place, launcher_names, places
 from ...kernels.groups import Answers, Focus, Reduction, Rows, Slope, Smoothing
 from ...launchers import Kernels
 from ...loss import COMPUTE
 from ..cases import DTYPES
 
-LAUNCHERS = tuple(name for name in vars(Kernels) if not name.startswith("_"))
+LAUNCHERS = tuple(launcher_names())
 ELEMENTWISE = ("bce", "binary", "sigmoid")
 PICKED = {("nll_loss_forward", "log_prob"), ("sparse_soft_cross_entropy_prob_backward", "logits")}  # read at the targets only
 SHAPES = ((8192, 128256), (8192, 32000), (8192, 50257), (65536, 1000), (32, 21, 512 * 512))

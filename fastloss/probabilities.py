@@ -1,0 +1,95 @@
+"""softmax and log_softmax, with the signatures and the behaviour of torch.nn.functional."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import losses
+from .arguments import autocast_is_active, is_int64, tensors_misfit
+from .calls import kind_of, recall
+from .loss import COMPUTE
+from .routing import route, tiny
+from .serving import again, by_kernels, by_torch, scripted_as_torchs
+
+
+def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """exp(input) / sum of exp(input) along `dim`.
+
+    Source: torch.nn.functional.softmax, whose arguments these are.
+
+    Args:
+        input: any shape, float32, float64, bfloat16 or float16, any strides.
+        dim: the dimension along which the result sums to 1.
+        dtype: what `input` is cast to first.
+
+    Returns:
+        A tensor of the shape of `input`. Raises what torch raises.
+
+    >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+    tensor([0.0900, 0.2447, 0.6652])
+    """
+    theirs = partial(F.softmax, input, dim, _stacklevel + 2, dtype)
+    return _along(losses.softmax, input, dim, dtype, theirs)
+
+
+def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
+    """input - log(sum of exp(input)) along `dim`.
+
+    Source: torch.nn.functional.log_softmax, whose arguments these are.
+
+    Args:
+        input: any shape, float32, float64, bfloat16 or float16, any strides.
+        dim: the dimension along which the exponentials of the result sum to 1.
+        dtype: what `input` is cast to first.
+
+    Returns:
+        A tensor of the shape of `input`. Raises what torch raises.
+
+    >>> log_softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
+    tensor([-2.4076, -1.4076, -0.4076])
+    """
+    theirs = partial(F.log_softmax, input, dim, _stacklevel + 2, dtype)
+    return _along(losses.log_softmax, input, dim, dtype, theirs)
+
+
+def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None, theirs: Callable[[], Tensor]) -> Tensor:
+    """softmax or log_softmax."""
+    if tiny(input):
+        return theirs()
+    kind = kind_of(loss.name, (input,), (dim, dtype))
+    call = recall(kind)
+    if call is not None:
+        return again(call, (input if dtype is None else input.to(dtype),), theirs)
+    way = route(_softmax_misfit(input, dim, dtype), input)
+    if way.path == "torch" or dim is None:
+        return by_torch(way, theirs, kind)
+    t = loss.tensors(input if dtype is None else input.to(dtype))
+    result: Tensor = by_kernels(way, loss, t, loss.options(dim % input.dim()), kind)
+    return result
+
+
+def _exporting() -> bool:
+    return torch.compiler.is_exporting() if hasattr(torch.compiler, "is_exporting") else False
+
+
+def _softmax_misfit(input: Any, dim: Any, dtype: Any) -> str | None:
+    if not is_int64(dim):
+        return f"dim is {dim!r}"
+    misfit = tensors_misfit(input)
+    if misfit is not None:
+        return misfit
+    if autocast_is_active(input):
+        return "autocast is active"
+    if not -input.dim() <= dim < input.dim():
+        return f"dim {dim} is not a dimension of logits of shape {tuple(input.shape)}"
+    if _exporting():
+        return "an exported program is to run where fastloss is not installed"
+    return f"there are no kernels for {dtype}" if dtype is not None and dtype not in COMPUTE else None
+
+
+for _function in (softmax, log_softmax):
+    scripted_as_torchs(_function)

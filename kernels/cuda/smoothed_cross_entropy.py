@@ -140,7 +140,8 @@ def _smoothed_cross_entropy_forward_rows(a, keep: "fp64", spread: "fp64", VEC: t
     for v in tl.range(0, vectors, LANES):
         inside = (v + lane < vectors)[:, None]
         x = _wide(tl.load(x_ptr + (v * VEC + offset), mask=inside, other=float("-inf")))
-        w = _class_weights(a, head + v * VEC + offset, inside)
+        # masked once more: Triton 3.8 fails to compile a sum of what was just loaded (TritonGPUOptimizeThreadLocality)
+        w = tl.where(inside, _class_weights(a, head + v * VEC + offset, inside), 0.0)
         tops, totals, gaps, weights = _see_weighted_vectors(tops, totals, gaps, weights, x, w, inside, v > 0)
     # edges
     c, at_edge = _edges_of(head, vectors, C, VEC)

@@ -104,7 +104,8 @@ def cross_entropy(plan: Plan, local: Callable[..., Tensor], input: Any, target: 
     if options["reduction"] == reduction:
         return loss.to(dtype)  # type: ignore[no-any-return]
     divisor = DTensor.from_local(_divisor(x, y, weight, options["ignore_index"]), mesh, parts, run_check=False)
-    return (loss / divisor.redistribute(placements=whole).to(loss.dtype)).to(dtype)
+    mean: Tensor = loss / divisor.redistribute(placements=whole).to(loss.dtype)
+    return mean.to(dtype)
 
 
 def _divisor(x: Tensor, y: Tensor, weight: Any, ignore_index: int) -> Tensor:

@@ -206,6 +206,7 @@ def test_only_what_losses_make_themselves_is_taken_on_trust() -> None:
         "foreseen.total",
         "divisor",
         "mean",
+        "result",
         "row_weight",
         *ROWS,
         *ANSWERS,

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-LAUNCHERS = {
+LAUNCHERS = {name: getattr(Kernels, name) for name in launcher_names()}
     name: member
     for name, member in vars(importlib.import_module("fastloss.launchers").Kernels).items()
     if inspect.isfunction(member) and not name.startswith("_")

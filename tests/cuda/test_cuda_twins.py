@@ -6,11 +6,10 @@ from typing import Any
 
 import pytest
 
+from fastloss.contract import launcher_names
+from fastloss.launchers import Kernels
+
 LAUNCHERS = {name: getattr(Kernels, name) for name in launcher_names()}
-    name: member
-    for name, member in vars(importlib.import_module("fastloss.launchers").Kernels).items()
-    if inspect.isfunction(member) and not name.startswith("_")
-}
 
 
 def package(name: str, needs: str) -> Any:

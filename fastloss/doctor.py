@@ -1,7 +1,6 @@
 """`python -m fastloss doctor`: what is installed, who will compute and why, and whether it computes rightly here."""
 
 import json
-import math
 import os
 import re
 import sys
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +17,9 @@ from torch import Tensor
 
 import fastloss
 
-from . import composed
 from .backends import BackendName, KernelsName
 from .bench import machine
+from .self_checks import errors, short
 
 Status = Literal["ok", "note", "FAIL"]
 DEVICES = ("cpu", "cuda")
@@ -69,7 +68,7 @@ def examine(devices: Sequence[str] = DEVICES) -> Iterator[Finding]:
         try:
             yield from check()
         except Exception as problem:
-            yield Finding(name, "FAIL", _short(problem))
+            yield Finding(name, "FAIL", short(problem))
 
 
 def _versions() -> list[Finding]:
@@ -115,7 +114,7 @@ def _problem(name: BackendName) -> str | None:
     try:
         problem = fastloss.backends.unavailable(name)
     except Exception as broken:
-        return _short(broken)
+        return short(broken)
     return "NUMBA_DISABLE_JIT is set" if problem is None and name == "numba" and _jit_is_disabled() else problem
 
 
@@ -133,7 +132,7 @@ def _backends() -> list[Finding]:
         try:
             found.append(_on(device, choice))
         except Exception as broken:
-            found.append(Finding(f"on {device}", "FAIL", _short(broken)))
+            found.append(Finding(f"on {device}", "FAIL", short(broken)))
     return found
 
 
@@ -217,54 +216,6 @@ def _self_checks(devices: Sequence[str]) -> list[Finding]:
     return found
 
 
-def errors(device: str) -> list[tuple[str, float, float]]:
-    """Name, error and what is allowed, for each function in two dtypes."""
-    generator = torch.Generator().manual_seed(0)
-    logits = torch.randn(64, 257, generator=generator) * 3
-    target = torch.randint(257, (64,), generator=generator)
-    target[5] = -100
-    labels = torch.rand(64, 257, generator=generator)
-    calls: dict[str, Callable[[Any, Tensor], Tensor]] = {
-        "cross_entropy": lambda f, x: f.cross_entropy(x, target.to(x.device)),
-        "cross_entropy (smoothed)": lambda f, x: f.cross_entropy(x, target.to(x.device), label_smoothing=0.1),
-        "cross_entropy (probabilities)": lambda f, x: f.cross_entropy(x, labels.to(x)),
-        "linear_cross_entropy": lambda f, x: _linear_cross_entropy(f, x[:, :64], labels.to(x).t(), target.to(x.device)),
-        "nll_loss": lambda f, x: f.nll_loss(x, target.to(x.device)),
-        "binary_cross_entropy_with_logits": lambda f, x: f.binary_cross_entropy_with_logits(x, labels.to(x)),
-        "binary_cross_entropy": lambda f, x: f.binary_cross_entropy(x.sigmoid(), labels.to(x)),
-        "softmax": lambda f, x: f.softmax(x, dim=1).square().sum(),
-        "log_softmax": lambda f, x: f.log_softmax(x, dim=1).square().sum(),
-    }
-    found = []
-    for dtype, limit in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        x = logits.to(device, dtype)
-        for name, call in calls.items():
-            if dtype == torch.bfloat16 and not name.startswith(("cross_entropy", "binary_cross_entropy_with")):
-                continue
-            title, truth = f"{name} {str(dtype).removeprefix('torch.')}", _with_gradient(F, call, x.double())
-            try:
-                ours = _with_gradient(fastloss, call, x)
-            except Exception as problem:
-                found.append((f"{title} ({_short(problem)})", math.inf, limit))
-                continue
-            error = max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(ours, truth, strict=True))
-            found.append((title, error, limit))
-    return found
-
-
-def _linear_cross_entropy(library: Any, x: Tensor, head: Tensor, target: Tensor) -> Tensor:
-    function = composed.linear_cross_entropy if library is F else library.linear_cross_entropy
-    loss: Tensor = function(x, head, target)
-    return loss
-
-
-def _with_gradient(library: Any, call: Callable[[Any, Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
-    leaf = x.detach().requires_grad_()
-    loss = call(library, leaf)
-    (gradient,) = torch.autograd.grad(loss, leaf)
-    return loss.detach(), gradient
-
-
 def _speed() -> list[Finding]:
     """One line, half a second; the benchmark is another command."""
     logits, target = torch.randn(2048, 4000, requires_grad=True), torch.randint(4000, (2048,))
@@ -295,11 +246,6 @@ def _pool() -> list[Finding]:
         huge = Finding("huge pages", "note", f"{policy} {where}: the first use of a gradient's memory is slower")
     pool = f"keeps up to {limit >> 20} MiB, holds {fastloss.memory.pool_bytes() >> 20} MiB now" if limit > 0 else "turned off"
     return [huge, Finding("gradient pool", "ok", pool)]
-
-
-def _short(problem: Exception) -> str:
-    """What kind of exception, and the first line of what it says."""
-    return f"{type(problem).__name__}: {problem}".splitlines()[0][:300]
 
 
 def _read(path: str) -> str:

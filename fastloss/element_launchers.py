@@ -4,17 +4,39 @@ Elements are [A, B, P], all of one shape, each with its own strides (0 where it 
 in the logits' dtype; weight, pos_weight, loss and dloss in the compute dtype.
 """
 
-from typing import Protocol
+from typing import Annotated, Protocol
+
+from torch import Tensor
 
 from .kernels.groups import Focus
-from .kinds import (
-    ElementNumbers,
-    ElementResults,
-    Elements,
-    Gradient,
-    LikeLogits,
-    Total,
-)
+from .kinds import Facts, Gradient, Kind, LikeLogits, Total
+from .storage import is_in_its_storage
+
+
+class _Elements(Kind):
+    rule = "[A, B, P] of float32, float64, bfloat16 or float16"
+
+    def facts(self, t: Tensor) -> Facts | None:
+        return Facts(t, 0, 0) if t.dim() == 3 else None
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return f.compute is not None and is_in_its_storage(t)
+
+
+class _ElementNumbers(Kind):
+    rule = "shape of the logits, compute dtype"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.shape == f.shape and t.dtype is f.compute and is_in_its_storage(t)
+
+
+class _ElementResults(_ElementNumbers):
+    written = ours = True
+
+
+Elements = Annotated[Tensor, _Elements()]
+ElementNumbers = Annotated[Tensor, _ElementNumbers()]
+ElementResults = Annotated[Tensor, _ElementResults()]
 
 
 class ElementKernels(Protocol):

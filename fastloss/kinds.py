@@ -237,27 +237,6 @@ class _AnyIndices(Kind):
         return t.dtype is torch.int64 and t.dim() == 1 and t.is_contiguous() and is_in_its_storage(t)
 
 
-class _Elements(Kind):
-    rule = "[A, B, P] of float32, float64, bfloat16 or float16"
-
-    def facts(self, t: Tensor) -> Facts | None:
-        return Facts(t, 0, 0) if t.dim() == 3 else None
-
-    def fits(self, t: Tensor, f: Facts) -> bool:
-        return f.compute is not None and is_in_its_storage(t)
-
-
-class _ElementNumbers(Kind):
-    rule = "shape of the logits, compute dtype"
-
-    def fits(self, t: Tensor, f: Facts) -> bool:
-        return t.shape == f.shape and t.dtype is f.compute and is_in_its_storage(t)
-
-
-class _ElementResults(_ElementNumbers):
-    written = ours = True
-
-
 Logits = Annotated[Tensor, _Logits()]
 LikeLogits = Annotated[Tensor, _LikeLogits()]
 Gradient = Annotated[Tensor, _Gradient()]
@@ -298,6 +277,3 @@ LastNumbers = Annotated[Tensor, _LastNumbers()]
 Numbers = Annotated[Tensor, _Numbers()]
 Total = Annotated[Tensor, _Total()]
 FirstNumber = Annotated[Tensor, _FirstNumber()]
-Elements = Annotated[Tensor, _Elements()]
-ElementNumbers = Annotated[Tensor, _ElementNumbers()]
-ElementResults = Annotated[Tensor, _ElementResults()]

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import fastloss
-from fastloss import __main__, doctor
+from fastloss import __main__, doctor, self_checks
 
 
 def test_a_sound_machine_is_sound(capsys):
@@ -94,7 +94,7 @@ def test_only_the_kernels_of_one_device_are_tried_out(monkeypatch, capsys):
 
 
 def test_errors_cover_every_function_of_the_package():
-    functions = {name.split(" ")[0] for name, *_ in doctor.errors("cpu")}
+    functions = {name.split(" ")[0] for name, *_ in self_checks.errors("cpu")}
     assert functions == {name for name in fastloss.__all__ if hasattr(torch.nn.functional, name)}
 
 
@@ -276,7 +276,7 @@ def test_a_damaged_cache(tmp_path):
 
     from fastloss.kernels.cpu import launch
 
-    doctor.errors("cpu")  # whoever comes first fills the cache
+    self_checks.errors("cpu")  # whoever comes first fills the cache
     subfolder = _CacheLocator.get_suitable_cache_subpath(launch.__file__)
     cache = shutil.copytree(FunctionCache(launch.region).cache_path, tmp_path / "cache" / subfolder, copy_function=shutil.copy2)
     damaged = [path for path in Path(cache).glob("softmax.*") if path.suffix in (".nbc", ".nbi")]

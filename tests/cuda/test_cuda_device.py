@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
-from fastloss import contract, doctor, rows
+from fastloss import contract, rows, self_checks
 from fastloss.kernels.groups import Rows
 
 pytest.importorskip("triton", minversion="3.4", reason="Triton 3.4 is not installed")
@@ -132,7 +132,7 @@ def test_focal_loss(k: Any, dtype: torch.dtype) -> None:
 
 
 def test_every_function_through_the_public_api() -> None:
-    for call, error, allowed in doctor.errors("cuda"):
+    for call, error, allowed in self_checks.errors("cuda"):
         assert error <= allowed, call
 
 

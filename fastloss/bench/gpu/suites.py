@@ -10,7 +10,7 @@ from typing import Any
 
 import fastloss
 
-from ... import contract, doctor
+from ... import contract, self_checks
 from .stage import Day
 
 CHECKOUT = Path(__file__).resolve().parents[3]
@@ -30,7 +30,7 @@ def smoke(day: Day) -> None:
     backend = fastloss.backends.backend_of(day.device)
     assert backend is not None
     with fastloss.use_backend(backend):  # as is, so few logits would go to torch
-        found = doctor.errors(day.device)
+        found = self_checks.errors(day.device)
     contract.watch = before
     lines = [{"call": call, "error": error, "allowed": limit, "right": error <= limit} for call, error, limit in found]
     day.save(smoke=lines, smoke_launchers=sorted(set(launched)))

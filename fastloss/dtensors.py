@@ -3,7 +3,7 @@ and a sum over ranks; both at once on a mesh of two dimensions. Everything else 
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,9 +102,9 @@ def cross_entropy(plan: Plan, local: Callable[..., Tensor], input: Any, target: 
     parts = [Partial() if i in plan.rows else Replicate() for i in range(mesh.ndim)]
     loss = DTensor.from_local(loss, mesh, parts, run_check=False).redistribute(placements=whole)
     if options["reduction"] == reduction:
-        return cast(Tensor, loss.to(dtype))
+        return loss.to(dtype)
     divisor = DTensor.from_local(_divisor(x, y, weight, options["ignore_index"]), mesh, parts, run_check=False)
-    return cast(Tensor, (loss / divisor.redistribute(placements=whole).to(loss.dtype)).to(dtype))
+    return (loss / divisor.redistribute(placements=whole).to(loss.dtype)).to(dtype)
 
 
 def _divisor(x: Tensor, y: Tensor, weight: Any, ignore_index: int) -> Tensor:
@@ -114,7 +114,7 @@ def _divisor(x: Tensor, y: Tensor, weight: Any, ignore_index: int) -> Tensor:
     counts = y != ignore_index
     if weight is None:
         return counts.sum(dtype=torch.float64)
-    w = weight.full_tensor() if is_dtensor(weight) else weight
+    w: Tensor = weight.full_tensor() if is_dtensor(weight) else weight
     return w.double()[y.masked_fill(~counts, 0).long()].masked_fill(~counts, 0.0).sum()
 
 

@@ -114,8 +114,8 @@ def _divisor(x: Tensor, y: Tensor, weight: Any, ignore_index: int) -> Tensor:
     counts = y != ignore_index
     if weight is None:
         return counts.sum(dtype=torch.float64)
-    w = weight.full_tensor() if is_dtensor(weight) else weight
-    return w.double()[y.masked_fill(~counts, 0).long()].masked_fill(~counts, 0.0).sum()  # type: ignore[no-any-return]
+    w: Tensor = weight.full_tensor() if is_dtensor(weight) else weight
+    return w.double()[y.masked_fill(~counts, 0).long()].masked_fill(~counts, 0.0).sum()
 
 
 def _local(tensor: Any) -> Any:

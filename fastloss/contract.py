@@ -37,7 +37,7 @@ def checked(package: Any, device: str) -> Any:
 
 
 def launcher_names() -> list[str]:
-    return [name for kernels in (ElementKernels, Kernels) for name in vars(kernels) if not name.startswith("_")]
+    return [name for kernels in (Kernels, ElementKernels) for name in vars(kernels) if not name.startswith("_")]
 
 
 def places(name: str) -> list[Place]:

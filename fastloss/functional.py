@@ -14,7 +14,7 @@ from torch import Tensor
 from . import composed, dtensors, losses
 from .arguments import REDUCTIONS, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
 from .backends import get_backend
-from .calls import kind_of, recall
+from .calls import THEIRS, kind_of, recall
 from .routing import route, tiny
 from .serving import again, by_kernels, by_torch, result_dtype, scripted_as_torchs, serve
 
@@ -67,7 +67,7 @@ def cross_entropy(
     kind = None if inplace_backward else kind_of("cross_entropy", (input, target, weight), options)
     call = recall(kind)
     if call is not None:
-        return again(call, (input, target, weight), theirs)
+        return theirs() if call is THEIRS else again(call, (input, target, weight))
     odd_reduction = reduction_misfit(size_average, reduce, reduction)
     misfit = tensors_misfit(input, target, optional=(weight,)) or odd_reduction
     if misfit is not None and odd_reduction is None and dtensors.is_dtensor(input) and not inplace_backward and get_backend() != "torch":
@@ -94,7 +94,7 @@ def cross_entropy(
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")
         refuse_inplace(*t)
     if way.path == "torch":
-        return by_torch(way, theirs, kind)
+        return by_torch(way, theirs, theirs(), kind)
     result: Tensor = by_kernels(way, loss, t, o, kind, inplace_backward)
     return result
 
@@ -126,7 +126,7 @@ def nll_loss(
         IndexError: on CPU, a class index that is no class. On CUDA the loss of that row is NaN.
         Whatever torch raises, for all else.
 
-    >>> log_prob = log_softmax(torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]]), dim=1)
+    >>> log_prob = torch.log_softmax(torch.tensor([[1.0, 2.0, 3.0], [1.0, 0.0, 0.0]]), dim=1)
     >>> print(f"{nll_loss(log_prob, torch.tensor([2, 0])).item():.4f}")
     0.4795
     """

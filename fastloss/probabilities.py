@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import losses
 from .arguments import autocast_is_active, is_int64, tensors_misfit
-from .calls import kind_of, recall
+from .calls import THEIRS, kind_of, recall
 from .loss import COMPUTE
 from .routing import route, tiny
 from .serving import again, by_kernels, by_torch, scripted_as_torchs
@@ -63,10 +63,10 @@ def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None,
     kind = kind_of(loss.name, (input,), (dim, dtype))
     call = recall(kind)
     if call is not None:
-        return again(call, (input if dtype is None else input.to(dtype),), theirs)
+        return theirs() if call is THEIRS else again(call, (input if dtype is None else input.to(dtype),))
     way = route(_softmax_misfit(input, dim, dtype), input)
     if way.path == "torch" or dim is None:
-        return by_torch(way, theirs, kind)
+        return by_torch(way, theirs, theirs(), kind)
     t = loss.tensors(input if dtype is None else input.to(dtype))
     result: Tensor = by_kernels(way, loss, t, loss.options(dim % input.dim()), kind)
     return result

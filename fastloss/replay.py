@@ -96,6 +96,10 @@ class _Watch(TorchDispatchMode):
         self.fresh: list[Tensor] = []  # kept, so that no two have one address
         self.fills: list[tuple[Tensor, float]] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch would import Dynamo, which takes a second, to keep it away
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.overloadpacket in _EMPTY:

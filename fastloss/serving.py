@@ -26,7 +26,7 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
     kind = kind_of(loss.name, tensors, (*options, *deprecated))
     call = recall(kind)
     if call is not None:
-        return again(call, tensors, theirs)
+        return theirs() if call is THEIRS else again(call, tensors)
     t: Any = loss.tensors(*tensors)
     o: Any = None
     misfit = tensors_misfit(*t[: loss.required], optional=t[loss.required :])
@@ -35,19 +35,20 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
         o = named(*options, result_dtype(t[0])) if "dtype" in named._fields else named(*options)
         misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o)
     way = route(misfit, t[0])
-    result: Tensor = by_torch(way, theirs, kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
+    result: Tensor = by_torch(way, theirs, theirs(), kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
     return result
 
 
-def again(call: Call, tensors: Any, theirs: Callable[[], Tensor]) -> Tensor:
+def again(call: Call, tensors: Any) -> Tensor:
     """The result of a call of a kind that was remembered."""
-    result: Tensor = theirs() if call is THEIRS else apply(call, call.loss.tensors(*tensors))
+    result: Tensor = apply(call, call.loss.tensors(*tensors))
     return result
 
 
-def by_torch(way: Route, theirs: Any, kind: Kind | None = None) -> Tensor:
-    """The result of torch's function, already given its arguments; remembered, unless that is an error."""
-    result: Tensor = served_by_torch(theirs, way, theirs())
+def by_torch(way: Route, theirs: Any, result: Tensor, kind: Kind | None) -> Tensor:
+    """The result of torch's function, that torch serves this kind of call now being known. Computed by the caller: torch's warnings
+    point so many frames up."""
+    served_by_torch(theirs, way, result)
     remember(kind, THEIRS)
     return result
 

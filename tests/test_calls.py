@@ -1,5 +1,7 @@
 """Calls like one before: the same bits as the first time, the same errors, and no confusion of what only looks alike."""
 
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -239,3 +241,16 @@ def test_kinds_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(2, 20):
         fastloss.cross_entropy(torch.randn(n, C), torch.randint(C, (n,)))
         assert len(calls._remembered) <= 4
+
+
+def test_no_compiler_is_loaded() -> None:
+    """torch keeps Dynamo away from dispatch modes by importing it, which would take a second of everybody's first steps."""
+    program = """
+import sys, torch, fastloss
+fastloss.config.min_numel = 0
+for _ in range(4):
+    fastloss.cross_entropy(torch.randn(32, 10, requires_grad=True), torch.randint(10, (32,))).backward()
+print(sorted({"torch._dynamo", "torch.distributed.tensor", "triton"} & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

@@ -399,9 +399,9 @@ def test_parameters_are_ordinary_logits() -> None:
     assert fastloss.explain(fastloss.cross_entropy, logits, indices(6)).path == "kernel"
 
 
-def test_dtensor_goes_to_torch() -> None:
+def test_dtensor_goes_by_its_placements() -> None:
     distributed = pytest.importorskip("torch.distributed")
-    from torch.distributed.tensor import DeviceMesh, Shard, distribute_tensor
+    from torch.distributed.tensor import DeviceMesh, Replicate, Shard, distribute_tensor
 
     store = distributed.HashStore()
     distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
@@ -410,7 +410,9 @@ def test_dtensor_goes_to_torch() -> None:
         mesh = DeviceMesh("cpu", [0])
         sharded = distribute_tensor(logits, mesh, [Shard(0)])
         targets = distribute_tensor(target, mesh, [Shard(0)])
-        assert fastloss.explain(fastloss.cross_entropy, sharded, targets).path == "torch"
+        assert fastloss.explain(fastloss.cross_entropy, sharded, targets).path == "kernel"
+        whole = [distribute_tensor(t, mesh, [Replicate()]) for t in (logits, target)]
+        assert fastloss.explain(fastloss.cross_entropy, *whole).path == "torch"
         result = fastloss.cross_entropy(sharded, targets, reduction="sum")
         torch.testing.assert_close(result.full_tensor(), F.cross_entropy(logits, target, reduction="sum"))
     finally:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...contract import Place, launcher_names, places
-from ...kernels.groups import Answers, Focus, Reduction, Rows, Slope, Smoothing
+from ...kernels.groups import Answers, Focus, Foreseen, Reduction, Rows, Slope, Smoothing
 from ...launchers import Kernels
 from ...loss import COMPUTE
 from ..cases import DTYPES
@@ -97,11 +97,12 @@ def _arguments(launch: Launch, device: str) -> dict[str, Any]:
 
 
 def _plain_arguments(classes: int) -> dict[str, Any]:
-    groups: tuple[Any, ...] = (Rows, Answers, Slope, Reduction)
-    rows, answers, slope, reduction = (group(*(None,) * len(group._fields)) for group in groups)
+    groups: tuple[Any, ...] = (Rows, Answers, Slope, Reduction, Foreseen)
+    rows, answers, slope, reduction, foreseen = (group(*(None,) * len(group._fields)) for group in groups)
     return {
         "ignore_index": -100, "keep": 0.9, "logit_scale": 1.0, "smoothing": Smoothing(0.9, 0.1 / classes), "focus": Focus(0.25, 0.75, 2.0),
         "rows": rows, "answers": answers, "slope": slope, "reduction": reduction._replace(dloss=1.0),
+        "foreseen": foreseen,
     }  # fmt: skip
 
 
@@ -130,6 +131,9 @@ class _Maker:
             "ElementResults": lambda: self._of(self.shape, self.computed), "SomeRowClasses": lambda: self._of((self.rows,), torch.int64),
             "EntryResults": lambda: self._of((self.rows, self.entries), self.computed),
             "SomeEntryResults": lambda: self._of((self.rows, self.entries), self.computed),
+            "KeptGradient": lambda: self._of(self.shape, self.stored),
+            "OneNumber": lambda: self._ones(), "FirstNumber": lambda: self._ones(),
+            "LastNumbers": lambda: self._ones(2) / 2,  # another number than came: everything is to be repaired
             "Total": lambda: self._of((), self.computed), "Divisor": lambda: self._of((), self.computed),
         }  # fmt: skip
         return made[kind]() if kind in made else self._ones(self.rows)  # numbers of the rows

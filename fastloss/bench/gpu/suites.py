@@ -14,7 +14,7 @@ from ... import contract, self_checks
 from .stage import Day
 
 CHECKOUT = Path(__file__).resolve().parents[3]
-DEVICE_TESTS = ("tests/cuda/test_cuda_device.py", "tests/cuda/test_cuda_linear.py", "tests/cuda/test_cuda_token_statistics_compiled.py")
+DEVICE_TESTS = tuple(f"tests/cuda/test_cuda_{name}.py" for name in ("device", "foresight", "linear", "token_statistics_compiled"))
 _WORKERS = 14
 
 

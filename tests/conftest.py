@@ -22,6 +22,26 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_default_device(config.getoption("--device"))  # before the test modules make their tensors
 
 
+# float16 has its loads and stores, as bfloat16 has, in one file; half of the suite's time goes into compiling kernels for each dtype
+FLOAT16_IS_LONG = (
+    "batch_invariance",
+    "linear_token_statistics",
+    "nll_loss",
+    "numerics",
+    "softmax",
+    "sparse_soft_cross_entropy",
+    "token_statistics",
+)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        spec = getattr(item, "callspec", None)
+        if spec is not None and item.path.stem.removeprefix("test_") in FLOAT16_IS_LONG and "float16" in spec.id.split("-"):
+            item.add_marker(pytest.mark.long)
+
+
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
     """On another device, only the tests that do not speak of threads, pointers or the CPU; the others are not even imported."""
     elsewhere = config.getoption("--device") != "cpu" and collection_path.suffix == ".py"

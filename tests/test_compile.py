@@ -240,7 +240,9 @@ def op_samples() -> Iterator[Sample]:
             yield f"{way.name} strided {dtype} {tuple(shape)}", way, (logits.transpose(0, 1).contiguous().transpose(0, 1), 0)
 
 
-on_every_op = pytest.mark.parametrize("sample", [pytest.param(s, id=s[0]) for s in op_samples()])
+on_every_op = pytest.mark.parametrize(
+    "sample", [pytest.param(s, id=s[0], marks=[pytest.mark.long] if "float64" in s[0] else []) for s in op_samples()]
+)
 
 
 @on_every_op

@@ -154,7 +154,7 @@ def test_number_of_threads_may_change_at_any_time() -> None:
 
 
 @pytest.mark.skipif(os.name == "nt", reason="permissions work differently")
-@pytest.mark.parametrize("place", ["home", "home and cache"])
+@pytest.mark.parametrize("place", [pytest.param("home", marks=pytest.mark.long), "home and cache"])
 def test_places_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     """Neither a home nor a cache, nor a package folder: compiled again in every process, and correct."""
     package = tmp_path / "site" / "fastloss"

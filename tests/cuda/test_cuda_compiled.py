@@ -171,9 +171,9 @@ FEW, LONG, IMAGES = (1000, 10), (300, 4099), (8, 1000, 256)
     [
         ("sm_80", torch.bfloat16, FEW),
         ("sm_80", torch.bfloat16, IMAGES),
-        ("sm_80", torch.float64, LONG),
+        pytest.param("sm_80", torch.float64, LONG, marks=pytest.mark.long),
         ("sm_100", torch.float32, LONG),
-        ("gfx942", torch.bfloat16, LONG),
+        pytest.param("gfx942", torch.bfloat16, LONG, marks=pytest.mark.long),
     ],
     ids=str,
 )

@@ -1,9 +1,9 @@
 """Settings that may be changed at run time: `fastloss.config.min_numel = 0`."""
 
 min_numel: int = 1 << 18
-"""Calls with fewer logits than this go to torch, whose C++ is faster there: a call of ours costs some 0.1 ms of Python. For rows of
-fewer than 16 classes, where torch is slow, the limit is an eighth; for linear losses it is four times this. Measured on 2 cores; 0
-forces the kernels, as the tests do."""
+"""Calls with fewer logits than this go to torch, whose C++ is faster there. For rows of fewer than 16 classes, where torch is slow, the
+limit is an eighth; a loss may need another share of it (`Loss.worth`): sigmoid losses an eighth, linear losses four times as many. Measured
+on 2 cores; 0 forces the kernels, as the tests do."""
 
 pool_min_bytes: int = 1 << 22
 """Gradients on CPU from this size on come from the pool of huge-page memory (`fastloss.memory`). Smaller ones are plain tensors."""

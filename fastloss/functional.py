@@ -88,7 +88,7 @@ def cross_entropy(
             o = loss.options(ignore_index, label_smoothing, reduction, dtype)
         t = loss.tensors(*t)
         misfit = misfit or loss.misfit(t, o)
-    way = route(misfit, input, 0 if inplace_backward else None)
+    way = route(misfit, input, 0.0 if inplace_backward else 1.0)
     if inplace_backward:
         if way.path != "kernel":
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import composed, config, losses
+from . import composed, losses
 from .arguments import autocast_is_active, is_int64, reduction_misfit, tensors_misfit
 from .chunks import stand_in
 from .loss import COMPUTE
@@ -19,7 +19,7 @@ from .routing import route, served_by_torch
 from .serving import by_kernels, result_dtype
 from .statistics import USUAL, TokenStatistics, checked_dim, checked_outputs, chosen
 
-_TIMES_MIN_NUMEL = 4  # beside the layer's products, what torch takes longer for fewer logits is not worth a call of ours
+_WORTH = 4.0  # beside the layer's products, what torch takes longer for fewer logits is not worth a call of ours
 
 
 def linear_cross_entropy(
@@ -86,7 +86,7 @@ def linear_cross_entropy(
         t = loss.tensors(x, linear_weight, linear_bias, y, weight)
         misfit = misfit or loss.misfit(t, o)
     logits = input if misfit is not None else stand_in(t, input.dtype)
-    way = route(misfit, logits, _TIMES_MIN_NUMEL * config.min_numel, _meaningless(options))
+    way = route(misfit, logits, _WORTH, _meaningless(options))
     if way.path == "torch":
         theirs = partial(
             composed.linear_cross_entropy,
@@ -161,7 +161,7 @@ def linear_token_statistics(
         sums = COMPUTE.get(products, products)
         o = loss.options(ignore_index, logit_scale, logit_softcap or 0.0, 0, products, sums, result_dtype(input), " ".join(names))
         misfit = loss.misfit(t, o)
-    way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), _TIMES_MIN_NUMEL * config.min_numel)
+    way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), _WORTH)
     if way.path == "torch":
         theirs = partial(
             composed.linear_token_statistics,

@@ -49,6 +49,7 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     saved: ClassVar[type[tuple[Any, ...]]]
     answers: ClassVar[int] = 1  # the first so many results are the caller's
     differentiable: ClassVar[int] = 1  # the first so many tensors have a gradient
+    worth: ClassVar[float] = 1.0  # the kernels are worth a call from so many times `config.min_numel` logits on
     one_visit: ClassVar[int] = 0  # `forward_backward` computes the gradients of the first so many
 
     def __init__(self, name: str) -> None:

@@ -58,13 +58,13 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
 
 def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None, theirs: Callable[[], Tensor]) -> Tensor:
     """softmax or log_softmax."""
-    if tiny(input):
+    if tiny(input, loss.worth):
         return theirs()
     kind = kind_of(loss.name, (input,), (dim, dtype))
     call = recall(kind)
     if call is not None:
         return theirs() if call is THEIRS else again(call, (input if dtype is None else input.to(dtype),))
-    way = route(_softmax_misfit(input, dim, dtype), input)
+    way = route(_softmax_misfit(input, dim, dtype), input, loss.worth)
     if way.path == "torch" or dim is None:
         return by_torch(way, theirs, theirs(), kind)
     t = loss.tensors(input if dtype is None else input.to(dtype))

@@ -63,7 +63,7 @@ def noted(note: str) -> Iterator[None]:
         raise _Explained(found._replace(reason=found.reason + note)) from None
 
 
-def tiny(input: Any) -> bool:
+def tiny(input: Any, worth: float = 1.0) -> bool:
     """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss."""
     # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size. Nothing is asked of a subclass
     # or a nested tensor, which may have no size, nor while a mode is watching
@@ -72,18 +72,18 @@ def tiny(input: Any) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._is_torch_function_mode_enabled()
         and not input.is_nested
-        and _few(input, config.min_numel)
+        and _few(input, int(worth * config.min_numel))
         and backends.get_backend() == "auto"
         and not _explaining.get()
     )
 
 
-def route(misfit: str | None, logits: Any, min_numel: int | None = None, note: str = "") -> Route:
-    """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; fewer than `min_numel` logits
-    (by default `config.min_numel`) go to torch. `note` is what there is to say of a call that the kernels serve."""
+def route(misfit: str | None, logits: Any, worth: float = 1.0, note: str = "") -> Route:
+    """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; fewer logits than
+    `worth` times `config.min_numel` go to torch. `note` is what there is to say of a call that the kernels serve."""
     if torch.compiler.is_compiling():
         return _compiled(misfit, logits)
-    found = _eager(misfit, logits, config.min_numel if min_numel is None else min_numel)
+    found = _eager(misfit, logits, int(worth * config.min_numel))
     if _explaining.get():
         raise _Explained(found if found.path == "torch" else found._replace(reason=found.reason + note))
     return found

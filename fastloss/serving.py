@@ -21,7 +21,7 @@ AnyLoss = Loss[Any, Any, Any]
 def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor], deprecated: tuple[Any, Any] = (None, None)) -> Tensor:
     """The result of a loss that has one function in torch, `theirs`, already given its arguments. `options` are the loss's but for the
     dtype of the result; `deprecated` are size_average and reduce."""
-    if tiny(tensors[0]):
+    if tiny(tensors[0], loss.worth):
         return theirs()
     kind = kind_of(loss.name, tensors, (*options, *deprecated))
     call = recall(kind)
@@ -34,7 +34,7 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
         named: Any = loss.options
         o = named(*options, result_dtype(t[0])) if "dtype" in named._fields else named(*options)
         misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o)
-    way = route(misfit, t[0])
+    way = route(misfit, tensors[0], loss.worth)
     result: Tensor = by_torch(way, theirs, theirs(), kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
     return result
 

@@ -34,6 +34,7 @@ Saved = Tensors
 
 class BCEWithLogits(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    worth = 0.125  # torch takes several visits
     one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:

@@ -35,6 +35,7 @@ Saved = Tensors
 
 class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    worth = 0.125  # torch takes two logarithms, one by one
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         # autocast's rules for this function differ between devices; torch knows them

@@ -40,6 +40,7 @@ Saved = Tensors
 
 class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    worth = 0.125  # the composition is many operations
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if not isinstance(o.alpha, (float, int)) or not isinstance(o.gamma, (float, int)) or not 0 <= o.gamma <= 64:

@@ -74,8 +74,8 @@ $(VENV)/bin/python:
 
 $(VENV)/.torch: | $(VENV)/bin/python
 	@echo "[2/3] $(TORCH) $(TRITON): the large part, some minutes on a slow network"
-	$(BIN)/pip install --disable-pip-version-check $(TORCH)
-	-$(BIN)/pip install --disable-pip-version-check $(TRITON)
+	$(BIN)/pip install --disable-pip-version-check --no-compile $(TORCH)
+	-$(BIN)/pip install --disable-pip-version-check --no-compile $(TRITON)
 	@touch $@
 
 $(VENV)/.bench: pyproject.toml | $(VENV)/.torch

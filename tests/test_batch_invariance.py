@@ -160,7 +160,7 @@ def test_gradients_of_a_sum_foreseen_and_not(monkeypatch: pytest.MonkeyPatch, ca
                 assert_same_bits(numbers_of(call, given, 1.0, "sum"), [g[:n] for g in whole], f"{call} {shape} [:{n}]")
 
 
-@pytest.mark.parametrize("classes", [3, 10, 64, 5000])
+@pytest.mark.parametrize("classes", [3, 10, pytest.param(64, marks=pytest.mark.long), 5000])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_rows_with_a_few_classes_of_a_probability_each(dtype: str, classes: int) -> None:
     logits, upstream = (torch.randn(ROWS, classes) * 3).to(DTYPES[dtype]), torch.randn(ROWS).to(DTYPES[dtype])

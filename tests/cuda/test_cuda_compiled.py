@@ -170,7 +170,7 @@ FEW, LONG, IMAGES = (1000, 10), (300, 4099), (8, 1000, 256)
     ("target", "dtype", "shape"),
     [
         ("sm_80", torch.bfloat16, FEW),
-        ("sm_80", torch.bfloat16, IMAGES),
+        pytest.param("sm_80", torch.bfloat16, IMAGES, marks=pytest.mark.long),
         pytest.param("sm_80", torch.float64, LONG, marks=pytest.mark.long),
         ("sm_100", torch.float32, LONG),
         pytest.param("gfx942", torch.bfloat16, LONG, marks=pytest.mark.long),

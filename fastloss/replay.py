@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .storage import extent
+
 _ALIGNED = 64  # bytes
 _CPU = torch.device("cpu")
 
@@ -50,24 +52,26 @@ class Program(NamedTuple):
     def run(self, t: Sequence[Tensor | None]) -> Found | None:
         """None if something is wrong with the numbers in the tensors, or with their memory; the call as it was recorded then says what."""
         bases = []
-        for tensor, extent in zip(t, self.given, strict=True):
+        for tensor, size in zip(t, self.given, strict=True):
             if tensor is None:
                 bases.append(0)
                 continue
-            if tensor.storage_offset() * tensor.element_size() + extent > tensor.untyped_storage().nbytes():
+            if tensor.storage_offset() * tensor.element_size() + size > tensor.untyped_storage().nbytes():
                 return None
             bases.append(tensor.data_ptr())
         made = [None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=_CPU) for m in self.made]
         for which, number in self.fills:
             made[which].fill_(number)  # type: ignore[union-attr]
         bases += [0 if tensor is None else tensor.data_ptr() for tensor in made]
-        bases.append(_scratch(self.scratch))
+        scratch = _take_scratch(self.scratch)
+        bases.append(scratch.data_ptr())
         for step in self.steps:
             block = step.block.from_buffer_copy(step.words)
             for word, base, distance in step.addresses:
                 block[word] = bases[base] + distance
             if step.region.run(step.version, step.tasks, block):
                 return None
+        _mine.scratch = scratch
         return tuple(made[: self.gradients]), tuple(made[self.gradients :])  # type: ignore[arg-type]
 
 
@@ -165,7 +169,7 @@ def _program(
         block = ctypes.c_int64 * (len(launch.words) // 8)
         steps.append(Step(launch.region, launch.version, launch.tasks, block, launch.words, tuple(addresses)))
     return Program(
-        tuple(-1 if tensor is None else _extent(tensor) for tensor in t),
+        tuple(-1 if tensor is None else extent(tensor) * tensor.element_size() for tensor in t),
         tuple(None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in made),
         len(gradients),
         tuple(fills),
@@ -175,20 +179,18 @@ def _program(
     )
 
 
+_NONE = torch.empty(0, dtype=torch.uint8, device=_CPU)
+
+
 class _Mine(threading.local):
-    scratch = torch.empty(0, dtype=torch.uint8, device=_CPU)
+    scratch = _NONE
 
 
 _mine = _Mine()
 
 
-def _scratch(size: int) -> int:
-    """The address of so many bytes for this thread, until the next call: fresh memory would cost more, in page faults, than the kernels."""
-    if _mine.scratch.numel() < size:
-        _mine.scratch = torch.empty(size, dtype=torch.uint8, device=_CPU)
-    return _mine.scratch.data_ptr()
-
-
-def _extent(t: Tensor) -> int:
-    """Bytes from the first element to the end of the last."""
-    return (1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True))) * t.element_size() if t.numel() else 0
+def _take_scratch(size: int) -> Tensor:
+    """So many bytes, those that this thread had last time if they are enough: fresh memory would cost more, in page faults, than kernels.
+    Nobody else has them until they are put back: a finalizer or a signal handler may call a loss between two launches."""
+    scratch, _mine.scratch = _mine.scratch, _NONE
+    return scratch if scratch.numel() >= size else torch.empty(size, dtype=torch.uint8, device=_CPU)

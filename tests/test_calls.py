@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastloss
 from fastloss import calls, contract
+from fastloss.kernels.cpu.launch import Region
 
 N, C = 48, 40
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -234,6 +235,31 @@ def test_many_threads() -> None:
         thread.join()
     assert len(wrong) == 360
     assert max(wrong) < 1e-5
+
+
+def test_a_call_in_the_middle_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a finalizer or a signal handler between two launches: neither has the other's scratch."""
+    function, inputs = CALLS["many tasks"]
+    outer, inner = (inputs(torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    expected = [computed_anew(function, tensors) for tensors in (outer, inner)]
+    for _ in range(3):
+        found(function, outer)
+    launch, running, seen = Region.run, [False], []
+
+    def run(*arguments: Any) -> bool:
+        raised = launch(*arguments)
+        if not running[0]:
+            running[0] = True
+            with torch.enable_grad():  # not as in the forward around it
+                seen.append(found(function, inner))
+            running[0] = False
+        return raised
+
+    monkeypatch.setattr(Region, "run", run)
+    mine = found(function, outer)
+    assert len(seen) > 5
+    for ours, anew in [(mine, expected[0]), *((other, expected[1]) for other in seen)]:
+        assert all(torch.equal(a, b) for a, b in zip(ours, anew, strict=True))
 
 
 def test_kinds_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -214,7 +214,7 @@ LAYERS = {
         "torch_launchers",
     },
     "foresight": {"config", "loss"},
-    "replay": {"kernels.cpu.arguments", "kernels.cpu.launch"},
+    "replay": {"kernels.cpu.arguments", "kernels.cpu.launch", "storage"},
     "calls": {"backends", "config", "contract", "loss", "replay", "routing"},
     "operation": {"arguments", "calls", "foresight", "loss"},
     "ops": {"loss", "losses", "storage"},

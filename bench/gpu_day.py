@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -100,9 +101,9 @@ def wrong(result: dict[str, Any]) -> bool:
 
 
 def environment() -> dict[str, str]:
-    """What the stages run with. The link to the kernels is made where it is missing: git does not keep it, so no copy has it."""
+    """What the stages run with. The link to the kernels is made where it is missed: git does not keep it, so no copy has it."""
     link = CHECKOUT / "fastloss" / "kernels"
-    if not link.exists():
+    if not link.exists() and not _installed():
         link.unlink(missing_ok=True)
         link.symlink_to("../kernels")
     told = dict(os.environ)
@@ -113,6 +114,15 @@ def environment() -> dict[str, str]:
     if not (CHECKOUT / ".git").exists():
         told.setdefault("FASTLOSS_COMMIT", f"files {_fingerprint()}")
     return told
+
+
+def _installed() -> bool:
+    """Whether this interpreter has the checkout installed to be edited (PEP 610), and finds the kernels without a link. A link that comes
+    while others import from the checkout would give their modules other paths."""
+    with suppress(PackageNotFoundError, ValueError):
+        found = json.loads(distribution("fastloss").read_text("direct_url.json") or "{}")
+        return found.get("url") == CHECKOUT.as_uri() and bool(found.get("dir_info", {}).get("editable"))
+    return False
 
 
 def _fingerprint() -> str:

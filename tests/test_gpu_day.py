@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -181,6 +181,30 @@ def test_a_copy_of_the_working_tree_is_enough(tmp_path: Path, monkeypatch: pytes
         assert told["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
     monkeypatch.setenv("FASTLOSS_COMMIT", "abc1234")
     assert runpy.run_path(str(tmp_path / "bench" / "gpu_day.py"))["environment"]()["FASTLOSS_COMMIT"] == "abc1234"
+
+
+def test_where_the_checkout_is_installed_nothing_is_put_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other processes import from it at the same time, and a kernel's path is part of where it is cached."""
+    script = gpu_day.environment.__globals__
+    monkeypatch.setitem(script, "CHECKOUT", tmp_path)
+    link = tmp_path / "fastloss" / "kernels"
+    link.parent.mkdir()
+    for url, editable, linked in ((tmp_path, True, False), (ROOT, True, True), (tmp_path, False, True)):
+        monkeypatch.setitem(script, "distribution", lambda name, found=Installed(url.as_uri(), editable): found)
+        gpu_day.environment()
+        assert link.is_symlink() == linked
+        link.unlink(missing_ok=True)
+
+
+class Installed(NamedTuple):
+    """What an installer says of a package (PEP 610)."""
+
+    url: str
+    editable: bool
+
+    def read_text(self, name: str) -> str | None:
+        assert name == "direct_url.json"
+        return json.dumps({"url": self.url, "dir_info": {"editable": self.editable}})
 
 
 def test_deadlines_fit_into_nine_minutes() -> None:

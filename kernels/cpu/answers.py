@@ -9,7 +9,8 @@ from numba import njit
 from ..groups import Answers
 from .blocks import real_total
 from .class_table import classes_at, counting
-from .math import INLINE, log
+from .inline import INLINE
+from .math import log
 from .memory import load_each, store, store_classes
 from .moments import first_nan
 from .simd import any_lane, lane_numbers, lanes_of, select

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .arguments import Computed, Float64, Known, Stored, arguments
 from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .inline import INLINE
 from .launch import next_task, region
-from .math import INLINE, exp, log1p
+from .math import exp, log1p
 from .memory import load, store, stream, to_alignment
 from .reduction import sum_rows
 from .rows import bypass_caches, to_first_vector, whole_vectors

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from .arguments import Computed, Float64, Stored, arguments
 from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .inline import INLINE
 from .launch import next_task, raise_flag, region
-from .math import INLINE, log
+from .math import log
 from .reduction import sum_rows
 from .simd import fma, lane_max, lane_sum, lanes_of, select, splat, widen
 from .targets import refuse_improbable

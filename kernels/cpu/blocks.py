@@ -15,7 +15,8 @@ from numba import njit
 from torch import Tensor
 
 from .arguments import COMPUTED
-from .math import INLINE, exp, exp_for
+from .inline import INLINE
+from .math import exp, exp_for
 from .memory import load, offset, prefetch, store
 from .rows import Walk, lanes_for, load_at, one_row, whole_tile
 from .simd import fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat

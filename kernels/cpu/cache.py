@@ -3,14 +3,25 @@
 Numba trusts what it finds. A file cut short by a full disk or a killed process would raise in this and every later process; two processes
 that save at the same time can leave one kernel's code under the other's key; and a directory that cannot be written any more would lose
 the kernel that has just been compiled.
+
+Of processes that want the same kernel at the same time, as ranks do, one compiles it; the others wait, and find it.
 """
 
 import hashlib
+import os
 import pickle
 from contextlib import suppress
+from time import monotonic, sleep
 from typing import Any
 
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+
+try:
+    import fcntl
+except ImportError:  # Windows: every process compiles
+    fcntl = None  # type: ignore[assignment]
+
+_PATIENCE = 60  # seconds until a process no longer believes that another one is compiling, ten times what that takes
 
 
 class _CheckedFile(IndexDataCacheFile):
@@ -37,9 +48,31 @@ class KernelCache(FunctionCache):
     def __init__(self, function: Any) -> None:
         super().__init__(function)
         self._cache_file = _CheckedFile(self.cache_path, self._impl.filename_base, self._impl.locator.get_source_stamp())
+        self._turn: int | None = None  # an open file: to compile this function is this process's turn
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
-        """The compiled function, or None if there is none or it is damaged; a damaged one is forgotten."""
+        """The compiled function. None if there is none, and then it is this process's turn to compile it, until `end_turn`."""
+        found = self._load(sig, target_context)
+        if found is None:
+            self._take_turn()
+            found = self._load(sig, target_context)  # somebody may have been faster
+        return found
+
+    def save_overload(self, sig: Any, data: Any) -> None:
+        """Keep a compiled function, if that can be."""
+        with suppress(Exception):
+            super().save_overload(sig, data)
+
+    def end_turn(self) -> None:
+        """Let others compile this function."""
+        if self._turn is not None:
+            with suppress(OSError):
+                fcntl.flock(self._turn, fcntl.LOCK_UN)  # a process forked meanwhile has the file open, too: closing would not be enough
+            os.close(self._turn)
+            self._turn = None
+
+    def _load(self, sig: Any, target_context: Any) -> Any:
+        """None if there is none or it is damaged; a damaged one is forgotten."""
         try:
             return super().load_overload(sig, target_context)
         except Exception:  # pickle may raise anything
@@ -47,7 +80,21 @@ class KernelCache(FunctionCache):
                 self.flush()
             return None
 
-    def save_overload(self, sig: Any, data: Any) -> None:
-        """Keep a compiled function, if that can be."""
-        with suppress(Exception):
-            super().save_overload(sig, data)
+    def _take_turn(self) -> None:
+        """Wait for whoever compiles this function; in vain where files cannot be locked, or nobody ever ends."""
+        if fcntl is None or self._turn is not None:
+            return
+        with suppress(OSError):
+            self._impl.locator.ensure_cache_path()
+            self._turn = os.open(os.path.join(self.cache_path, f"{self._impl.filename_base}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
+            end = monotonic() + _PATIENCE
+            while not self._is_free() and monotonic() < end:
+                sleep(0.02)
+
+    def _is_free(self) -> bool:
+        """Whether nobody else compiles this function; from now on this process does."""
+        try:
+            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True

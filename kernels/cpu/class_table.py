@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from numba import njit
 
 from .arguments import Int64
-from .math import INLINE
+from .inline import INLINE
 from .memory import load_classes
 from .simd import lane_numbers, lanes_of
 

@@ -14,8 +14,9 @@ from ..groups import Rows
 from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import block_of, block_size, block_statistics, blocks_apart, merge, real_total, row_statistics, scratch
 from .gradient import ABREAST, GAPLESS, abreast, gradient_of_row, gradient_of_short_rows, layout_of, row_numbers, write_zeros
+from .inline import INLINE
 from .launch import next_task, next_worker, raise_flag, region
-from .math import INLINE, log
+from .math import log
 from .memory import load, load_classes, load_each, load_one, store
 from .rows import FEW_CLASSES, SHORT_ROW, Strides, Walk, bypass_caches, lanes_at, last_tile, strides_of, tile_of, tiles_of, walk
 from .simd import any_lane, first_lane, lanes_of, select, splat

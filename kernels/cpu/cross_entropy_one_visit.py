@@ -44,8 +44,9 @@ from .gradient import (
     row_numbers,
     write_zeros,
 )
+from .inline import INLINE
 from .launch import next_task, next_worker, raise_flag, region
-from .math import INLINE, exp
+from .math import exp
 from .memory import offset, stream, to_alignment
 from .reduction import BLOCK, divide, sum_of, sum_of_weights, sum_rows, sum_weights
 from .rows import Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk

@@ -9,7 +9,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .math import INLINE
+from .inline import INLINE
 from .memory import load, offset, prefetch, store
 from .rows import AHEAD
 

@@ -17,7 +17,7 @@ from ..groups import PAD
 from .arguments import Computed, Int64
 from .blocks import term
 from .gradient import targets_of
-from .math import INLINE
+from .inline import INLINE
 from .memory import load_one, offset, stream, to_alignment
 from .rows import Lanes, Walk, lanes_for, load_at, load_numbers, one_row, store_at
 from .simd import lanes_of, select

@@ -10,8 +10,8 @@ from numba import njit
 from torch import Tensor
 
 from .arguments import Computed, Known, Stored, arguments
+from .inline import INLINE
 from .launch import next_task, region
-from .math import INLINE
 from .memory import load, prefetch, store, stream
 from .rows import AHEAD, STREAM_BYTES
 from .simd import lane_sum, lanes_of, splat

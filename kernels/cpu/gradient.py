@@ -6,7 +6,8 @@ from numba import njit
 from numba.extending import overload
 
 from .blocks import Block, block_of, block_size, block_top, kept_top, term
-from .math import INLINE, exp, exp_for
+from .inline import INLINE
+from .math import exp, exp_for
 from .memory import load, load_classes, offset, store, stream, to_alignment
 from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, first_vector, load_numbers, one_row, store_at, whole_tile
 from .simd import lane_numbers, lanes_of, pick, select, splat

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
@@ -123,6 +124,19 @@ recorded = _Recorded()
 """Every launch of this thread is put into `recorded.launches`, where there is a list."""
 
 
+class Built(NamedTuple):
+    """A version of a region that this process has compiled, or found compiled on disk."""
+
+    region: "Region"
+    version: tuple[Any, ...]
+    seconds: float
+    found: bool
+
+
+built: list[Built] = []
+"""All of them, in order."""
+
+
 class Region:
     """A compiled loop over tasks, one version for each dtype and each value of what its block has as `Known`, compiled at first use and
     cached on disk where that is possible."""
@@ -144,10 +158,16 @@ class Region:
             if version not in self._compiled:
                 signature = self.signature(dtype, *known)
                 compiled = CFunc(self.body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+                start, cache = perf_counter(), None
                 with suppress(Exception):  # without a place that can be written, every process compiles
-                    compiled._cache = KernelCache(self.body)
-                compiled.compile()
+                    compiled._cache = cache = KernelCache(self.body)
+                try:
+                    compiled.compile()
+                finally:
+                    if cache is not None:
+                        cache.end_turn()
                 self._compiled[version] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
+                built.append(Built(self, version, perf_counter() - start, bool(compiled.cache_hits)))
             return self._compiled[version]
 
     def __call__(self, tasks: int, arguments: Any) -> bool:

@@ -12,11 +12,10 @@ from numba import njit
 from numba.core import types
 from numba.extending import overload
 
+from .inline import INLINE
 from .llvm import Vector, bfloat16, float16, float32
 from .simd import bits, fma, from_bits, larger, select, splat, to_float
 
-# what is inlined needs no entry from Python or C: without those it compiles in three quarters of the time
-INLINE = {"forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 f32 = np.float32
 LOG2E = 1.4426950408889634
 # ln 2 in two parts, the first with so few digits that n * LN2_HIGH is exact
@@ -155,11 +154,10 @@ def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Call
     """`function` on a vector is `for32` or `for64`, by its lanes."""
 
     @overload(function, jit_options=INLINE)
-    def typed(x):  # type: ignore[no-untyped-def]  # Numba compares this signature with the lambda's
+    def typed(x: Any) -> Any:  # Numba compares this signature with the chosen one's
         if not isinstance(x, Vector):
             return None
-        chosen = for32 if x.scalar == float32 else for64
-        return lambda x: chosen(x)
+        return (for32 if x.scalar == float32 else for64).py_func
 
 
 _choose(exp, _exp32, _exp64)

@@ -13,7 +13,8 @@ import numpy as np
 from numba import njit
 
 from .blocks import BLOCK, block_top
-from .math import INLINE, exp, exp_for
+from .inline import INLINE
+from .math import exp, exp_for
 from .memory import load_one, prefetch
 from .rows import advance, load_at, one_row, whole_tile
 from .simd import any_lane, first_lane, fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat

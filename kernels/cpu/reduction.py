@@ -7,8 +7,8 @@ from numba import njit
 from torch import Tensor
 
 from .arguments import Computed, Float32, Float64, Int64, Stored, arguments
+from .inline import INLINE
 from .launch import next_task, region
-from .math import INLINE
 from .memory import load, load_classes
 from .simd import lane_sum, lanes_of, splat, widen
 from .targets import weights_of

@@ -12,7 +12,7 @@ from numba import njit
 from torch import Tensor
 
 from .arguments import Known
-from .math import INLINE
+from .inline import INLINE
 from .memory import load, offset, store, to_alignment
 from .simd import lanes_of
 

@@ -16,8 +16,9 @@ from ..groups import Focus
 from .arguments import Computed, Float64, Stored, arguments
 from .bce_with_logits import loss_of
 from .elements import Elements, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .inline import INLINE
 from .launch import next_task, region
-from .math import INLINE, exp, log
+from .math import exp, log
 from .reduction import sum_rows
 from .simd import lane_numbers, lane_sum, lanes_of, select, splat, widen
 

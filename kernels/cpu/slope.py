@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 from numba import njit
 
 from .blocks import BLOCK
-from .math import INLINE, exp_for
+from .inline import INLINE
+from .math import exp_for
 from .memory import load, offset, prefetch, store, stream, to_alignment
 from .moments import NEVER
 from .rows import load_at, one_row, store_at, whole_tile

@@ -16,8 +16,9 @@ from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import all_kept, block_of, blocks_kept, scratch
 from .cross_entropy import see_targets
 from .gradient import row_numbers, write_zeros
+from .inline import INLINE
 from .launch import next_task, next_worker, raise_flag, region
-from .math import INLINE, log
+from .math import log
 from .memory import load, load_classes, store
 from .rows import Lanes, Strides, Walk, bypass_caches, lanes_at, last_tile, load_numbers, strides_of, tile_of, walk
 from .simd import select

@@ -12,8 +12,9 @@ from torch import Tensor
 from ..groups import Rows, Smoothing
 from .arguments import Computed, Known, Stored, arguments
 from .blocks import all_kept, block_of, blocks_kept, scratch
+from .inline import INLINE
 from .launch import next_task, next_worker, region
-from .math import INLINE, log
+from .math import log
 from .memory import load, store
 from .rows import Strides, Walk, advance, bypass_caches, lanes_at, last_tile, load_at, load_numbers, store_at, strides_of, tile_of, walk
 from .simd import lane_numbers, lanes_of, splat

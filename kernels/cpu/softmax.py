@@ -11,8 +11,9 @@ from torch import Tensor
 
 from .arguments import Computed, Known, Stored, arguments
 from .blocks import Block, all_kept, block_of, block_size, block_statistics, blocks_kept, kept_top, row_statistics, scratch, term
+from .inline import INLINE
 from .launch import next_task, next_worker, region
-from .math import INLINE, exp, log
+from .math import exp, log
 from .memory import load, prefetch, stream
 from .rows import (
     AHEAD,

@@ -27,8 +27,9 @@ from .entries import (
     take_down,
 )
 from .gradient import gradient_of_row, write_zeros
+from .inline import INLINE
 from .launch import next_task, next_worker, raise_flag, region
-from .math import INLINE, log
+from .math import log
 from .memory import load_one, store
 from .rows import Lanes, Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, strides_of, tile_of, walk
 from .simd import first_lane, splat

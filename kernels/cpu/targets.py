@@ -5,7 +5,7 @@ from typing import Any
 from numba import njit
 from torch import Tensor
 
-from .math import INLINE
+from .inline import INLINE
 from .memory import load_each
 from .simd import lane_numbers, lanes_of, select, splat
 

@@ -21,8 +21,9 @@ from .arguments import Computed, Known, Stored, arguments
 from .blocks import block_of, block_size, blocks_apart, scratch
 from .class_table import Targets, classes_at, is_ignored
 from .gradient import write_zeros
+from .inline import INLINE
 from .launch import next_task, next_worker, raise_flag, region
-from .math import INLINE, log
+from .math import log
 from .memory import load
 from .moments import GAP, SQUARES, Moments, block_moments, first_at, merge_moments, no_moments
 from .rows import Strides, Walk, bypass_caches, lanes_at, last_tile, load_numbers, strides_of, tile_of, tiles_of, walk

@@ -10,7 +10,8 @@ import numpy as np
 from numba import njit
 
 from .blocks import BLOCK, Block, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
-from .math import INLINE, exp
+from .inline import INLINE
+from .math import exp
 from .memory import prefetch, stream
 from .rows import Lanes, advance, first_vector, load_at, one_row, store_at, whole_vectors
 from .simd import fma, lane_sum, lanes_of, larger, lowest, select, splat

@@ -125,7 +125,7 @@ def position_cuts(height: int, width: int) -> dict[str, Cuts]:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("call", OF_ROWS)
 def test_images_and_their_parts(call: str, layout: str) -> None:
-    for dtype in (torch.float32, torch.float16):
+    for dtype in (torch.float32, torch.bfloat16):
         for classes in (3, 40, 70):
             tensors = tensors_of(call, (9, classes, 3, 4), dtype, layout)
             cuts = batch_cuts(9) | position_cuts(3, 4)

@@ -91,14 +91,14 @@ def test_weights_of_every_broadcastable_shape(weight: tuple[int, ...], function:
             check(function, inputs(function, shape, torch.float32, weight, positive), reduction="none", layouts={"input": "transposed"})
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *(pytest.param(name, marks=pytest.mark.long) for name in ("float64", "float16"))])
 @pytest.mark.parametrize("function", [WITH_LOGITS, PLAIN])
-def test_gradients_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+def test_gradients_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, function: str, dtype: str) -> None:
     from fastloss.kernels.cpu import rows
 
     monkeypatch.setattr(rows, "STREAM_BYTES", 0)
-    for dtype in DTYPES.values():
-        for layout in ("contiguous", "misaligned", "padded"):
-            check(function, inputs(function, (5, 77), dtype), layouts={"input": layout})
+    for layout in ("contiguous", "misaligned", "padded"):
+        check(function, inputs(function, (5, 77), DTYPES[dtype]), layouts={"input": layout})
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float64, torch.int64, torch.bfloat16], ids=str)

@@ -303,7 +303,7 @@ def wanting_gradients(args: tuple[Any, ...], first: int) -> tuple[Any, ...]:
 # ---------------------------------------------------------------- modes and subclasses
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("half", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)], ids=str)
 @on_every_call
 def test_autocast(call: str, half: torch.dtype) -> None:
     function, make_input, make_options = CALLS[call]

@@ -78,14 +78,15 @@ def test_indices_in_any_layout(layout: str) -> None:
         check("cross_entropy", {"input": torch.randn(shape), "target": odd[layout]}, reduction="none")
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *(pytest.param(name, marks=pytest.mark.long) for name in ("float64", "float16"))])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("shape", [(40, 11), (4, 70)], ids=["rows_in_lanes", "row_by_row"])
-def test_gradients_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], smoothing: float) -> None:
+def test_gradients_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], smoothing: float, dtype: str) -> None:
     from fastloss.kernels.cpu import rows
 
     monkeypatch.setattr(rows, "STREAM_BYTES", 0)
-    for dtype, layout, soft in itertools.product(DTYPES.values(), ("contiguous", "misaligned", "padded"), (False, True)):
-        tensors = class_inputs(shape, dtype, soft=soft)
+    for layout, soft in itertools.product(("contiguous", "misaligned", "padded"), (False, True)):
+        tensors = class_inputs(shape, DTYPES[dtype], soft=soft)
         check(
             "cross_entropy",
             tensors,

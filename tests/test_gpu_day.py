@@ -190,7 +190,8 @@ def test_where_the_checkout_is_installed_nothing_is_put_into_it(tmp_path: Path, 
     link = tmp_path / "fastloss" / "kernels"
     link.parent.mkdir()
     for url, editable, linked in ((tmp_path, True, False), (ROOT, True, True), (tmp_path, False, True)):
-        monkeypatch.setitem(script, "distribution", lambda name, found=Installed(url.as_uri(), editable): found)
+        found = Installed(url.as_uri(), editable)
+        monkeypatch.setitem(script, "distribution", lambda name, found=found: found)
         gpu_day.environment()
         assert link.is_symlink() == linked
         link.unlink(missing_ok=True)

@@ -168,7 +168,7 @@ def test_derivatives_of_any_order() -> None:
     torch.testing.assert_close(torch.func.jvp(call, x, x)[1], torch.autograd.functional.jvp(call, x, x)[1])
 
 
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("half", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_autocast(dtype: str, half: torch.dtype) -> None:
     """Products in autocast's dtype, answers in float32; not worse than eager."""

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS, REDUCTIONS, USUAL, Tensors, check, class_inputs
+from helpers import DTYPES, LAYOUTS, REDUCTIONS, Tensors, check, class_inputs
 
 SHAPES = [
     (1, 1), (7, 1), (1, 2), (16, 16), (17, 10), (33, 49), (4, 100), (2, 8193), (2, 3, 5), (2, 19, 37), (3, 60, 2), (2, 4, 3, 5),
@@ -43,14 +43,14 @@ def test_every_layout(dtype: str, shape: tuple[int, ...], layout: str) -> None:
     check("nll_loss", tensors, layouts={"input": layout, "weight": "every_other"}, reduction="none", ignore_index=2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("shape", [(40, 11), (4, 70)], ids=["rows_in_lanes", "row_by_row"])
-def test_gradients_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int]) -> None:
+def test_gradients_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], dtype: torch.dtype) -> None:
     from fastloss.kernels.cpu import rows
 
     monkeypatch.setattr(rows, "STREAM_BYTES", 0)
-    for dtype in USUAL:
-        for layout in ("contiguous", "misaligned", "padded"):
-            check("nll_loss", log_probabilities(shape, dtype), layouts={"input": layout})
+    for layout in ("contiguous", "misaligned", "padded"):
+        check("nll_loss", log_probabilities(shape, dtype), layouts={"input": layout})
 
 
 def test_numbers_that_are_no_log_probabilities() -> None:

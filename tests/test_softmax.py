@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DTYPES, LAYOUTS, USUAL, check, kernel_call
+from helpers import DTYPES, LAYOUTS, check, kernel_call
 
 import fastloss
 
@@ -48,15 +48,17 @@ def test_every_layout(dtype: str, shape: tuple[int, ...], layout: str, function:
         check(function, tensors, layouts={"input": layout}, dim=dim, **CANCELS if function == "softmax" else {})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, pytest.param(torch.float64, marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("shape", [(40, 11), (4, 70), (40, 3, 7)], ids=str)
-def test_results_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], function: str) -> None:
+def test_results_written_past_the_caches(
+    monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], function: str, dtype: torch.dtype
+) -> None:
     from fastloss.kernels.cpu import rows
 
     monkeypatch.setattr(rows, "STREAM_BYTES", 0)
-    for dtype in USUAL:
-        for layout in ("contiguous", "misaligned", "padded"):
-            check(function, {"input": torch.randn(shape).to(dtype)}, layouts={"input": layout}, dim=1, **CANCELS)
+    for layout in ("contiguous", "misaligned", "padded"):
+        check(function, {"input": torch.randn(shape).to(dtype)}, layouts={"input": layout}, dim=1, **CANCELS)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -12,6 +12,7 @@ import torch
 from torch import _C, Tensor
 
 from . import backends, config, contract, replay, routing
+from .foresight import Subject, subject_of
 from .loss import Loss
 
 Kind = tuple[Any, ...]
@@ -26,12 +27,17 @@ _NOT_RECORDED: Any = object()
 class Call:
     """A kind of call on its way to the kernels: which loss, and with what options."""
 
-    __slots__ = ("loss", "options", "programs")
+    __slots__ = ("graph", "loss", "options", "programs", "subject")
 
-    def __init__(self, loss: Any, o: Any, small: bool = False) -> None:
+    def __init__(self, loss: Any, o: Any, t: tuple[Tensor | None, ...] = ()) -> None:
         self.loss: Loss[Any, Any, Any] = loss
         self.options = o
+        self.graph = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in t)
+        self.subject: Subject | None = None  # of the one visit, if there is to be one
+        if self.graph and loss.one_visit and loss.one_visit_pays(t, o):
+            self.subject = subject_of(loss.name, t[: loss.one_visit], o.reduction)
         # of its forward, and of its one visit under an upstream gradient
+        small = t and t[0] is not None and t[0].nbytes < config.pool_min_bytes
         self.programs: dict[float | None, replay.Program | None] | None = {} if small else None
 
     def forward(self, t: Any) -> tuple[Tensor, ...]:

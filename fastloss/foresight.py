@@ -12,7 +12,7 @@ A gradient that waits is memory that torch would not need yet. So one may wait, 
 of them only up to `config.foresight_waiting_bytes` together: the losses of many micro-batches, summed before one backward, keep one.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,35 +94,47 @@ class ForesightOnDevice(Foresight):
         return self._take()
 
 
-def foresee(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Foresight | None:
-    """For the gradients of these tensors; None where they would be useless ahead of time, or in the way."""
-    if reduction == "none" or not torch.is_grad_enabled():
+class Subject(NamedTuple):
+    """What there is to foresee of a kind of call."""
+
+    kind: tuple[Any, ...]
+    size: int  # bytes of the gradients
+    dtype: torch.dtype
+    device: torch.device
+
+
+def subject_of(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Subject | None:
+    """The gradients of these tensors; None where they would be useless ahead of time."""
+    first = tensors[0]
+    size = sum(t.nbytes for t in tensors if t is not None and t.requires_grad)
+    if reduction == "none" or not size or first is None:
         return None
-    size, first = 0, tensors[0]
-    assert first is not None
-    for t in tensors:
-        if t is not None and t.requires_grad:
-            size += t.nbytes
+    classes = first.shape[min(1, first.dim() - 1)] if first.dim() else 1
+    return Subject((loss, first.dtype, classes, reduction), size, first.dtype, first.device)
+
+
+def foresee(subject: Subject) -> Foresight | None:
+    """None where gradients ahead of time would be in the way."""
     if (
-        not 0 < size <= config.foresight_max_bytes
-        or (_waiting and size + sum(_waiting.copy().values()) > config.foresight_waiting_bytes)
+        subject.size > config.foresight_max_bytes
+        or (_waiting and subject.size + sum(_waiting.copy().values()) > config.foresight_waiting_bytes)
         # saved tensors are moved or dropped until the backward (offloading, checkpointing): memory is scarce
         or _saved_tensors_are_hooked()
     ):
         return None
-    kind = (loss, first.dtype, first.shape[min(1, first.dim() - 1)] if first.dim() else 1, reduction)
-    return Foresight(kind, size) if first.device.type in _LOOKED_AT else _on_device((*kind, first.device), size, first)
+    return Foresight(subject.kind, subject.size) if subject.device.type in _LOOKED_AT else _on_device(subject)
 
 
 _LOOKED_AT = {"cpu"}
 
 
-def _on_device(kind: tuple[Any, ...], size: int, first: Tensor) -> Foresight | None:
+def _on_device(subject: Subject) -> Foresight | None:
+    kind = (*subject.kind, subject.device)
     if kind not in _last_on:
-        if first.is_cuda and torch.cuda.is_current_stream_capturing():
+        if subject.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return None  # what is made now holds nothing until the graph is replayed
-        _last_on[kind] = _LastNumbers(COMPUTE[first.dtype], first.device)
-    return ForesightOnDevice(_last_on[kind], size)
+        _last_on[kind] = _LastNumbers(COMPUTE[subject.dtype], subject.device)
+    return ForesightOnDevice(_last_on[kind], subject.size)
 
 
 def _saved_tensors_are_hooked() -> bool:

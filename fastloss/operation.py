@@ -16,10 +16,16 @@ from .foresight import Foresight, ForesightOnDevice, foresee
 
 def apply(call: Call, t: Any, inplace_backward: bool = False) -> Any:
     """The answer of a loss to tensors that fit, by the kernels; a tuple if it has several."""
-    loss, o = call.loss, call.options
-    ahead = loss.one_visit and not inplace_backward and loss.one_visit_pays(t, o)
-    foresight = foresee(loss.name, t[: loss.one_visit], o.reduction) if ahead else None
+    foresight = None if call.subject is None or inplace_backward else foresee(call.subject)
     return _Operation.apply(call, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
+
+
+def apply_again(call: Call, t: Any) -> Any:
+    """The same for a call of a kind that is remembered: of plain tensors, under no mode, on CPU."""
+    if call.graph:
+        return _apply_plain(call, False, None if call.subject is None else foresee(call.subject), *t)
+    results, answers = call.forward(t), call.loss.answers
+    return results[0] if answers == 1 else tuple(results[:answers])
 
 
 class _Operation(torch.autograd.Function):
@@ -43,8 +49,7 @@ class _Operation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
-        loss, saved = ctx.call.loss, ctx.saved_tensors
-        needed = ctx.needs_input_grad[3 : 3 + loss.differentiable]
+        loss, saved = ctx.call.loss, ctx.saved_tensors  # asked for first: torch then notices tensors that were edited since
         graph = torch.is_grad_enabled() or not plain(*upstream)
         found: tuple[Tensor | None, ...] = ()
         if ctx.foresight is not None:
@@ -55,8 +60,13 @@ class _Operation(torch.autograd.Function):
                 if found and isinstance(ctx.foresight, ForesightOnDevice):
                     loss.repair(upstream[0], ctx.foresight.expected, loss.saved(*saved), ctx.call.options, found)
         if len(found) < loss.differentiable or any(gradient is None for gradient in found):
+            needed = ctx.needs_input_grad[3 : 3 + loss.differentiable]
             found = _gradients(ctx, upstream, loss.saved(*saved), needed, found, graph)
         return None, None, None, *found, *(None,) * (len(ctx.needs_input_grad) - 3 - loss.differentiable)
+
+
+# what torch.autograd.Function.apply does beside this is for functorch, under which nothing is remembered
+_apply_plain: Any = super(torch.autograd.Function, _Operation).apply
 
 
 def _gradients(

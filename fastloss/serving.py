@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import config
 from .arguments import autocast_is_active, reduction_misfit, tensors_misfit
 from .calls import THEIRS, Call, Kind, kind_of, recall, remember
 from .loss import Loss, each
-from .operation import apply
+from .operation import apply, apply_again
 from .ops import OPS
 from .routing import Route, route, served_by_torch, tiny
 
@@ -41,7 +40,7 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
 
 def again(call: Call, tensors: Any) -> Tensor:
     """The result of a call of a kind that was remembered."""
-    result: Tensor = apply(call, call.loss.tensors(*tensors))
+    result: Tensor = apply_again(call, call.loss.tensors(*tensors))
     return result
 
 
@@ -56,7 +55,7 @@ def by_torch(way: Route, theirs: Any, result: Tensor, kind: Kind | None) -> Tens
 def by_kernels(way: Route, loss: AnyLoss, t: Any, o: Any, kind: Kind | None = None, inplace_backward: bool = False) -> Any:
     """The answer of a loss to arguments that fit, a tuple if it has several."""
     if way.path == "kernel":
-        return apply(remember(kind, Call(loss, o, t[0].nbytes < config.pool_min_bytes)), t, inplace_backward)
+        return apply(remember(kind, Call(loss, o, t)), t, inplace_backward)
     results = each(OPS[loss.name].forward(*t, *o))
     return results[0] if loss.answers == 1 else results[: loss.answers]
 

@@ -67,8 +67,8 @@ def scaling(seconds: float = 6) -> dict[str, Any]:
 
 
 def startup() -> dict[str, Any]:
-    """Seconds of the first steps in a new process: with empty caches of compiled code, then with what that process left there; and with what
-    `fastloss warmup` leaves in empty ones, and the seconds that this takes."""
+    """Seconds of the first steps in a new process: with empty caches of compiled code, with what that process left there, and with what
+    `fastloss warmup` leaves in empty ones; and the seconds that this command takes."""
     case = Case("cross_entropy", (4096, 1000))
     found: dict[str, Any] = {"case": case.key, "imports": _imports()}
     for name in (FASTLOSS, EAGER, COMPILED):

@@ -140,3 +140,13 @@ def test_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[1].startswith("  0% |                        | 0 s  cross_entropy float32")
     assert lines[3].startswith(" 50% |############            |")
     assert lines[5] == "\x1b[K"  # the line is free again
+
+
+def test_what_triton_compiles_is_counted() -> None:
+    """Without a GPU: by the events that Triton sends."""
+    knobs = pytest.importorskip("triton.knobs")
+    with startup._counted("triton") as counts:
+        for hit in (True, False, True):
+            knobs.compilation.listener(src=None, metadata={}, metadata_group={}, times=None, cache_hit=hit)
+    assert counts == {False: 1, True: 2}
+    assert knobs.compilation.listener is None

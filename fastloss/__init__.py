@@ -24,6 +24,7 @@ from .modules import (
 from .probabilities import log_softmax, softmax
 from .routing import Route, explain
 from .sparse_targets import sparse_soft_cross_entropy
+from .startup import Warmed, warmup
 from .statistics import TokenStatistics, token_statistics
 from .vocab_parallel import vocab_parallel_cross_entropy
 from .vocab_parallel_linear import vocab_parallel_linear_cross_entropy
@@ -40,6 +41,7 @@ __all__ = [
     "Softmax",
     "SparseSoftCrossEntropyLoss",
     "TokenStatistics",
+    "Warmed",
     "__version__",
     "binary_cross_entropy",
     "binary_cross_entropy_with_logits",
@@ -60,4 +62,5 @@ __all__ = [
     "use_backend",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
+    "warmup",
 ]

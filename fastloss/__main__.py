@@ -1,9 +1,10 @@
-"""`python -m fastloss doctor` and `python -m fastloss bench`; the console script `fastloss` is the same."""
+"""`python -m fastloss doctor`, `warmup` and `bench`; the console script `fastloss` is the same."""
 
 import sys
 from collections.abc import Sequence
 
 USAGE = """usage: fastloss doctor [--device cpu|cuda] [--json]     is this installation sound, and what will compute?
+       fastloss warmup [LOSS ...] [--all] [options]     compile kernels before they are used (fastloss warmup --help)
        fastloss bench [options]     check and time the losses on this machine (fastloss bench --help)
        fastloss bench compare BEFORE.json AFTER.json     what got faster, slower, larger or less exact between two of its --json files
        fastloss --version"""
@@ -17,6 +18,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from .doctor import main as doctor
 
         return doctor(rest)
+    if command == "warmup":
+        from .startup import main as warmup
+
+        return warmup(rest)
     if command == "bench":
         from .bench.cli import main as bench
 

@@ -10,7 +10,7 @@ import torch
 import fastloss
 from fastloss import functional, linear, modules, routing, sparse_targets, statistics
 
-NEEDS_NONE = {"BackendError", "Route", "get_backend", "set_backend", "use_backend"}
+NEEDS_NONE = {"BackendError", "Route", "Warmed", "get_backend", "set_backend", "use_backend"}
 
 
 @pytest.mark.parametrize("min_numel", [0, 1 << 18], ids=["kernels", "defaults"])

@@ -1,6 +1,8 @@
 """Compiled kernels on disk: a damaged cache, or one that cannot be written, costs a compilation and nothing else."""
 
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -97,3 +99,40 @@ def test_a_directory_that_is_no_more(place: Path, monkeypatch: pytest.MonkeyPatc
 def test_no_place_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     assert not was_cached()
+
+
+FIND_ONE = """
+import sys, torch
+from fastloss.kernels.cpu import reduction
+print("ready", flush=True)
+sys.stdin.readline()
+print(reduction._sum.compile(torch.float64)[0].cache_hits, flush=True)
+"""
+
+
+def test_of_processes_that_want_a_kernel_at_once_one_compiles_it(tmp_path: Path) -> None:
+    environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
+    ranks = [
+        subprocess.Popen([sys.executable, "-c", FIND_ONE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        for _ in range(2)
+    ]
+    for rank in ranks:
+        assert rank.stdout.readline() == "ready\n"  # type: ignore[union-attr]
+    for rank in ranks:
+        rank.stdin.write("\n")  # type: ignore[union-attr]
+        rank.stdin.flush()  # type: ignore[union-attr]
+    assert sorted(int(rank.communicate()[0]) for rank in ranks) == [0, 1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="files are not locked there")
+def test_a_process_that_never_ends_its_turn(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import fcntl
+
+    assert not was_cached(torch.float32)
+    (lock,) = place.rglob("*.lock")
+    monkeypatch.setattr(cache, "_PATIENCE", 0.1)
+    with lock.open() as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert was_cached(torch.float32)  # what is there does not take a turn
+        assert not was_cached(torch.float64)
+    assert was_cached(torch.float64)

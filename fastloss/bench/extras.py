@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -66,23 +67,37 @@ def scaling(seconds: float = 6) -> dict[str, Any]:
 
 
 def startup() -> dict[str, Any]:
-    """Seconds of the first steps in a new process: with empty caches of compiled code, then with what that process left there."""
+    """Seconds of the first steps in a new process: with empty caches of compiled code, with what that process left there, and with what
+    `fastloss warmup` leaves in empty ones; and the seconds that this command takes."""
     case = Case("cross_entropy", (4096, 1000))
     found: dict[str, Any] = {"case": case.key, "imports": _imports()}
     for name in (FASTLOSS, EAGER, COMPILED):
         with tempfile.TemporaryDirectory() as caches:
             environment = {"NUMBA_CACHE_DIR": os.path.join(caches, "numba"), "TORCHINDUCTOR_CACHE_DIR": os.path.join(caches, "inductor")}
             for state in ("cold", "warm"):
-                with child(environment) as process:
-                    found.setdefault(name, {})[state] = process.ask(do="startup", provider=name, case=case.key)
+                found.setdefault(name, {})[state] = _first_steps(environment, name, case)
+    with tempfile.TemporaryDirectory() as caches:
+        environment = {"NUMBA_CACHE_DIR": caches}
+        start = perf_counter()
+        subprocess.run([sys.executable, "-m", "fastloss", "warmup"], stdout=subprocess.DEVNULL, check=True, env=_environment(environment))
+        found["fastloss warmup"] = perf_counter() - start
+        found[FASTLOSS]["after fastloss warmup"] = _first_steps(environment, FASTLOSS, case)
     return found
+
+
+def _first_steps(environment: dict[str, str], provider: str, case: Case) -> Any:
+    with child(environment) as process:
+        return process.ask(do="startup", provider=provider, case=case.key)
+
+
+def _environment(more: dict[str, str] | None = None) -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path), **(more or {})}
 
 
 def _imports() -> dict[str, float]:
     """Seconds to import torch, and fastloss after it, in a process that does nothing else."""
     code = "from time import perf_counter as t; a = t(); import torch; b = t(); import fastloss; print(b - a, t() - b)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment).stdout
+    text = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=_environment()).stdout
     return dict(zip(("torch", "fastloss"), map(float, text.split()), strict=True))
 
 

@@ -149,11 +149,13 @@ def extras(result: dict[str, Any]) -> dict[str, tuple[str, Table]]:
     if "startup" in found:
         lines = []
         for name, states in found["startup"].items():
-            if name not in ("case", "imports"):
+            if name not in ("case", "imports", "fastloss warmup"):
                 lines += [[name, state, *(number(value) for value in times.values())] for state, times in states.items()]
         parts = list(found["startup"][FASTLOSS]["cold"])
         imports = found["startup"].get("imports", {})
         lines += [[f"import {name}", "", number(seconds), *[""] * (len(parts) - 1)] for name, seconds in imports.items()]
+        if "fastloss warmup" in found["startup"]:
+            lines.append(["the command fastloss warmup", "cold", number(found["startup"]["fastloss warmup"]), *[""] * (len(parts) - 1)])
         title = "A new process, seconds (cold: nothing compiled is cached yet)"
         tables["startup"] = title, (["provider", "caches", *parts], lines)
     return tables

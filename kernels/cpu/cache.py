@@ -88,13 +88,14 @@ class KernelCache(FunctionCache):
             self._impl.locator.ensure_cache_path()
             self._turn = os.open(os.path.join(self.cache_path, f"{self._impl.filename_base}.lock"), os.O_RDWR | os.O_CREAT, 0o666)
             end = monotonic() + _PATIENCE
-            while not self._is_free() and monotonic() < end:
+            while not _locked(self._turn) and monotonic() < end:
                 sleep(0.02)
 
-    def _is_free(self) -> bool:
-        """Whether nobody else compiles this function; from now on this process does."""
-        try:
-            fcntl.flock(self._turn, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return False
-        return True
+
+def _locked(file: int) -> bool:
+    """Whether nobody else has locked the file; from now on this process has."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -2,14 +2,14 @@
 machine code of it, which nobody calls, and does so again for every helper that it is inlined into: half of the time that a region takes to
 compile. A region is optimised whole, with all that is in it.
 
-A compiler with a pass of one's own is how Numba lets itself be changed. What the pass relies on beside that is looked for when this module
-is imported: where it is not there, helpers get their machine code as before.
+A compiler with a pass of one's own is how Numba lets itself be changed. A Numba without the classes that are derived of here says so when
+this module is imported; one that ends a library otherwise than by `_finalize_final_module` makes the machine code as before.
 """
 
 from typing import Any
 
 from numba import _dynfunc
-from numba.core.codegen import CPUCodeLibrary, JITCodeLibrary
+from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, DefaultPassBuilder
 from numba.core.compiler_machinery import register_pass
 from numba.core.typed_passes import NativeLowering
@@ -54,8 +54,11 @@ class _CompilerToLink(CompilerBase):
 
 
 # what is inlined needs no entry from Python or C: without those it compiles in three quarters of the time
-INLINE: dict[str, Any] = {"forceinline": True, "error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+INLINE: dict[str, Any] = {
+    "forceinline": True,
+    "error_model": "numpy",
+    "no_cpython_wrapper": True,
+    "no_cfunc_wrapper": True,
+    "pipeline_class": _CompilerToLink,
+}
 """The options of every helper, for @njit and @overload."""
-
-if {"_optimize_final_module", "_finalize_final_module"} <= set(dir(CPUCodeLibrary)) and hasattr(_dynfunc, "make_function"):
-    INLINE["pipeline_class"] = _CompilerToLink

@@ -7,10 +7,12 @@ the kernel that has just been compiled.
 
 import hashlib
 import pickle
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 
 
 class _CheckedFile(IndexDataCacheFile):
@@ -51,3 +53,12 @@ class KernelCache(FunctionCache):
         """Keep a compiled function, if that can be."""
         with suppress(Exception):
             super().save_overload(sig, data)
+
+
+def compiled(body: Callable[..., None], signature: Any) -> CFunc:
+    """Numba's C function of this signature, from disk where it is."""
+    function = CFunc(body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+    with suppress(Exception):  # without a place that can be written, every process compiles
+        function._cache = KernelCache(body)
+    function.compile()
+    return function

@@ -1,4 +1,4 @@
-"""Who runs a region: the threads of the OpenMP runtime that torch has brought into the process or, where there is none to call, a few of Python's.
+"""Who runs a region: the threads of the OpenMP runtime that torch brought into the process, or else a few of Python's.
 
 A second runtime beside torch's costs whole scheduler ticks, aborts on concurrent calls (Numba's workqueue), kills forked children (its omp)
 or ends the process (two copies of libomp). So only a runtime that is loaded already is called, by address: it follows
@@ -23,7 +23,8 @@ from numba.extending import intrinsic
 
 from .cache import compiled
 
-_I32, _I64 = ir.IntType(32), ir.IntType(64)
+POOL = "a pool of Python threads"
+_I64 = ir.IntType(64)
 
 
 class Team(NamedTuple):
@@ -40,7 +41,7 @@ def team() -> Team:
         for library in libraries:
             if hasattr(library, name):
                 return Team(name, entry(library))
-    return Team("Python threads", _Pool().run)
+    return Team(POOL, _Pool().run)
 
 
 def _libraries() -> Iterator[ctypes.CDLL]:
@@ -104,19 +105,21 @@ def _kmpc(library: ctypes.CDLL) -> Callable[[int, int, int], None]:
 
 # ---------------------------------------------------------------- Python's threads
 
-_OPEN, _INSIDE = range(2)
+_STATE, _INSIDE = range(2)  # words of a gate; the states of a region are to come, open and over
+_OPEN, _OVER = 1, 2
+_PATIENCE = 1000  # times that a worker who is there before its caller lets others run: who wakes another is often put to sleep for it
 
 
 class _Pool:
-    """Threads that wait for tickets to a region. The caller works at once and waits for nobody who has not come in: a worker that is busy, or
-    late, finds the region closed. So callers cannot wait for one another, and a call in a child after a fork only starts new workers.
+    """Threads that wait for tickets to a region. The caller works at once and waits for nobody who has not come in: a worker that is busy,
+    or late, finds the region over. So callers cannot wait for one another.
 
     A region is open no longer than the one foreign call in which the caller works and then waits. Python raises no exception in there, so
     whatever interrupts the caller, the memory that a region writes to is its own until the last worker is out.
     """
 
     def __init__(self) -> None:
-        self._code, (self._lead, self._join) = zip(_foreign(_lead, 4), _foreign(_join, 3), strict=True)
+        self._code, (self._lead, self._join) = zip(_foreign(_lead, 4), _foreign(_join, 4), strict=True)
         self._give_way = ctypes.cast(_give_way(), ctypes.c_void_p).value
         self._start_anew()
         if hasattr(os, "register_at_fork"):
@@ -144,8 +147,8 @@ class _Pool:
     def _work(self, tickets: "SimpleQueue[tuple[int, int, Any]]") -> None:
         while True:
             region, block, gate = tickets.get()
-            if gate[_OPEN]:
-                self._join(region, block, ctypes.addressof(gate))
+            if gate[_STATE] < _OVER:
+                self._join(region, block, ctypes.addressof(gate), self._give_way)
             del gate
 
 
@@ -186,16 +189,20 @@ def _microtask(thread: Any, bound: Any, region: Any, block: Any) -> None:
 
 
 def _lead(region: Any, block: Any, gate: Any, give_way: Any) -> None:
-    _add(gate, _OPEN, 1)
+    _add(gate, _STATE, 1)
     _call(region, block)
-    _add(gate, _OPEN, -1)
+    _add(gate, _STATE, 1)
     while _add(gate, _INSIDE, 0) > 0:
         _call(give_way, 0)
 
 
-def _join(region: Any, block: Any, gate: Any) -> None:
-    _add(gate, _INSIDE, 1)  # before the look: a leader who closes it after the look sees this
-    if _add(gate, _OPEN, 0) > 0:
+def _join(region: Any, block: Any, gate: Any, give_way: Any) -> None:
+    _add(gate, _INSIDE, 1)  # before the look: who ends the region after the look sees this
+    waits = 0
+    while _add(gate, _STATE, 0) < _OPEN and waits < _PATIENCE:
+        _call(give_way, 0)
+        waits += 1
+    if _add(gate, _STATE, 0) == _OPEN:
         _call(region, block)
     _add(gate, _INSIDE, -1)
 

@@ -126,7 +126,7 @@ class _Pool:
             os.register_at_fork(after_in_child=self._start_anew)
 
     def _start_anew(self) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a finalizer may call a loss in the middle of hiring
         self._workers = 0
         self._tickets: SimpleQueue[tuple[int, int, Any]] = SimpleQueue()
 

@@ -141,11 +141,11 @@ class Region:
     def run(self, version: tuple[Any, ...], tasks: int, block: Any) -> bool:
         """The same for a packed block."""
         function, on_this_thread = self._compiled.get(version) or self.compile(*version)
-        threads = min(tasks, torch.get_num_threads()) if tasks > 1 else 1
-        if threads == 1:
-            on_this_thread(ctypes.addressof(block))
-        else:
+        threads = min(tasks // team().share, torch.get_num_threads()) if tasks > 1 else 1
+        if threads > 1:
             team().run(function.address, ctypes.addressof(block), threads)
+        else:
+            on_this_thread(ctypes.addressof(block))
         return block[_FLAG] != 0
 
 

@@ -55,9 +55,9 @@ class KernelCache(FunctionCache):
             super().save_overload(sig, data)
 
 
-def compiled(body: Callable[..., None], signature: Any) -> CFunc:
+def compiled(body: Callable[..., None], signature: Any) -> Any:
     """Numba's C function of this signature, from disk where it is."""
-    function = CFunc(body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+    function: Any = CFunc(body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
     with suppress(Exception):  # without a place that can be written, every process compiles
         function._cache = KernelCache(body)
     function.compile()

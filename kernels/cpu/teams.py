@@ -160,7 +160,9 @@ class _Pool:
 
 def _give_way() -> Any:
     """The system's function with which a thread that waits lets others run."""
-    return ctypes.WinDLL("kernel32").SwitchToThread if sys.platform == "win32" else ctypes.CDLL(None).sched_yield
+    if sys.platform == "win32":
+        return ctypes.WinDLL("kernel32").SwitchToThread
+    return ctypes.CDLL(None).sched_yield
 
 
 # ---------------------------------------------------------------- compiled

@@ -160,14 +160,21 @@ def _threads() -> list[Finding]:
 
 
 def _openmp() -> list[Finding]:
-    """Whether kernels can use more than one thread."""
+    """Whose threads run the kernels."""
     if _problem("numba") is not None:
         return []
-    from .kernels.cpu import launch
+    from .kernels.cpu.teams import POOL, team
 
-    if launch._openmp() is not None:
-        return []
-    return [Finding("OpenMP", "note", "torch's process has no GOMP_parallel (libgomp, libomp): our kernels run on one thread")]
+    name = team().name
+    if name == POOL:
+        return [
+            Finding(
+                "OpenMP",
+                "note",
+                f"found no GOMP_parallel or __kmpc_fork_call to call: our kernels run on {POOL}, slower where inputs are small",
+            )
+        ]
+    return [Finding("OpenMP", "ok", f"our kernels run on its threads, called by {name}")]
 
 
 def _cache() -> list[Finding]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastloss.bench import accuracy, report, tables
+from fastloss.bench import accuracy, extras, report, tables
 from fastloss.bench.cases import Case, inputs_to_miss, make_inputs
 from fastloss.bench.child import child
 from fastloss.bench.cli import broken, main, parser
@@ -225,3 +225,16 @@ def test_help_names_every_preset_provider_and_loss():
 def test_tables_in_the_docs_are_the_measured_ones():
     for result in (MEASURED, MEASURED.with_name("sizes.json")):
         assert report.main([str(result), "--check", "--tables", str(ROOT / "README.md"), str(ROOT / "docs")]) == 0
+
+
+@pytest.mark.long
+def test_kernels_for_avx2_beside_those_for_this_cpu(monkeypatch):
+    monkeypatch.setattr(extras, "TARGETED", (SMALL,))
+    found = extras.avx2(seconds=0)
+    if not found:
+        pytest.skip("this CPU has no AVX-512")
+    title, (header, lines) = tables.extras({"extras": {"avx2": found}})["avx2"]
+    assert "haswell" in title
+    assert [line[0] for line in lines] == [SMALL.key]
+    assert len(lines[0]) == len(header)
+    assert found[SMALL.key]["speed"]["middle"] > 0

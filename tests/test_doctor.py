@@ -177,6 +177,7 @@ STATES = {
         0,
         [
             ("ok", "on cpu", r"numba .*torch below config.min_numel = \d+"),
+            ("ok", "OpenMP", "run on its threads, called by (GOMP_parallel|__kmpc_fork_call)"),
             ("ok", "numba self-check", "agree with float64"),
             ("ok", "speed sample", r"times as long"),
             ("ok", "compiled kernels", "kept in /.*(kernels/cpu/__pycache__|cpu_[0-9a-f]+)$"),
@@ -196,7 +197,7 @@ STATES = {
         0,
         [("note", "huge pages", "off for this process.*slower"), ("ok", "speed sample", "ms")],
     ),
-    "no OpenMP": (WITHOUT_OPENMP, {}, 0, [("note", "OpenMP", "GOMP_parallel.*one thread"), ("ok", "numba self-check", "agree")]),
+    "no OpenMP": (WITHOUT_OPENMP, {}, 0, [("note", "OpenMP", "GOMP_parallel.*pool of Python"), ("ok", "numba self-check", "agree")]),
     "old torch": (
         OLD_TORCH,
         {},

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastloss import backends
-from fastloss.kernels.cpu import launch, reduction
+from fastloss.kernels.cpu import cache, launch, reduction
 
 
 def run(code: str, **environment: str) -> None:
@@ -58,12 +58,12 @@ numba.core.config, numba.typed.List, llvmlite.binding.get_host_cpu_name()
 
 
 def test_an_interrupted_compilation_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(launch.CFunc):  # type: ignore[misc]
+    class Interrupted(cache.CFunc):  # type: ignore[misc]
         def compile(self) -> None:
             signal.raise_signal(signal.SIGINT)
             super().compile()
 
-    monkeypatch.setattr(launch, "CFunc", Interrupted)
+    monkeypatch.setattr(cache, "CFunc", Interrupted)
     handler = signal.default_int_handler
     before = signal.signal(signal.SIGINT, handler)  # a process started in the background of a shell ignores Ctrl-C
     region = launch.Region(reduction._sum.body, reduction.Sum)

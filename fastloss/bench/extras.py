@@ -1,10 +1,11 @@
-"""What is not a large batch: the price of a small call, more threads, and the first call of a process."""
+"""What is not a large batch: the price of a small call, more threads, the first call of a process, and fewer instructions."""
 
 import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from time import perf_counter
 from typing import Any
@@ -18,6 +19,16 @@ from .runner import Runner, Times, configured
 from .timing import Step, interleave
 
 SMALL = Case("cross_entropy", (32, 10))
+AVX2, NATIVE = "AVX2", "AVX-512"
+TARGETED = (
+    Case("cross_entropy", (4096, 32000)),
+    Case("cross_entropy", (4096, 32000), "bfloat16"),
+    Case("cross_entropy, probabilities", (4096, 32000)),
+    Case("cross_entropy", (65536, 128)),
+    Case("cross_entropy", (8, 21, 512, 512)),
+    Case("binary_cross_entropy_with_logits", (65536, 1000)),
+    Case("softmax", (4096, 32000)),
+)
 SCALED = (Case("cross_entropy", (4096, 32000)), Case("binary_cross_entropy_with_logits", (65536, 1000)))
 
 
@@ -66,6 +77,31 @@ def scaling(seconds: float = 6) -> dict[str, Any]:
     return found
 
 
+def avx2(seconds: float = 6) -> dict[str, Any]:
+    """Seconds of a step whose kernels are compiled for a CPU that has AVX2 and no more, beside this CPU's own, and the ratio of the two.
+
+    Nothing where this CPU has no AVX-512. Who runs them is this CPU: one that has only AVX2 may do so faster or slower.
+    """
+    from llvmlite.binding import get_host_cpu_features
+
+    found: dict[str, Any] = {}
+    if not get_host_cpu_features().get("avx512f"):
+        return found
+    with tempfile.TemporaryDirectory() as cache:
+        haswell = {"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": "", "NUMBA_CACHE_DIR": cache}
+        for case in TARGETED:
+            with ExitStack() as processes:
+                steps: dict[str, Step] = {}
+                for name, environment in {AVX2: haswell, NATIVE: {}}.items():
+                    process = processes.enter_context(child(environment))
+                    process.ask(do="prepare", provider=FASTLOSS, case=case.key, inputs=2, threads=torch.get_num_threads())
+                    steps[name] = lambda turn, process=process: Times(*process.ask(do="step", turn=turn))  # type: ignore[misc]
+                series = interleave(steps, seconds, least=7)
+            found[case.key] = {name: asdict(one.spread()) for name, one in series.items()}
+            found[case.key]["speed"] = asdict(series[AVX2].ratio_to(series[NATIVE]))
+    return found
+
+
 def startup() -> dict[str, Any]:
     """Seconds of the first steps in a new process: with empty caches of compiled code, with what that process left there, and with what
     `fastloss warmup` leaves in empty ones; and the seconds that this command takes."""
@@ -101,7 +137,7 @@ def _imports() -> dict[str, float]:
     return dict(zip(("torch", "fastloss"), map(float, text.split()), strict=True))
 
 
-EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {"overhead": overhead, "scaling": scaling, "startup": startup}
+EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {"overhead": overhead, "scaling": scaling, "startup": startup, "avx2": avx2}
 
 
 def names(chosen: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
+from .extras import AVX2, NATIVE
 from .presets import CPU_TARGETS, FRONT, Target
 from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
 
@@ -133,7 +134,7 @@ def providers(case: dict[str, Any]) -> Table:
 
 
 def extras(result: dict[str, Any]) -> dict[str, tuple[str, Table]]:
-    """Small calls, threads, start-up: title and table for each that was measured."""
+    """Small calls, threads, start-up, AVX2: title and table for each that was measured."""
     tables: dict[str, tuple[str, Table]] = {}
     found = result.get("extras", {})
     if "overhead" in found:
@@ -158,6 +159,13 @@ def extras(result: dict[str, Any]) -> dict[str, tuple[str, Table]]:
             lines.append(["the command fastloss warmup", "cold", number(found["startup"]["fastloss warmup"]), *[""] * (len(parts) - 1)])
         title = "A new process, seconds (cold: nothing compiled is cached yet)"
         tables["startup"] = title, (["provider", "caches", *parts], lines)
+    if found.get("avx2"):
+        lines = []
+        for key, spreads in found["avx2"].items():
+            times = [number(spreads[name]["middle"] * 1e3) for name in (NATIVE, AVX2)]
+            lines.append([key, *times, f"{100 * spreads['speed']['middle']:.0f}%"])
+        title = "Kernels compiled for AVX2 (NUMBA_CPU_NAME=haswell), on this CPU"
+        tables["avx2"] = title, (["case", f"{NATIVE} ms", f"{AVX2} ms", f"speed of {NATIVE}"], lines)
     return tables
 
 

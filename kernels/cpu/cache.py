@@ -10,11 +10,13 @@ Of processes that want the same kernel at the same time, as ranks do, one compil
 import hashlib
 import os
 import pickle
+from collections.abc import Callable
 from contextlib import suppress
 from time import monotonic, sleep
 from typing import Any
 
 from numba.core.caching import FunctionCache, IndexDataCacheFile
+from numba.core.ccallback import CFunc
 
 try:
     import fcntl
@@ -99,3 +101,17 @@ def _locked(file: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def compiled(body: Callable[..., None], signature: Any) -> Any:
+    """Numba's C function of this signature, from disk where it is."""
+    function: Any = CFunc(body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
+    cache = None
+    with suppress(Exception):  # without a place that can be written, every process compiles
+        function._cache = cache = KernelCache(body)
+    try:
+        function.compile()
+    finally:
+        if cache is not None:
+            cache.end_turn()
+    return function

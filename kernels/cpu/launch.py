@@ -1,11 +1,6 @@
-"""How a kernel runs: a region of tasks on torch's own OpenMP team.
+"""How a kernel runs: a region of tasks on a team of threads (`teams`).
 
-A second thread pool (Numba's) beside torch's costs whole scheduler ticks, aborts on concurrent calls (workqueue) or kills forked
-children (omp). torch's libgomp is already in the process, so `GOMP_parallel` is called by address: it follows
-`torch.get_num_threads()`, is safe under Python threads, and behaves under fork as torch itself does. Where there is no libgomp
-(macOS, Windows) the region runs on the calling thread.
-
-Tasks are handed out one by one, and no result depends on who ran which, so every thread count gives the same bits.
+Tasks are handed out one by one, and no result depends on who ran which, so every team and every number of threads gives the same bits.
 """
 
 import ctypes
@@ -13,7 +8,7 @@ import hashlib
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from time import perf_counter
@@ -22,12 +17,12 @@ from typing import Any, NamedTuple
 import torch
 from llvmlite import ir
 from numba.core import types
-from numba.core.ccallback import CFunc
 from numba.extending import intrinsic
 
 from . import half
 from .arguments import HEADER, STORAGE, Arguments, packer, word
-from .cache import KernelCache
+from .cache import compiled
+from .teams import team
 
 # Words at the start of a launch's argument block
 _TASKS, _NEXT, _FLAG, _WORKERS = range(HEADER)
@@ -69,24 +64,13 @@ def next_worker(typingctx: Any, block: Any) -> Any:
 
 @intrinsic
 def raise_flag(typingctx: Any, block: Any) -> Any:
-    """Tell the launcher that something is wrong; exceptions cannot leave compiled code that OpenMP called."""
+    """Tell the launcher that something is wrong; exceptions cannot leave compiled code that a team called."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         builder.store(ir.Constant(_I64, 1), word(builder, args[0], _FLAG))
         return context.get_dummy_value()
 
     return types.void(block), codegen
-
-
-@cache
-def _openmp() -> Callable[..., None] | None:
-    """libgomp's entry point for a parallel region (libomp and libiomp5 export it too), or None."""
-    try:
-        gomp = ctypes.CDLL(None).GOMP_parallel
-    except (AttributeError, OSError, TypeError):
-        return None
-    gomp.argtypes, gomp.restype = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    return gomp
 
 
 @contextmanager
@@ -156,18 +140,10 @@ class Region:
         version = (dtype, *known)
         with self._lock, _uninterrupted():
             if version not in self._compiled:
-                signature = self.signature(dtype, *known)
-                compiled = CFunc(self.body, (signature.args, signature.return_type), {}, {"error_model": "numpy"})
-                start, cache = perf_counter(), None
-                with suppress(Exception):  # without a place that can be written, every process compiles
-                    compiled._cache = cache = KernelCache(self.body)
-                try:
-                    compiled.compile()
-                finally:
-                    if cache is not None:
-                        cache.end_turn()
-                self._compiled[version] = compiled, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(compiled.address)
-                built.append(Built(self, version, perf_counter() - start, bool(compiled.cache_hits)))
+                start = perf_counter()
+                function = compiled(self.body, self.signature(dtype, *known))
+                self._compiled[version] = function, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)
+                built.append(Built(self, version, perf_counter() - start, bool(function.cache_hits)))
             return self._compiled[version]
 
     def __call__(self, tasks: int, arguments: Any) -> bool:
@@ -180,13 +156,12 @@ class Region:
 
     def run(self, version: tuple[Any, ...], tasks: int, block: Any) -> bool:
         """The same for a packed block."""
-        compiled, on_this_thread = self._compiled.get(version) or self.compile(*version)
-        threads = min(tasks, torch.get_num_threads()) if tasks > 1 else 1
-        parallel = _openmp() if threads > 1 else None
-        if parallel is None:
-            on_this_thread(ctypes.addressof(block))
+        function, on_this_thread = self._compiled.get(version) or self.compile(*version)
+        threads = min(tasks // team().share, torch.get_num_threads()) if tasks > 1 else 1
+        if threads > 1:
+            team().run(function.address, ctypes.addressof(block), threads)
         else:
-            parallel(compiled.address, ctypes.addressof(block), threads, 0)
+            on_this_thread(ctypes.addressof(block))
         return block[_FLAG] != 0
 
 

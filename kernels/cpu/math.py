@@ -14,7 +14,7 @@ from numba.extending import overload
 
 from .inline import INLINE
 from .llvm import Vector, bfloat16, float16, float32
-from .simd import bits, fma, from_bits, larger, select, splat, to_float
+from .simd import bits, fma, from_bits, select, splat, to_float
 
 f32 = np.float32
 LOG2E = 1.4426950408889634
@@ -22,8 +22,10 @@ LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 LN2_HIGH32, LN2_LOW32 = f32(0.693359375), f32(-2.12194440e-4)
 LN2_HIGH64, LN2_LOW64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
-# adding 1.5 * 2**(bits of the fraction) rounds to an integer and leaves that integer in the low bits
+# adding 1.5 * 2**(bits of the fraction) rounds to an integer n and leaves it in the low bits; with the bias of exponents added, these are
+# the exponent of 2**n
 MAGIC32, MAGIC64 = f32(1.5 * 2**23), 1.5 * 2.0**52
+BIASED32, BIASED64 = f32(1.5 * 2**23 + 127), 1.5 * 2.0**52 + 1023
 SQRT_HALF32, SQRT_HALF64 = 0x3F3504F3, 0x3FE6A09E667F3BCD  # bit patterns of sqrt(1/2)
 
 
@@ -49,17 +51,17 @@ def log1p(x: Any) -> Any:
 
 @njit(**INLINE)
 def _exp32(x: Any) -> Any:
-    # x = n ln 2 + r with |r| <= ln 2 / 2; e**r = 1 + r + r**2 q(r) to 8e-9; the exponent n is added to the bits
-    shifted = fma(x, f32(LOG2E), MAGIC32)
-    n = shifted - MAGIC32
+    # x = n ln 2 + r with |r| <= ln 2 / 2; e**r = 1 + r + r**2 q(r) to 8e-9
+    shifted = fma(x, f32(LOG2E), BIASED32)
+    n = shifted - BIASED32
     r = fma(n, -LN2_LOW32, fma(n, -LN2_HIGH32, x))
     q = fma(r, f32(1.392621347e-3), f32(8.363202972e-3))
     q = fma(r, q, f32(4.166655444e-2))
     q = fma(r, q, f32(1.666657685e-1))
     q = fma(r, q, f32(0.5))
     p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    # a NaN stays one: its bits plus those of its n may be any number
-    return select(x > f32(-87.3), from_bits(bits(p) + (bits(shifted) << np.int32(23))), larger(x, splat(f32(0.0), x)))
+    # times 2**n, not n added to the exponent's bits: a NaN then stays one without a select of its own, which AVX2 has in two instructions
+    return select(x < f32(-87.3), f32(0.0), p * from_bits(bits(shifted) << np.int32(23)))
 
 
 @njit(**INLINE)
@@ -76,8 +78,8 @@ def _exp_for_half(x: Any) -> Any:
 
 @njit(**INLINE)
 def _exp64(x: Any) -> Any:
-    shifted = fma(x, LOG2E, MAGIC64)
-    n = shifted - MAGIC64
+    shifted = fma(x, LOG2E, BIASED64)
+    n = shifted - BIASED64
     r = fma(n, -LN2_LOW64, fma(n, -LN2_HIGH64, x))
     q = fma(r, 2.0914717341716375952e-9, 2.5105259538448493419e-8)
     q = fma(r, q, 2.7557273570102139673e-7)
@@ -90,7 +92,7 @@ def _exp64(x: Any) -> Any:
     q = fma(r, q, 1.6666666666666671008e-1)
     q = fma(r, q, 0.5)
     p = fma(r, fma(r, q, 1.0), 1.0)
-    return select(x > -708.3, from_bits(bits(p) + (bits(shifted) << np.int64(52))), larger(x, splat(0.0, x)))
+    return select(x < -708.3, 0.0, p * from_bits(bits(shifted) << np.int64(52)))
 
 
 @njit(**INLINE)

@@ -80,14 +80,14 @@ def cross_entropy(
     t: Any = (input, target, weight)
     o: Any = None
     if misfit is None:
-        dtype = result_dtype(input)
         if target.is_floating_point() and target.shape == input.shape and target.dim():
-            loss, o = losses.soft_cross_entropy, losses.soft_cross_entropy.options(label_smoothing, reduction, dtype)
+            loss = losses.soft_cross_entropy
+            o = loss.options(label_smoothing, reduction, result_dtype(input, target, weight))
             misfit = None if is_int64(ignore_index) and ignore_index < 0 else f"ignore_index is {ignore_index!r} for class probabilities"
         else:
-            o = loss.options(ignore_index, label_smoothing, reduction, dtype)
+            o = loss.options(ignore_index, label_smoothing, reduction, result_dtype(input))
         t = loss.tensors(*t)
-        misfit = misfit or loss.misfit(t, o)
+        misfit = misfit or loss.misfit(t, o) or loss.mixture_misfit(t)
     way = route(misfit, input, 0.0 if inplace_backward else 1.0)
     if inplace_backward:
         if way.path != "kernel":

@@ -17,6 +17,8 @@ class Tensors(NamedTuple):
 
 class Options(NamedTuple):
     dim: int  # not negative
+    dtype: torch.dtype  # of the result: one that `input` is computed with in
+    input_dtype: torch.dtype  # of what is not saved
 
 
 class Results(NamedTuple):
@@ -35,7 +37,7 @@ class Softmax(Loss[Tensors, Options, Saved]):
         return None if 0 <= o.dim < t.input.dim() else f"dim {o.dim} is not a dimension of logits of shape {tuple(t.input.shape)}"
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
-        return (Spec(tuple(t.input.shape), t.input.dtype),)
+        return (Spec(tuple(t.input.shape), o.dtype),)
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
         return torch.log_softmax(t.input, o.dim) if self.name == "log_softmax" else torch.softmax(t.input, o.dim)
@@ -47,10 +49,13 @@ class Softmax(Loss[Tensors, Options, Saved]):
         return (result,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
-        dinput, kernels = empty_like(s.result), kernels_for(s.result)
+        dinput, kernels = self.gradient_spec(s, o, 0).empty(s.result.device), kernels_for(s.result)
         found, upstream, written = (rows.as_rows(t, o.dim) for t in (s.result, dloss, dinput))
         (kernels.log_softmax_backward if self.name == "log_softmax" else kernels.softmax_backward)(found, upstream, written)
         return (rows.settle(dinput, written),)
+
+    def gradient_spec(self, s: Saved, o: Options, which: int) -> Spec:
+        return Spec(tuple(s.result.shape), o.input_dtype, s.result)
 
     def given(self, s: Saved) -> Tensors:
         return Tensors(s.result)  # like the logits, of which nothing was saved
@@ -63,7 +68,7 @@ class Softmax(Loss[Tensors, Options, Saved]):
                 gradient = d - found.exp() * d.sum(o.dim, keepdim=True)
             else:
                 gradient = found * (d - (d * found).sum(o.dim, keepdim=True))
-        return (gradient.to(dloss.dtype),)
+        return (gradient.to(o.input_dtype),)
 
 
 softmax = Softmax("softmax")

@@ -16,7 +16,7 @@ from ..arguments import class_weight_misfit, dtype_misfit, linear_misfit, smooth
 from ..backends import kernels_for
 from ..chunks import Chunks, layer_of, logits_of, stand_in
 from ..kernels.groups import Rows, Smoothing
-from ..loss import Loss, Spec
+from ..loss import COMPUTE, Loss, Spec
 
 
 class Tensors(NamedTuple):

@@ -8,7 +8,6 @@ from torch import Tensor
 from .. import rows
 from ..backends import kernels_for
 from ..loss import Loss, Spec, compute_dtype
-from ..memory import empty_like
 
 
 class Tensors(NamedTuple):

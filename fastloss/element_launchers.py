@@ -1,7 +1,7 @@
 """The launchers of losses over single numbers, as `launchers` has those of losses over rows.
 
 Elements are [A, B, P], all of one shape, each with its own strides (0 where it is broadcast). dlogits and dprob have the dtype of logits
-and prob; dloss is in the compute dtype; target, weight, pos_weight and loss each have a dtype of their own, computed with in the same.
+and prob; all others each have a dtype of their own that is computed with in the same.
 """
 
 from typing import Annotated, Protocol
@@ -23,15 +23,7 @@ class _Elements(Kind):
         return f.compute is not None and is_in_its_storage(t)
 
 
-class _ElementNumbers(Kind):
-    rule = "shape of the logits, compute dtype"
-
-    def fits(self, t: Tensor, f: Facts) -> bool:
-        return t.shape == f.shape and t.dtype is f.compute and is_in_its_storage(t)
-
-
 Elements = Annotated[Tensor, _Elements()]
-ElementNumbers = Annotated[Tensor, _ElementNumbers()]
 
 
 class ElementKernels(Protocol):
@@ -49,7 +41,7 @@ class ElementKernels(Protocol):
         target: Floats,
         weight: Floats,
         pos_weight: Floats,
-        dloss: ElementNumbers,
+        dloss: Floats,
         dlogits: Gradient,
     ) -> None:
         """dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))."""
@@ -60,7 +52,7 @@ class ElementKernels(Protocol):
         target: Floats,
         weight: Floats,
         pos_weight: Floats,
-        dloss: ElementNumbers,
+        dloss: Floats,
         total: Total,
         dlogits: Gradient,
     ) -> None:
@@ -72,7 +64,7 @@ class ElementKernels(Protocol):
     def binary_cross_entropy_sum(self, prob: Elements, target: Floats, weight: Floats, total: Total) -> None:
         """total [1] = the sum of these losses, in one fixed order."""
 
-    def binary_cross_entropy_backward(self, prob: Elements, target: Floats, weight: Floats, dloss: ElementNumbers, dprob: Gradient) -> None:
+    def binary_cross_entropy_backward(self, prob: Elements, target: Floats, weight: Floats, dloss: Floats, dprob: Gradient) -> None:
         """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
 
     def sigmoid_focal_loss_forward(self, logits: Elements, target: Floats, focus: Focus, loss: FloatResults) -> None:
@@ -82,5 +74,5 @@ class ElementKernels(Protocol):
     def sigmoid_focal_loss_sum(self, logits: Elements, target: Floats, focus: Focus, total: Total) -> None:
         """total [1] = the sum of these losses, in one fixed order."""
 
-    def sigmoid_focal_loss_backward(self, logits: Elements, target: Floats, focus: Focus, dloss: ElementNumbers, dlogits: Gradient) -> None:
+    def sigmoid_focal_loss_backward(self, logits: Elements, target: Floats, focus: Focus, dloss: Floats, dlogits: Gradient) -> None:
         """dlogits = dloss a q^gamma ((sigmoid(x) - y) + gamma (1 - 2 y) sigmoid(x) sigmoid(-x) / q bce)."""

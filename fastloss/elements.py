@@ -65,8 +65,12 @@ def computed(weight: Tensor, first: Tensor) -> Tensor:
 
 
 def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
-    """The gradient of every element's loss, in the compute dtype, broadcastable to the shape of `first`."""
-    dloss = present(dloss, "the upstream gradient").to(compute_dtype(first))
+    """The gradient of every element's loss, broadcastable to the shape of `first`: as it is where there is one for each, else one number
+    in the compute dtype."""
+    dloss = present(dloss, "the upstream gradient")
+    if reduction == "none":
+        return dloss
+    dloss = dloss.to(compute_dtype(first))
     return dloss / first.numel() if reduction == "mean" else dloss
 
 

@@ -48,7 +48,6 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_Total": lambda: torch.empty(()),
     "_Divisor": lambda: torch.empty(()),
     "_Elements": lambda: torch.rand(1, N, C),
-    "_ElementNumbers": lambda: torch.rand(1, N, C),
 }
 
 
@@ -79,7 +78,6 @@ _STRIDED = {
     "_ClassWeight",
     "_WeightAlone",
     "_Elements",
-    "_ElementNumbers",
     "_EntryNumbers",
     "_Total",
     "_Divisor",

@@ -8,6 +8,7 @@ from torch import Tensor
 from .. import rows
 from ..backends import kernels_for
 from ..loss import Loss, Spec, compute_dtype
+from ..memory import empty_like
 
 
 class Tensors(NamedTuple):
@@ -48,7 +49,7 @@ class Softmax(Loss[Tensors, Options, Saved]):
         return (result,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
-        dinput, kernels = self.gradient_spec(s, o, 0).empty(s.result.device), kernels_for(s.result)
+        dinput, kernels = empty_like(s.result, o.input_dtype), kernels_for(s.result)
         found, upstream, written = (rows.as_rows(t, o.dim) for t in (s.result, dloss, dinput))
         (kernels.log_softmax_backward if self.name == "log_softmax" else kernels.softmax_backward)(found, upstream, written)
         return (rows.settle(dinput, written),)

@@ -12,7 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Float64, Floats, Known, Stored, arguments
+from .arguments import Float64, Floats, Known, Stored, arguments
 from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .launch import next_task, region
 from .math import INLINE, exp, log1p
@@ -48,7 +48,7 @@ class Sum(NamedTuple):
 
 class Backward(NamedTuple):
     inputs: Inputs
-    dloss: Computed
+    dloss: Floats
     dloss_strides: Strides
     dlogits: Stored
     dstrides: Strides

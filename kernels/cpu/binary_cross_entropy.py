@@ -10,7 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Float64, Floats, Stored, arguments
+from .arguments import Float64, Floats, Stored, arguments
 from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .launch import next_task, raise_flag, region
 from .math import INLINE, log
@@ -45,7 +45,7 @@ class Sum(NamedTuple):
 
 class Backward(NamedTuple):
     inputs: Inputs
-    dloss: Computed
+    dloss: Floats
     dloss_strides: Strides
     dprob: Stored
     dstrides: Strides

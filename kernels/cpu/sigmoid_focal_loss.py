@@ -13,7 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Focus
-from .arguments import Computed, Float64, Floats, Stored, arguments
+from .arguments import Float64, Floats, Stored, arguments
 from .bce_with_logits import loss_of
 from .elements import Elements, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .launch import next_task, region
@@ -47,7 +47,7 @@ class Sum(NamedTuple):
 
 class Backward(NamedTuple):
     inputs: Inputs
-    dloss: Computed
+    dloss: Floats
     dloss_strides: Strides
     dlogits: Stored
     dstrides: Strides

@@ -24,10 +24,11 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     Args:
         input: any shape, float32, float64, bfloat16 or float16, any strides.
         dim: the dimension along which the result sums to 1.
-        dtype: what `input` is cast to first.
+        dtype: what `input` is cast to first; float32 of half precision without a copy.
 
     Returns:
-        A tensor of the shape of `input`. Raises what torch raises.
+        A tensor of the shape of `input`, in `dtype` or its own (float32 for half precision under autocast on CUDA, as torch has it).
+        Raises what torch raises.
 
     >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
     tensor([0.0900, 0.2447, 0.6652])
@@ -44,10 +45,11 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
     Args:
         input: any shape, float32, float64, bfloat16 or float16, any strides.
         dim: the dimension along which the exponentials of the result sum to 1.
-        dtype: what `input` is cast to first.
+        dtype: what `input` is cast to first; float32 of half precision without a copy.
 
     Returns:
-        A tensor of the shape of `input`. Raises what torch raises.
+        A tensor of the shape of `input`, in `dtype` or its own (float32 for half precision under autocast on CUDA, as torch has it).
+        Raises what torch raises.
 
     >>> log_softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
     tensor([-2.4076, -1.4076, -0.4076])

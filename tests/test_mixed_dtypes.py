@@ -56,6 +56,8 @@ MIXTURES = [(HALF, SINGLE), *(pytest.param(a, b, marks=pytest.mark.long) for a, 
     (HALF, HALF), (HALF, OTHER_HALF), (HALF, DOUBLE), (OTHER_HALF, OTHER_HALF), (OTHER_HALF, SINGLE), (OTHER_HALF, HALF),
     (SINGLE, HALF), (SINGLE, OTHER_HALF), (SINGLE, SINGLE), (SINGLE, DOUBLE), (DOUBLE, HALF), (DOUBLE, SINGLE), (DOUBLE, DOUBLE),
 ])]  # fmt: skip
+REFUSED = ("indices, weighted", "smoothed, weighted", "nll_loss, weighted", "bce")  # by torch, unless autocast is active
+FIRST = ("indices, weighted", "probabilities", "bce with logits")
 REDUCTIONS = ["mean", pytest.param("sum", marks=pytest.mark.long), "none"]
 
 
@@ -147,9 +149,10 @@ def test_kernels_are_given_the_users_memory(call: str, reduction: str, active: b
         arguments = {**make(HALF, SINGLE), "reduction": reduction}
     else:
         function, arguments = call, {"input": logits(HALF), "dim": 1, "dtype": SINGLE}
+    if not active and call in REFUSED:
+        pytest.skip("torch raises")
     with autocast(active):
-        if fastloss.explain(getattr(fastloss, function), **arguments).path == "torch":
-            pytest.skip("torch raises")
+        assert fastloss.explain(getattr(fastloss, function), **arguments).path == "kernel"
     seen: set[int] = set()  # addresses: autograd copies a gradient that somebody else holds
 
     def look(name: str, launcher: Any, given: Sequence[Any], places: Sequence[contract.Place]) -> None:
@@ -180,17 +183,18 @@ def test_every_layout_of_a_float32_target(call: str, layout: str) -> None:
     leaf, view = LAYOUTS[layout](arguments["target"])
     results = []
     for target in (view(leaf), view(leaf).contiguous()):
-        assert fastloss.explain(getattr(fastloss, function), **{**arguments, "target": target}).path == "kernel" or call == "bce"
+        with autocast(True):
+            assert fastloss.explain(getattr(fastloss, function), **{**arguments, "target": target}).path == "kernel"
         results.append(found(getattr(fastloss, function), {**arguments, "target": target, "reduction": "none"}, ("input",), True))
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(results[0][1]["input"], results[1][1]["input"])
 
 
-@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("call", [c if c in FIRST else pytest.param(c, marks=pytest.mark.long) for c in CALLS])
 def test_a_mixture_is_a_kind_of_call_of_its_own(call: str) -> None:
     """The same shapes in other dtypes, in turn: what was remembered, and recorded, of one is not done for another."""
     function, make = CALLS[call]
-    every = [make(a, b) for a, b in ((HALF, SINGLE), (SINGLE, SINGLE), (HALF, HALF), (SINGLE, HALF))]
+    every = [make(a, b) for a, b in ((HALF, SINGLE), (SINGLE, SINGLE), (HALF, HALF))]
     first = [found(getattr(fastloss, function), arguments, ("input",), False) for arguments in every]
     for _ in range(4):
         for arguments, expected in zip(every, first, strict=True):

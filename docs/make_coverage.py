@@ -51,7 +51,8 @@ _MIXTURES = """
 
 bfloat16 logits, and float32 where the row says so: who computes, and the dtype of the loss (torch's; gradients have the dtypes of their
 tensors). Nothing as large as the logits is copied to another dtype on the way. float16 is served alike. Where torch raises, so do we:
-integers and booleans are no targets of the binary losses for it. float64 beside anything else goes to torch.
+integers and booleans are no targets of the binary losses for it. float64 beside other dtypes goes to torch, but for weights of the binary
+losses, which are cast to what is computed in.
 
 """
 

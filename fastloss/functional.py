@@ -156,7 +156,8 @@ def binary_cross_entropy_with_logits(
         pos_weight: weight of the positive part, broadcastable to `input`.
 
     Returns:
-        The loss, () or the shape of `input`, in the dtype of `target` (float32 for half precision under autocast). Raises what torch raises.
+        The loss, () or the shape of `input`, in the dtype of `target` (float32 for half precision under autocast). Raises what torch
+        raises.
 
     >>> logits, labels = torch.tensor([-1.7723, -1.5965, 0.8863]), torch.tensor([0.0, 1.0, 0.0])
     >>> binary_cross_entropy_with_logits(logits, labels, reduction="none")

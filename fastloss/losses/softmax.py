@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import rows
 from ..backends import kernels_for
-from ..loss import Loss, Spec, compute_dtype
+from ..loss import COMPUTE, Loss, Spec, compute_dtype
 from ..memory import empty_like
 
 
@@ -34,7 +34,10 @@ class Softmax(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
-        return None if 0 <= o.dim < t.input.dim() else f"dim {o.dim} is not a dimension of logits of shape {tuple(t.input.shape)}"
+        if not 0 <= o.dim < t.input.dim():
+            return f"dim {o.dim} is not a dimension of logits of shape {tuple(t.input.shape)}"
+        fits = COMPUTE.get(o.dtype) == COMPUTE.get(o.input_dtype) == compute_dtype(t.input)
+        return None if fits else f"the result is {o.dtype}, logits are {o.input_dtype}"
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         return (Spec(tuple(t.input.shape), o.dtype),)

@@ -1,5 +1,6 @@
 #!/usr/bin/env python
-"""Writes docs/coverage.md: function by dtype by option by layout, who computes it and how exactly; and argument by layout. Measured now.
+"""Writes docs/coverage.md: function by dtype by option by layout, who computes it and how exactly; argument by layout; mixtures of
+dtypes. Measured now.
 
 python docs/make_coverage.py [FILE]
 """
@@ -42,6 +43,16 @@ Random tensors, one of them laid out as the column says, in float32 and bfloat16
 is, and that value and gradients are no further from float64 than the parity suite allows (twice torch's own error and a few units in the
 last place); **torch** that torch served it; **wrong** that it is wrong. `dloss` is the upstream gradient. The layouts are those of
 `tests/helpers.py`.
+
+"""
+
+_MIXTURES = """
+## Several dtypes in one call
+
+bfloat16 logits, and float32 where the row says so: who computes, and the dtype of the loss (torch's; gradients have the dtypes of their
+tensors). Nothing as large as the logits is copied to another dtype on the way. float16 is served alike. Where torch raises, so do we:
+integers and booleans are no targets of the binary losses for it. float64 beside other dtypes goes to torch, but for weights of the binary
+losses, which are cast to what is computed in.
 
 """
 
@@ -246,13 +257,48 @@ def argument_table() -> str:
     return "\n".join(lines)
 
 
+def mixture_table() -> str:
+    """The third: bfloat16 logits beside float32."""
+    x, y, q = torch.randn(N, C).bfloat16(), torch.randint(C, (N,)), torch.softmax(torch.randn(N, C), 1)
+    p, w, all_w = torch.rand(N, C).bfloat16(), torch.rand(C), torch.rand(N, C)
+    calls: dict[tuple[str, str], Callable[[Any], Tensor]] = {
+        ("cross_entropy", "weight"): lambda lib: lib.cross_entropy(x, y, w),
+        ("cross_entropy", "weight, label_smoothing"): lambda lib: lib.cross_entropy(x, y, w, label_smoothing=0.1),
+        ("cross_entropy", "probabilities"): lambda lib: lib.cross_entropy(x, q),
+        ("cross_entropy", "weight, of bfloat16 probabilities"): lambda lib: lib.cross_entropy(x, q.bfloat16(), w),
+        ("nll_loss", "weight"): lambda lib: lib.nll_loss(x, y, w),
+        ("binary_cross_entropy_with_logits", "target"): lambda lib: lib.binary_cross_entropy_with_logits(x, q),
+        ("binary_cross_entropy_with_logits", "pos_weight"): lambda lib: lib.binary_cross_entropy_with_logits(x, p, pos_weight=w),
+        ("binary_cross_entropy_with_logits", "weight (N, C)"): lambda lib: lib.binary_cross_entropy_with_logits(x, p, all_w),
+        ("binary_cross_entropy", "target"): lambda lib: lib.binary_cross_entropy(p, q),
+        ("sigmoid_focal_loss", "target"): lambda lib: (composed if lib is F else lib).sigmoid_focal_loss(x, q),
+        ("softmax", "nothing"): lambda lib: lib.softmax(x, 1),
+        ("softmax", "dtype="): lambda lib: lib.softmax(x, 1, dtype=torch.float32),
+        ("log_softmax", "nothing"): lambda lib: lib.log_softmax(x, 1),
+        ("log_softmax", "dtype="): lambda lib: lib.log_softmax(x, 1, dtype=torch.float32),
+    }
+
+    def cell(call: Callable[[Any], Tensor], active: bool) -> str:
+        with torch.autocast("cpu", torch.bfloat16, enabled=active):
+            try:
+                dtype = call(F).dtype
+            except RuntimeError:
+                return "torch raises"
+            path = fastloss.explain(call, fastloss).path
+            return f"{path}, {dtype}".replace("torch.", "") if call(fastloss).dtype == dtype else "**wrong**"
+
+    lines = ["| function | float32 is | without autocast | under autocast (CPU) |", "| --- " * 4 + "|"]
+    lines += [f"| {function} | {what} | {cell(call, False)} | {cell(call, True)} |" for (function, what), call in calls.items()]
+    return "\n".join(lines)
+
+
 def main(arguments: list[str]) -> None:
     path = Path(arguments[0]) if arguments else Path(__file__).parent / "coverage.md"
     fastloss.config.min_numel = 0  # tiny inputs go to torch by default; here the question is what the kernels do
     body = table()
     listed = ", ".join(f"`{name}`" for name in layouts(torch.float32))
     head = f"{_HEAD}Layouts: {listed}. torch {torch.__version__}, {fastloss.get_backend()} on CPU.\n\n"
-    path.write_text(f"{head}{body}\n{_ARGUMENTS}{argument_table()}\n")
+    path.write_text(f"{head}{body}\n{_ARGUMENTS}{argument_table()}\n{_MIXTURES}{mixture_table()}\n")
     print(f"wrote {path}")
 
 

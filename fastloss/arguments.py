@@ -77,9 +77,16 @@ def class_weight_misfit(logits: Tensor, weight: Tensor | None) -> str | None:
         return None
     if weight.dim() != 1 or weight.shape[0] != (logits.shape[0] if logits.dim() == 1 else logits.shape[1]):
         return f"weight of shape {tuple(weight.shape)} is not one number for each class"
-    if weight.dtype != logits.dtype:
-        return f"weight is {weight.dtype}, logits are {logits.dtype}"
+    if COMPUTE.get(weight.dtype) != COMPUTE[logits.dtype]:
+        return f"weight is {weight.dtype}, logits are computed with in {COMPUTE[logits.dtype]}"
     return "weight requires a gradient" if weight.requires_grad else None
+
+
+def dtype_misfit(logits: Tensor, other: Tensor | None) -> str | None:
+    """Where torch takes nothing but the logits' own dtype."""
+    return (
+        None if other is None or other.dtype == logits.dtype else f"there are {other.dtype} and logits of {logits.dtype} without autocast"
+    )
 
 
 def class_indices_misfit(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any) -> str | None:
@@ -120,7 +127,7 @@ def linear_misfit(input: Tensor, weight: Tensor, bias: Tensor | None, o: Any) ->
 
 
 def elementwise_misfit(logits: Tensor, target: Tensor, *weights: Tensor | None) -> str | None:
-    if target.shape != logits.shape or target.dtype != logits.dtype:
+    if target.shape != logits.shape or COMPUTE.get(target.dtype) != COMPUTE[logits.dtype]:
         return f"target is {target.dtype} of shape {tuple(target.shape)}, input {logits.dtype} of shape {tuple(logits.shape)}"
     if target.requires_grad:
         return "target requires a gradient"

@@ -89,7 +89,7 @@ def cross_entropy(plan: Plan, local: Callable[..., Tensor], input: Any, target: 
     if plan.rows and reduction == "mean":
         options = {**options, "reduction": "sum"}
     half = plan.rows and reduction != "none" and x.dtype in (torch.float16, torch.bfloat16)
-    dtype = result_dtype(x)
+    dtype = result_dtype(x, y, w) if y.is_floating_point() else result_dtype(x)
     # a sum over rows is float32: in float16 it would overflow before it is divided
     with noted(plan.note), torch.autocast(x.device.type, x.dtype) if half else nullcontext():
         loss = local(x, y, weight=w, **options)

@@ -1,7 +1,7 @@
 """The launchers of losses over single numbers, as `launchers` has those of losses over rows.
 
-Elements are [A, B, P], all of one shape, each with its own strides (0 where it is broadcast). logits, prob, target, dlogits and dprob are
-in the logits' dtype; weight, pos_weight, loss and dloss in the compute dtype.
+Elements are [A, B, P], all of one shape, each with its own strides (0 where it is broadcast). dlogits and dprob have the dtype of logits
+and prob; all others each have a dtype of their own that is computed with in the same.
 """
 
 from typing import Annotated, Protocol
@@ -9,7 +9,7 @@ from typing import Annotated, Protocol
 from torch import Tensor
 
 from .kernels.groups import Focus
-from .kinds import Facts, Gradient, Kind, LikeLogits, Total
+from .kinds import Facts, FloatResults, Floats, Gradient, Kind, Total
 from .storage import is_in_its_storage
 
 
@@ -23,42 +23,25 @@ class _Elements(Kind):
         return f.compute is not None and is_in_its_storage(t)
 
 
-class _ElementNumbers(Kind):
-    rule = "shape of the logits, compute dtype"
-
-    def fits(self, t: Tensor, f: Facts) -> bool:
-        return t.shape == f.shape and t.dtype is f.compute and is_in_its_storage(t)
-
-
-class _ElementResults(_ElementNumbers):
-    written = ours = True
-
-
 Elements = Annotated[Tensor, _Elements()]
-ElementNumbers = Annotated[Tensor, _ElementNumbers()]
-ElementResults = Annotated[Tensor, _ElementResults()]
 
 
 class ElementKernels(Protocol):
     """What a kernel package offers for them."""
 
-    def bce_with_logits_forward(
-        self, logits: Elements, target: LikeLogits, weight: ElementNumbers, pos_weight: ElementNumbers, loss: ElementResults
-    ) -> None:
+    def bce_with_logits_forward(self, logits: Elements, target: Floats, weight: Floats, pos_weight: Floats, loss: FloatResults) -> None:
         """loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0)."""
 
-    def bce_with_logits_sum(
-        self, logits: Elements, target: LikeLogits, weight: ElementNumbers, pos_weight: ElementNumbers, total: Total
-    ) -> None:
+    def bce_with_logits_sum(self, logits: Elements, target: Floats, weight: Floats, pos_weight: Floats, total: Total) -> None:
         """total [1] = the sum of these losses, in one fixed order."""
 
     def bce_with_logits_backward(
         self,
         logits: Elements,
-        target: LikeLogits,
-        weight: ElementNumbers,
-        pos_weight: ElementNumbers,
-        dloss: ElementNumbers,
+        target: Floats,
+        weight: Floats,
+        pos_weight: Floats,
+        dloss: Floats,
         dlogits: Gradient,
     ) -> None:
         """dlogits = dloss w ((1 - y) - (1 + (pos_weight - 1) y) sigmoid(-x))."""
@@ -66,34 +49,30 @@ class ElementKernels(Protocol):
     def bce_with_logits_sum_backward(
         self,
         logits: Elements,
-        target: LikeLogits,
-        weight: ElementNumbers,
-        pos_weight: ElementNumbers,
-        dloss: ElementNumbers,
+        target: Floats,
+        weight: Floats,
+        pos_weight: Floats,
+        dloss: Floats,
         total: Total,
         dlogits: Gradient,
     ) -> None:
         """What sum and backward compute, in one visit where that can be."""
 
-    def binary_cross_entropy_forward(self, prob: Elements, target: LikeLogits, weight: ElementNumbers, loss: ElementResults) -> None:
+    def binary_cross_entropy_forward(self, prob: Elements, target: Floats, weight: Floats, loss: FloatResults) -> None:
         """loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))."""
 
-    def binary_cross_entropy_sum(self, prob: Elements, target: LikeLogits, weight: ElementNumbers, total: Total) -> None:
+    def binary_cross_entropy_sum(self, prob: Elements, target: Floats, weight: Floats, total: Total) -> None:
         """total [1] = the sum of these losses, in one fixed order."""
 
-    def binary_cross_entropy_backward(
-        self, prob: Elements, target: LikeLogits, weight: ElementNumbers, dloss: ElementNumbers, dprob: Gradient
-    ) -> None:
+    def binary_cross_entropy_backward(self, prob: Elements, target: Floats, weight: Floats, dloss: Floats, dprob: Gradient) -> None:
         """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
 
-    def sigmoid_focal_loss_forward(self, logits: Elements, target: LikeLogits, focus: Focus, loss: ElementResults) -> None:
+    def sigmoid_focal_loss_forward(self, logits: Elements, target: Floats, focus: Focus, loss: FloatResults) -> None:
         """loss = a q^gamma bce, a = positive y + negative (1 - y), q = y sigmoid(-x) + (1 - y) sigmoid(x),
         bce = (1 - y) x + softplus(-x)."""
 
-    def sigmoid_focal_loss_sum(self, logits: Elements, target: LikeLogits, focus: Focus, total: Total) -> None:
+    def sigmoid_focal_loss_sum(self, logits: Elements, target: Floats, focus: Focus, total: Total) -> None:
         """total [1] = the sum of these losses, in one fixed order."""
 
-    def sigmoid_focal_loss_backward(
-        self, logits: Elements, target: LikeLogits, focus: Focus, dloss: ElementNumbers, dlogits: Gradient
-    ) -> None:
+    def sigmoid_focal_loss_backward(self, logits: Elements, target: Floats, focus: Focus, dloss: Floats, dlogits: Gradient) -> None:
         """dlogits = dloss a q^gamma ((sigmoid(x) - y) + gamma (1 - 2 y) sigmoid(x) sigmoid(-x) / q bce)."""

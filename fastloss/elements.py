@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from .backends import kernels_for
-from .loss import Spec, compute_dtype
+from .loss import COMPUTE, Spec, compute_dtype
 from .rows import ones
 from .storage import present
 
@@ -55,16 +55,22 @@ def _merged(shape: torch.Size, strides: list[tuple[int, ...]]) -> list[int]:
 
 
 def computed(weight: Tensor, first: Tensor) -> Tensor:
-    """A weight [A, B, P] in the compute dtype, cast without what is broadcast, which would otherwise be written out."""
-    if weight.dtype == compute_dtype(first):
+    """A weight [A, B, P] in the compute dtype, cast without what is broadcast, which would otherwise be written out; or in a dtype that
+    kernels compute with in that, where nothing is broadcast and a cast would be a copy of it all."""
+    whole = all(stride or size < 2 for stride, size in zip(weight.stride(), weight.shape, strict=True))
+    if weight.dtype == compute_dtype(first) or (whole and COMPUTE.get(weight.dtype) == compute_dtype(first)):
         return weight
     once = present(weight.detach(), "weight")[tuple(slice(1) if stride == 0 else slice(None) for stride in weight.stride())]
     return once.to(compute_dtype(first)).expand(first.shape)
 
 
 def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
-    """The gradient of every element's loss, in the compute dtype, broadcastable to the shape of `first`."""
-    dloss = present(dloss, "the upstream gradient").to(compute_dtype(first))
+    """The gradient of every element's loss, broadcastable to the shape of `first`: as it is where there is one for each, else one number
+    in the compute dtype."""
+    dloss = present(dloss, "the upstream gradient")
+    if reduction == "none":
+        return dloss
+    dloss = dloss.to(compute_dtype(first))
     return dloss / first.numel() if reduction == "mean" else dloss
 
 

@@ -38,8 +38,8 @@ def cross_entropy(
     Args:
         input: logits, (C,), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16, any strides. A DTensor sharded on its
             classes or rows is computed where its shards are (docs/distributed.md).
-        target: class indices, () or (N,) or (N, d1, ...), int64 or uint8; or class probabilities, shape and dtype of `input`.
-        weight: (C,), dtype of `input`: the weight of every class.
+        target: class indices, () or (N,) or (N, d1, ...), int64 or uint8; or class probabilities, shape of `input`, any of these dtypes.
+        weight: (C,): the weight of every class. With class indices its dtype must be that of `input`, under autocast any but float64.
         ignore_index: rows with this class index count for nothing: their logits are not looked at and get a zero gradient.
         reduction: 'none', 'sum', or 'mean': over the weights of the rows for class indices, over their number for probabilities.
         label_smoothing: in [0, 1]; how much of the target is spread evenly over all classes.
@@ -47,7 +47,8 @@ def cross_entropy(
             that nothing else reads afterwards; autograd raises if something does.
 
     Returns:
-        The loss, () or the shape of the class indices, in the dtype of `input` (float32 for half precision under autocast).
+        The loss, () or the shape of the class indices, in the dtype of `input`, with probabilities in the one that input, target and
+        weight are promoted to (float32 for half precision under autocast).
 
     Raises:
         IndexError: on CPU, a class index that is no class. On CUDA the loss of that row is NaN: a check would stall the device.
@@ -80,14 +81,14 @@ def cross_entropy(
     t: Any = (input, target, weight)
     o: Any = None
     if misfit is None:
-        dtype = result_dtype(input)
         if target.is_floating_point() and target.shape == input.shape and target.dim():
-            loss, o = losses.soft_cross_entropy, losses.soft_cross_entropy.options(label_smoothing, reduction, dtype)
+            loss = losses.soft_cross_entropy
+            o = loss.options(label_smoothing, reduction, result_dtype(input, target, weight))
             misfit = None if is_int64(ignore_index) and ignore_index < 0 else f"ignore_index is {ignore_index!r} for class probabilities"
         else:
-            o = loss.options(ignore_index, label_smoothing, reduction, dtype)
+            o = loss.options(ignore_index, label_smoothing, reduction, result_dtype(input))
         t = loss.tensors(*t)
-        misfit = misfit or loss.misfit(t, o)
+        misfit = misfit or loss.misfit(t, o) or loss.mixture_misfit(t)
     way = route(misfit, input, 0.0 if inplace_backward else 1.0)
     if inplace_backward:
         if way.path != "kernel":
@@ -115,7 +116,7 @@ def nll_loss(
     Args:
         input: log-probabilities, (C,), (N, C) or (N, C, d1, ...), float32, float64, bfloat16 or float16, any strides.
         target: class indices, () or (N,) or (N, d1, ...), int64 or uint8.
-        weight: (C,), dtype of `input`: the weight of every class.
+        weight: (C,), dtype of `input` (under autocast any but float64): the weight of every class.
         ignore_index: rows with this class index count for nothing.
         reduction: 'none', 'sum', or 'mean' over the weights of the rows.
 
@@ -149,13 +150,14 @@ def binary_cross_entropy_with_logits(
 
     Args:
         input: logits x of any shape, float32, float64, bfloat16 or float16, any strides.
-        target: y, shape and dtype of `input`, usually in [0, 1].
+        target: y, shape of `input`, any of these dtypes, usually in [0, 1].
         weight: w, broadcastable to `input`.
         reduction: 'none', 'mean' over the elements, or 'sum'.
         pos_weight: weight of the positive part, broadcastable to `input`.
 
     Returns:
-        The loss, () or the shape of `input`, in the dtype of `input` (float32 for half precision under autocast). Raises what torch raises.
+        The loss, () or the shape of `input`, in the dtype of `target` (float32 for half precision under autocast). Raises what torch
+        raises.
 
     >>> logits, labels = torch.tensor([-1.7723, -1.5965, 0.8863]), torch.tensor([0.0, 1.0, 0.0])
     >>> binary_cross_entropy_with_logits(logits, labels, reduction="none")
@@ -180,12 +182,12 @@ def binary_cross_entropy(
 
     Args:
         input: probabilities p in [0, 1], any shape, float32, float64, bfloat16 or float16, any strides.
-        target: y in [0, 1], shape and dtype of `input`.
+        target: y in [0, 1], shape and dtype of `input` (under autocast, which torch has for it on CPU, any but float64).
         weight: w, broadcastable to `input`.
         reduction: 'none', 'mean' over the elements, or 'sum'.
 
     Returns:
-        The loss, () or the shape of `input`, in the dtype of `input`.
+        The loss, () or the shape of `input`, in the dtype of `input` (float32 for half precision under autocast).
 
     Raises:
         RuntimeError: on CPU, a number of `input` or `target` outside [0, 1].
@@ -205,13 +207,14 @@ def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma
 
     Args:
         input: logits x of any shape, float32, float64, bfloat16 or float16, any strides.
-        target: y, shape and dtype of `input`: 1 for the positive class, 0 for the negative one, or between.
+        target: y, shape of `input`, any of these dtypes: 1 for the positive class, 0 for the negative one, or between.
         alpha: in [0, 1], weight of the positive class, 1 - alpha that of the negative one; negative: both weigh 1.
         gamma: not negative; 0 is cross-entropy.
         reduction: 'none', 'mean' over the elements, or 'sum'.
 
     Returns:
-        The loss, () or the shape of `input`, in the dtype of `input` (float32 for half precision under autocast).
+        The loss, () or the shape of `input`, in the dtype that input and target are promoted to (float32 for half precision under
+        autocast).
 
     Raises:
         ValueError: another reduction.

@@ -58,12 +58,32 @@ class _LikeLogits(Kind):
         return t.shape == f.shape and t.dtype is f.dtype and is_in_its_storage(t)
 
 
+class _Floats(Kind):
+    rule = "shape of the logits, a dtype that is computed with in the same dtype"
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return t.shape == f.shape and COMPUTE.get(t.dtype) is f.compute and is_in_its_storage(t)
+
+
+class _FloatResults(_Floats):
+    rule = f"{_Floats.rule}, no two elements in one place"
+    written = ours = True
+
+    def fits(self, t: Tensor, f: Facts) -> bool:
+        return super().fits(t, f) and _apart(t)
+
+
 class _Gradient(_LikeLogits):
     rule = "shape and dtype of the logits, no two elements in one place"
     written = ours = True
 
     def fits(self, t: Tensor, f: Facts) -> bool:
-        return super().fits(t, f) and (t.is_contiguous() or all(s or n < 2 for s, n in zip(t.stride(), t.shape, strict=True)))
+        return super().fits(t, f) and _apart(t)
+
+
+def _apart(t: Tensor) -> bool:
+    """Whether no two elements lie in one place for sure: no dimension is an expanded one."""
+    return t.is_contiguous() or all(s or n < 2 for s, n in zip(t.stride(), t.shape, strict=True))
 
 
 class _KeptGradient(_Gradient):
@@ -239,6 +259,8 @@ class _AnyIndices(Kind):
 
 Logits = Annotated[Tensor, _Logits()]
 LikeLogits = Annotated[Tensor, _LikeLogits()]
+Floats = Annotated[Tensor, _Floats()]
+FloatResults = Annotated[Tensor, _FloatResults()]
 Gradient = Annotated[Tensor, _Gradient()]
 KeptGradient = Annotated[Tensor, _KeptGradient()]
 OnlyGradient = Annotated[Tensor, _OnlyGradient()]

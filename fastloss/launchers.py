@@ -19,6 +19,8 @@ from .kinds import (
     EntryNumbers,
     EntryResults,
     FirstNumber,
+    FloatResults,
+    Floats,
     Gradient,
     IndexRowResults,
     IndexRows,
@@ -153,14 +155,14 @@ class Kernels(ElementKernels, Protocol):
         """What forward and backward compute, in one visit to the logits where that can be."""
 
     def soft_cross_entropy_forward(
-        self, logits: Logits, target: LikeLogits, weight: ClassWeight, smoothing: Smoothing, loss: RowResults, rows: SoftRowResults
+        self, logits: Logits, target: Floats, weight: ClassWeight, smoothing: Smoothing, loss: RowResults, rows: SoftRowResults
     ) -> None:
-        """target q is shaped and typed like logits, own strides. k_c = w_c (keep q_c + spread); mass = sum k; loss = sum k_c (-log p_c)."""
+        """target q is shaped like logits, own dtype and strides. k_c = w_c (keep q_c + spread); mass = sum k; loss = sum k_c (-log p_c)."""
 
     def soft_cross_entropy_backward(
         self,
         logits: Logits,
-        target: LikeLogits,
+        target: Floats,
         weight: ClassWeight,
         smoothing: Smoothing,
         rows: SoftRows,
@@ -172,7 +174,7 @@ class Kernels(ElementKernels, Protocol):
     def soft_cross_entropy_forward_backward(
         self,
         logits: Logits,
-        target: LikeLogits,
+        target: Floats,
         weight: ClassWeight,
         smoothing: Smoothing,
         dloss: RowGradient,
@@ -183,7 +185,7 @@ class Kernels(ElementKernels, Protocol):
         """What forward and backward compute, in one visit to the logits where that can be."""
 
     def soft_cross_entropy_target_backward(
-        self, logits: Logits, weight: ClassWeight, keep: float, rows: SoftRows, dloss: RowGradient, dtarget: Gradient
+        self, logits: Logits, weight: ClassWeight, keep: float, rows: SoftRows, dloss: RowGradient, dtarget: FloatResults
     ) -> None:
         """dtarget = dloss keep w_c (-log p_c)."""
 
@@ -241,16 +243,16 @@ class Kernels(ElementKernels, Protocol):
     ) -> None:
         """dprob_k = dloss keep w_{y_k} (-log p_{y_k}), 0 for an entry that counts for nothing."""
 
-    def softmax_forward(self, logits: Logits, prob: Gradient) -> None:
+    def softmax_forward(self, logits: Logits, prob: FloatResults) -> None:
         """prob = exp(x - top) / total, shaped like logits."""
 
-    def softmax_backward(self, prob: Logits, dprob: LikeLogits, dlogits: Gradient) -> None:
+    def softmax_backward(self, prob: Logits, dprob: LikeLogits, dlogits: FloatResults) -> None:
         """dlogits = p (dp - sum_c dp_c p_c)."""
 
-    def log_softmax_forward(self, logits: Logits, log_prob: Gradient) -> None:
+    def log_softmax_forward(self, logits: Logits, log_prob: FloatResults) -> None:
         """log_prob = (x - top) - log total, shaped like logits."""
 
-    def log_softmax_backward(self, log_prob: Logits, dlog_prob: LikeLogits, dlogits: Gradient) -> None:
+    def log_softmax_backward(self, log_prob: Logits, dlog_prob: LikeLogits, dlogits: FloatResults) -> None:
         """dlogits = d - p sum_c d_c, p = exp(log_prob)."""
 
     def nll_loss_forward(

@@ -47,6 +47,7 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     options: ClassVar[type[tuple[Any, ...]]]
     results: ClassVar[type[tuple[Any, ...]]]
     saved: ClassVar[type[tuple[Any, ...]]]
+    typed_by: ClassVar[tuple[int, ...]] = (0,)  # the tensors whose dtypes, promoted, are that of the answer
     answers: ClassVar[int] = 1  # the first so many results are the caller's
     differentiable: ClassVar[int] = 1  # the first so many tensors have a gradient
     worth: ClassVar[float] = 1.0  # the kernels are worth a call from so many times `config.min_numel` logits on
@@ -61,6 +62,11 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     @abstractmethod
     def misfit(self, t: Tensors, o: Options) -> str | None:
         """In words, what about these arguments the kernels do not do; None if they fit. The tensors are plain and on one device."""
+
+    def mixture_misfit(self, t: Tensors) -> str | None:
+        """In words, which dtypes torch does not take together, though the kernels do; None if it takes them. Whether autocast is on may
+        matter, so it is asked of calls alone: a compiled program runs its ops without."""
+        return None
 
     @abstractmethod
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
@@ -98,6 +104,11 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     def gradient(self, dloss: Any, s: Saved, o: Options, needed: tuple[bool, ...]) -> tuple[Tensor | None, ...]:
         """What `backward` computes, in torch operations that can be differentiated again."""
         return _derivative(self, self.given(s), o, dloss, needed)
+
+    def gradient_spec(self, s: Saved, o: Options, which: int) -> Spec:
+        """The gradient of one of the first tensors, before it exists."""
+        like = s[which]
+        return Spec(tuple(like.shape), like.dtype, like)
 
     def given(self, s: Any) -> Any:
         """The tensors, from what was saved of them."""

@@ -37,9 +37,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     return torch.frombuffer(exporter, dtype=dtype).resize_(shape)  # no view: autograd lets nobody edit a view that a Function made
 
 
-def empty_like(tensor: Tensor) -> Tensor:
+def empty_like(tensor: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """The same like `tensor`, with its strides where they are dense, as torch.empty_like has it."""
-    fresh = empty(tensor.shape, tensor.dtype, tensor.device)
+    fresh = empty(tensor.shape, dtype or tensor.dtype, tensor.device)
     return fresh if tensor.is_contiguous() else fresh.as_strided_(tensor.shape, torch.empty_like(tensor, device="meta").stride())
 
 

@@ -143,9 +143,11 @@ class _Arguments:
         return _one_or_all(tuple(spec.empty(t[0].device) for spec in self.loss.outputs(t, o)))
 
     def fake_backward(self, *arguments: Any) -> Any:
-        upstream, s, _, needed = self.of_backward(arguments)
+        upstream, s, o, needed = self.of_backward(arguments)
         self._refuse_devices(s, upstream)
-        return _one_or_all(tuple(torch.empty_like(s[i]) if wanted else s[0].new_empty(0) for i, wanted in enumerate(needed)))
+        device = s[0].device
+        found = (self.loss.gradient_spec(s, o, i).empty(device) if wanted else s[0].new_empty(0) for i, wanted in enumerate(needed))
+        return _one_or_all(tuple(found))
 
     # ---- derivatives
 

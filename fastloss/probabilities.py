@@ -24,10 +24,11 @@ def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: 
     Args:
         input: any shape, float32, float64, bfloat16 or float16, any strides.
         dim: the dimension along which the result sums to 1.
-        dtype: what `input` is cast to first.
+        dtype: what `input` is cast to first; float32 of half precision without a copy.
 
     Returns:
-        A tensor of the shape of `input`. Raises what torch raises.
+        A tensor of the shape of `input`, in `dtype` or its own (float32 for half precision under autocast on CUDA, as torch has it).
+        Raises what torch raises.
 
     >>> softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
     tensor([0.0900, 0.2447, 0.6652])
@@ -44,10 +45,11 @@ def log_softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dty
     Args:
         input: any shape, float32, float64, bfloat16 or float16, any strides.
         dim: the dimension along which the exponentials of the result sum to 1.
-        dtype: what `input` is cast to first.
+        dtype: what `input` is cast to first; float32 of half precision without a copy.
 
     Returns:
-        A tensor of the shape of `input`. Raises what torch raises.
+        A tensor of the shape of `input`, in `dtype` or its own (float32 for half precision under autocast on CUDA, as torch has it).
+        Raises what torch raises.
 
     >>> log_softmax(torch.tensor([1.0, 2.0, 3.0]), dim=0)
     tensor([-2.4076, -1.4076, -0.4076])
@@ -63,13 +65,26 @@ def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None,
     kind = kind_of(loss.name, (input,), (dim, dtype))
     call = recall(kind)
     if call is not None:
-        return theirs() if call is THEIRS else again(call, (input if dtype is None else input.to(dtype),))
+        return theirs() if call is THEIRS else again(call, (_cast(input, dtype),))
     way = route(_softmax_misfit(input, dim, dtype), input, loss.worth)
     if way.path == "torch" or dim is None:
         return by_torch(way, theirs, theirs(), kind)
-    t = loss.tensors(input if dtype is None else input.to(dtype))
-    result: Tensor = by_kernels(way, loss, t, loss.options(dim % input.dim()), kind)
+    given = _cast(input, dtype)
+    o = loss.options(dim % input.dim(), _result_dtype(given, dtype), given.dtype)
+    result: Tensor = by_kernels(way, loss, loss.tensors(given), o, kind)
     return result
+
+
+def _cast(input: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """The input in the dtype that is asked for; in its own where the kernels widen what they read."""
+    return input if dtype is None or COMPUTE[input.dtype] == dtype else input.to(dtype)
+
+
+def _result_dtype(input: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    half = input.dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if half and input.is_cuda and autocast_is_active(input) else input.dtype  # autocast has no rule for CPU
 
 
 def _exporting() -> bool:
@@ -82,8 +97,6 @@ def _softmax_misfit(input: Any, dim: Any, dtype: Any) -> str | None:
     misfit = tensors_misfit(input)
     if misfit is not None:
         return misfit
-    if autocast_is_active(input):
-        return "autocast is active"
     if not -input.dim() <= dim < input.dim():
         return f"dim {dim} is not a dimension of logits of shape {tuple(input.shape)}"
     if _exporting():

@@ -31,8 +31,8 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
     misfit = tensors_misfit(*t[: loss.required], optional=t[loss.required :])
     if misfit is None:
         named: Any = loss.options
-        o = named(*options, result_dtype(t[0])) if "dtype" in named._fields else named(*options)
-        misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o)
+        o = named(*options, result_dtype(*(t[i] for i in loss.typed_by)))
+        misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o) or loss.mixture_misfit(t)
     way = route(misfit, tensors[0], loss.worth)
     result: Tensor = by_torch(way, theirs, theirs(), kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
     return result
@@ -60,10 +60,13 @@ def by_kernels(way: Route, loss: AnyLoss, t: Any, o: Any, kind: Kind | None = No
     return results[0] if loss.answers == 1 else results[: loss.answers]
 
 
-def result_dtype(input: Tensor) -> torch.dtype:
-    """float32 for half precision under autocast, computed without a float32 copy of the input; else the input's own."""
-    half = input.dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if half and autocast_is_active(input) else input.dtype
+def result_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
+    """What these tensors are promoted to; float32 for half precision under autocast, computed without a float32 copy of anything."""
+    dtype = input.dtype
+    for other in others:
+        if other is not None:
+            dtype = torch.promote_types(dtype, other.dtype)
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) and autocast_is_active(input) else dtype
 
 
 def scripted_as_torchs(function: Any) -> None:

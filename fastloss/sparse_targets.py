@@ -33,7 +33,7 @@ def sparse_soft_cross_entropy(
         indices: classes y, (K,), (N, K) or (N, K, d1, ...), int64. -100 fills up a row that has fewer; of a class that a row has twice,
             the probabilities add up.
         probabilities: q, any of these dtypes, broadcastable to `indices`; or (K,), one for each entry of every row. They need not sum to 1.
-        weight: (C,), dtype of `input`: the weight of every class.
+        weight: (C,), any float dtype but float64 beside another `input`: the weight of every class.
         reduction: 'none', 'sum', or 'mean' over the rows, as for class probabilities.
         label_smoothing: in [0, 1]; how much of the target is spread evenly over all classes. Without it a row of nothing but -100 counts
             for nothing: its loss and gradient are 0, whatever its logits.

@@ -42,7 +42,7 @@ def vocab_parallel_cross_entropy(
             rank's slice of class probabilities, shape and dtype of `input`.
         group: a process group of torch.distributed; None is the default group.
         vocab_start: this rank's first class. Slices must lie side by side from 0 on. None: after the classes of the ranks before it.
-        weight: (C_r,), dtype of `input`: the weights of this rank's classes.
+        weight: (C_r,), as `input` of float64 or not: the weights of this rank's classes.
         reduction: 'none', 'sum', or 'mean': over the weights of the rows for class indices, over their number for probabilities.
         ignore_index: rows with this class index count for nothing.
         label_smoothing: in [0, 1]; how much of the target is spread evenly over all classes of all ranks.

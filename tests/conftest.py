@@ -25,6 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # float16 has its loads and stores, as bfloat16 has, in one file; half of the suite's time goes into compiling kernels for each dtype
 FLOAT16_IS_LONG = (
     "batch_invariance",
+    "bce",
     "layouts",
     "linear_token_statistics",
     "nll_loss",

@@ -15,7 +15,7 @@ from fastloss.kernels.cpu import (
     soft_cross_entropy,
     softmax,
 )
-from fastloss.kernels.cpu.arguments import known_in
+from fastloss.kernels.cpu.arguments import floats_in, known_in
 from fastloss.kernels.cpu.launch import Region
 
 REGIONS = {
@@ -31,7 +31,8 @@ def assembly(region: Region, dtype: torch.dtype, tile: int) -> str:
     """Of large results, rows as many in a vector as `tile` says. Compiled here and now: what comes from Numba's cache has no text."""
     values = {"_way_tile": tile, "_past_caches": 1, "_layout": 0}
     known = [values[name] for name in known_in(region.block)]
-    return numba.cfunc(region.signature(dtype, *known), error_model="numpy")(region.body)._library.get_asm_str()
+    dtypes = [dtype] * (1 + len(floats_in(region.block)))
+    return numba.cfunc(region.signature(*dtypes, *known), error_model="numpy")(region.body)._library.get_asm_str()
 
 
 @pytest.mark.parametrize("tile", [1, 16])

@@ -44,7 +44,8 @@ def inputs(
         "weight": None if weight is None else (torch.rand(weight) + 0.2).to(dtype),
     }
     if function == WITH_LOGITS:
-        tensors["pos_weight"] = None if positive is None else (torch.rand(positive) * 3 + 0.2).to(dtype)
+        # float32 for half precision, as people have it: every mixture is a compilation
+        tensors["pos_weight"] = None if positive is None else (torch.rand(positive) * 3 + 0.2).to(torch.promote_types(dtype, torch.float32))
     return tensors
 
 

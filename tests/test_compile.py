@@ -226,7 +226,7 @@ def op_samples() -> Iterator[Sample]:
             a, b = torch.rand(2, 3, 4).to(dtype), torch.rand(2, 3, 4).to(dtype)
             row = torch.rand(4).to(dtype)
             yield f"bce {name}", losses.bce_with_logits, (a.transpose(0, 1), b.transpose(0, 1), None, row, reduction, dtype)
-            yield f"prob {name}", losses.binary_cross_entropy, (a, b, row, reduction)
+            yield f"prob {name}", losses.binary_cross_entropy, (a, b, row, reduction, dtype)
             yield f"focal {name}", losses.sigmoid_focal_loss, (a.transpose(0, 1), b.transpose(0, 1), 0.25, 2.0, reduction, dtype)
         outputs = (
             ("log_prob entropy lse sum_sq_prob argmax", target),
@@ -236,8 +236,8 @@ def op_samples() -> Iterator[Sample]:
         for wanted, y in outputs:
             yield f"{wanted} {dtype} {tuple(shape)}", losses.token_statistics, (logits, y, 1, -100, 0.7, wanted)
         for way in (losses.softmax, losses.log_softmax):
-            yield f"{way.name} {dtype} {tuple(shape)}", way, (logits, 1)
-            yield f"{way.name} strided {dtype} {tuple(shape)}", way, (logits.transpose(0, 1).contiguous().transpose(0, 1), 0)
+            yield f"{way.name} {dtype} {tuple(shape)}", way, (logits, 1, dtype, dtype)
+            yield f"{way.name} strided {dtype} {tuple(shape)}", way, (logits.transpose(0, 1).contiguous().transpose(0, 1), 0, dtype, dtype)
 
 
 def is_long(name: str) -> bool:

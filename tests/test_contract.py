@@ -21,6 +21,8 @@ N, C = 6, 5
 MADE: dict[str, Callable[[], Tensor]] = {
     "_Logits": lambda: torch.randn(N, C),
     "_LikeLogits": lambda: torch.rand(N, C),
+    "_Floats": lambda: torch.rand(N, C),
+    "_FloatResults": lambda: torch.empty(N, C),
     "_Gradient": lambda: torch.empty(N, C),
     "_KeptGradient": lambda: torch.empty(N, C),
     "_OnlyGradient": lambda: torch.empty(N, C),
@@ -46,8 +48,6 @@ MADE: dict[str, Callable[[], Tensor]] = {
     "_Total": lambda: torch.empty(()),
     "_Divisor": lambda: torch.empty(()),
     "_Elements": lambda: torch.rand(1, N, C),
-    "_ElementNumbers": lambda: torch.rand(1, N, C),
-    "_ElementResults": lambda: torch.empty(1, N, C),
 }
 
 
@@ -74,11 +74,10 @@ DAMAGE: dict[str, Callable[[Tensor], Tensor]] = {
 _STRIDED = {
     "_Logits",
     "_LikeLogits",
+    "_Floats",
     "_ClassWeight",
     "_WeightAlone",
     "_Elements",
-    "_ElementNumbers",
-    "_ElementResults",
     "_EntryNumbers",
     "_Total",
     "_Divisor",
@@ -86,7 +85,7 @@ _STRIDED = {
     "_FirstNumber",
 }
 ALLOWED = {
-    "apart": {*_STRIDED, "_Gradient", "_KeptGradient", "_OnlyGradient"},
+    "apart": {*_STRIDED, "_FloatResults", "_Gradient", "_KeptGradient", "_OnlyGradient"},
     "one for all": {*_STRIDED, "_RowGradient"},
     # nothing tells how long they should be
     "short": {"_WeightAlone", "_AnyIndices", "_Numbers", "_OnlyGradient", "_Divisor", "_EntryIndices"},
@@ -102,7 +101,8 @@ def arguments_of(launcher: str) -> dict[str, Any]:
     hints = get_type_hints(getattr(launchers.Kernels, launcher), include_extras=True)
     hints.pop("return")
     if launcher.startswith(("bce", "binary", "sigmoid")):
-        made = {**MADE, "_LikeLogits": MADE["_Elements"], "_Gradient": MADE["_ElementResults"]}
+        results = dict.fromkeys(("_Gradient", "_FloatResults"), lambda: torch.empty(1, N, C))
+        made = {**MADE, "_Floats": MADE["_Elements"], **results}
     else:
         made = MADE
     numbers: dict[str, Any] = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "focus": Focus(0.3, 0.7, 2.0)}

@@ -294,4 +294,10 @@ def test_same_outcome_as_torch(case: Call) -> None:
         if actual is not None and expected is not None:
             assert (actual.dtype, actual.shape, actual.device) == (expected.dtype, expected.shape, expected.device)
             if expected.device.type != "meta":
-                torch.testing.assert_close(actual, expected, equal_nan=True)
+                torch.testing.assert_close(actual, expected, equal_nan=True, **tolerance(*case.make()))
+
+
+def tolerance(args: tuple[Any, ...], options: dict[str, Any]) -> dict[str, float]:
+    """torch rounds to half precision on its way to a float32 result of half and float32 numbers; the kernels do not."""
+    dtypes = {t.dtype for t in (*args, *options.values()) if isinstance(t, torch.Tensor) and t.is_floating_point()}
+    return {"rtol": 2**-7, "atol": 2**-7} if len(dtypes) > 1 and dtypes & {torch.bfloat16, torch.float16} else {}

@@ -128,7 +128,7 @@ def calls_of(name: str) -> list[tuple[Any, tuple[Any, ...]]]:
     x.requires_grad_()
     known = {
         "input": x, "logits": x, "log_prob": x, "prob": x, "target": target, "weight": weight, "pos_weight": weight + 1,
-        "ignore_index": 3, "label_smoothing": 0.1, "reduction": "none", "dtype": torch.float32, "dim": 1,
+        "ignore_index": 3, "label_smoothing": 0.1, "reduction": "none", "dtype": torch.float32, "input_dtype": torch.float32, "dim": 1,
         "indices": torch.randint(11, (20, 3)), "probabilities": torch.rand(20, 3), "alpha": 0.3, "gamma": 2.0,
         "wanted": "log_prob entropy lse", "linear_weight": torch.rand(11, 7), "linear_bias": torch.rand(11), "logit_scale": 0.7,
         "logit_softcap": 0.0, "chunk_rows": 8,

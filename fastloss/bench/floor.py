@@ -17,11 +17,13 @@ READ, READ_AND_WRITE = "floor: read", "floor: read and write"
 TRAFFIC = {
     "cross_entropy": (1, 1),
     "cross_entropy, smoothed and weighted": (1, 1),
+    "cross_entropy, weighted under autocast": (1, 1),
     "cross_entropy, probabilities": (2, 1),
     "sparse_soft_cross_entropy, 2 classes a row": (1, 1),
     "sparse_soft_cross_entropy, 64 classes a row": (1, 1),
     "binary_cross_entropy_with_logits": (2, 1),
     "binary_cross_entropy_with_logits, pos_weight": (2, 1),
+    "binary_cross_entropy_with_logits, float32 labels under autocast": (3, 1),  # a label is as large as two logits
     "binary_cross_entropy": (2, 1),
     "sigmoid_focal_loss": (2, 1),
     "token_statistics": (2, 1),

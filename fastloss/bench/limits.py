@@ -28,6 +28,8 @@ WHY = {
     "bce-pos 65536x1000 float32": _LOGISTIC,
     "bce-pos 4096x32000 float32": _LOGISTIC,
     "bce 65536x1000 bfloat16": _LOGISTIC + ", for half the bytes",
+    "ce-autocast 4096x32000 bfloat16": _HALF,
+    "bce-autocast 65536x1000 bfloat16": _LOGISTIC,
     "softmax 4096x32000 float32": _RESULTS,
     "log-softmax 4096x32000 float32": _RESULTS,
     "ce-smoothed 4096x32000 float32": _EXP + ", and a weight for each class",

@@ -1,6 +1,7 @@
 """What is measured: each loss once, as data, for the checks, the timings and the reports."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,8 @@ class Loss:
     """Whether it is reduced to one number; softmax and log_softmax are not."""
     linear: bool = False
     """Whether it makes its logits itself, from an input and the linear layer among its options, whose gradient is wanted too."""
+    autocast: bool = False
+    """Whether it is called under autocast to bfloat16, as mixed precision has it: half logits beside float32 for all else."""
     prepare: Callable[[Tensor], Tensor] = field(default=lambda logits: logits)
     """From normal noise to a valid input."""
 
@@ -66,6 +69,10 @@ class Loss:
         return function
 
     def call(self, function: Callable[..., Tensor], input: Tensor, target: Target, options: Options) -> Tensor:
+        with torch.autocast(input.device.type, torch.bfloat16) if self.autocast else nullcontext():
+            return self._call(function, input, target, options)
+
+    def _call(self, function: Callable[..., Tensor], input: Tensor, target: Target, options: Options) -> Tensor:
         if isinstance(target, Entries):
             entries = (target.indices, target.probabilities) if function is sparse_soft_cross_entropy else (target.dense,)
             return function(input, *entries, **options)
@@ -126,6 +133,10 @@ def _labels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return noise(shape, dtype).sigmoid_()
 
 
+def _float32_labels(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    return _labels(shape, torch.float32)
+
+
 def _nothing(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     return None
 
@@ -160,6 +171,14 @@ LOSSES: dict[str, Loss] = {
             lambda classes, dtype: {"label_smoothing": 0.1, "weight": torch.rand(classes).add_(0.5).to(dtype)},
             inplace=True,
         ),
+        Loss(
+            "cross_entropy, weighted under autocast",
+            "cross_entropy",
+            3,
+            _indices,
+            lambda classes, dtype: {"weight": torch.rand(classes).add_(0.5)},
+            autocast=True,
+        ),
         Loss("cross_entropy, probabilities", "cross_entropy", 5, _probabilities, inplace=True),
         Loss("sparse_soft_cross_entropy, 2 classes a row", "sparse_soft_cross_entropy", 3, _entries(2)),
         Loss("sparse_soft_cross_entropy, 64 classes a row", "sparse_soft_cross_entropy", 3, _entries(64)),
@@ -170,6 +189,13 @@ LOSSES: dict[str, Loss] = {
             5,
             _labels,
             lambda classes, dtype: {"pos_weight": torch.rand(classes).add_(0.5).to(dtype)},
+        ),
+        Loss(
+            "binary_cross_entropy_with_logits, float32 labels under autocast",
+            "binary_cross_entropy_with_logits",
+            7,
+            _float32_labels,
+            autocast=True,
         ),
         Loss("binary_cross_entropy", "binary_cross_entropy", 5, _labels, prepare=lambda x: x.sigmoid_()),
         Loss("sigmoid_focal_loss", "sigmoid_focal_loss", 5, _labels, lambda classes, dtype: {"reduction": "mean"}),
@@ -185,11 +211,13 @@ LOSSES: dict[str, Loss] = {
 ALIASES = {
     "ce": "cross_entropy",
     "ce-smoothed": "cross_entropy, smoothed and weighted",
+    "ce-autocast": "cross_entropy, weighted under autocast",
     "ce-soft": "cross_entropy, probabilities",
     "sparse-2": "sparse_soft_cross_entropy, 2 classes a row",
     "sparse-64": "sparse_soft_cross_entropy, 64 classes a row",
     "bce": "binary_cross_entropy_with_logits",
     "bce-pos": "binary_cross_entropy_with_logits, pos_weight",
+    "bce-autocast": "binary_cross_entropy_with_logits, float32 labels under autocast",
     "bce-prob": "binary_cross_entropy",
     "focal": "sigmoid_focal_loss",
     "tokens": "token_statistics",

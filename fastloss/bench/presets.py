@@ -11,6 +11,8 @@ _CE, _SOFT, _SMOOTHED = "cross_entropy", "cross_entropy, probabilities", "cross_
 _PAIRS, _BEST_64 = "sparse_soft_cross_entropy, 2 classes a row", "sparse_soft_cross_entropy, 64 classes a row"
 _BCE, _BCE_POS = "binary_cross_entropy_with_logits", "binary_cross_entropy_with_logits, pos_weight"
 
+_CE_AUTOCAST, _BCE_AUTOCAST = "cross_entropy, weighted under autocast", "binary_cross_entropy_with_logits, float32 labels under autocast"
+
 
 @dataclass(frozen=True)
 class Target:
@@ -39,6 +41,8 @@ CPU_TARGETS = (
     Target(Case(_BCE_POS, (65536, 1000)), 9, 3, 3.2),
     Target(Case(_BCE_POS, (4096, 32000)), 9, 3, 3.2),
     Target(Case(_BCE, (65536, 1000), "bfloat16"), 8, 2.5),
+    Target(Case(_CE_AUTOCAST, (4096, 32000), "bfloat16"), 8, 4),
+    Target(Case(_BCE_AUTOCAST, (65536, 1000), "bfloat16"), 8, 3),
     Target(Case("softmax", (4096, 32000)), 3, 2),
     Target(Case("log_softmax", (4096, 32000)), 3, 2),
     Target(Case(_SMOOTHED, (4096, 32000)), 11, 3.5),

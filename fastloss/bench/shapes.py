@@ -17,6 +17,8 @@ SHAPES = {
     "imagenet-cutmix": Case("sparse_soft_cross_entropy, 2 classes a row", (256, 1000)),
     "cifar": Case("cross_entropy", (512, 10)),
     "deeplab-voc": Case("cross_entropy", (8, 21, 512, 512)),
+    "imagenet-weighted-amp": Case("cross_entropy, weighted under autocast", (256, 1000), "bfloat16"),
+    "openimages-multilabel-amp": Case("binary_cross_entropy_with_logits, float32 labels under autocast", (256, 9605), "bfloat16"),
     "coco-multilabel": Case("binary_cross_entropy_with_logits, pos_weight", (256, 80)),
     "xmc": Case("binary_cross_entropy_with_logits", (4096, 32000)),
     "mask-head": Case("binary_cross_entropy_with_logits", (16, 1, 1024, 1024)),

@@ -8,14 +8,14 @@ from torch import Tensor
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
 from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
-from ..loss import Loss, Spec, compute_dtype, reduced
+from ..loss import Loss, Spec, reduced
 from ..memory import empty_like
 from ..rows import settle
 
 
 class Tensors(NamedTuple):
     input: Tensor  # logits x of any shape
-    target: Tensor  # y, shape and dtype of `input`
+    target: Tensor  # y, shape of `input`, of a dtype that is computed with as `input` is
     weight: Tensor | None  # w, broadcastable to `input`
     pos_weight: Tensor | None  # broadcastable to `input`
 
@@ -34,6 +34,7 @@ Saved = Tensors
 
 class BCEWithLogits(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    typed_by = (1,)  # torch computes in the target's memory
     worth = 0.125  # torch takes several visits
     one_visit = 1
 
@@ -49,13 +50,11 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
         return reduced(loss if t.weight is None else loss * t.weight, None, o.reduction)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
-        (loss,), compute = self.allocate(t, o), compute_dtype(t.input)
+        (loss,) = self.allocate(t, o)
         if o.reduction == "none":
-            exact = loss if loss.dtype == compute else torch.empty_like(loss, dtype=compute)
-            x, y, w, pos, written = as_elements(*t, exact)
+            x, y, w, pos, written = as_elements(*t, loss)
             kernels_for(x).bce_with_logits_forward(x, y, computed(w, x), computed(pos, x), written)
-            settle(exact, written)
-            return (loss if exact is loss else loss.copy_(exact),)
+            return (settle(loss, written),)
         x, y, w, pos = as_elements(*t)
         total = place_of_sum(loss, o.reduction, t.input)
         kernels_for(x).bce_with_logits_sum(x, y, computed(w, x), computed(pos, x), total)

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arguments import autocast_is_active, elementwise_misfit
+from ..arguments import autocast_is_active, dtype_misfit, elementwise_misfit
 from ..backends import kernels_for
 from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
 from ..loss import Loss, Spec, compute_dtype, reduced
@@ -18,12 +18,13 @@ _EPSILON = 1e-12  # torch's: no denominator is smaller
 
 class Tensors(NamedTuple):
     input: Tensor  # probabilities p of any shape
-    target: Tensor  # y, shape and dtype of `input`
+    target: Tensor  # y, shape of `input`, of a dtype that is computed with as `input` is
     weight: Tensor | None  # w, broadcastable to `input`
 
 
 class Options(NamedTuple):
     reduction: str
+    dtype: torch.dtype  # of the loss
 
 
 class Results(NamedTuple):
@@ -38,24 +39,26 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
     worth = 0.125  # torch takes two logarithms, one by one
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
-        # autocast's rules for this function differ between devices; torch knows them
-        return "autocast is active" if autocast_is_active(t.input) else elementwise_misfit(t.input, t.target, t.weight)
+        return elementwise_misfit(t.input, t.target, t.weight)
+
+    def mixture_misfit(self, t: Tensors) -> str | None:
+        if not autocast_is_active(t.input):
+            return dtype_misfit(t.input, t.target)
+        return None if t.input.is_cpu else "autocast is active"  # elsewhere torch refuses whatever comes
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
-        return (loss_spec(t.input, o.reduction, t.input.dtype),)
+        return (loss_spec(t.input, o.reduction, o.dtype),)
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
         loss = (t.target - 1) * torch.log1p(-t.input).clamp(min=-100) - t.target * torch.log(t.input).clamp(min=-100)
         return reduced(loss if t.weight is None else loss * t.weight, None, o.reduction)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
-        (loss,), compute = self.allocate(t, o), compute_dtype(t.input)
+        (loss,) = self.allocate(t, o)
         if o.reduction == "none":
-            exact = loss if loss.dtype == compute else torch.empty_like(loss, dtype=compute)
-            p, y, w, written = as_elements(*t, exact)
+            p, y, w, written = as_elements(*t, loss)
             kernels_for(p).binary_cross_entropy_forward(p, y, computed(w, p), written)
-            settle(exact, written)
-            return (loss if exact is loss else loss.copy_(exact),)
+            return (settle(loss, written),)
         p, y, w = as_elements(*t)
         total = place_of_sum(loss, o.reduction, t.input)
         kernels_for(p).binary_cross_entropy_sum(p, y, computed(w, p), total)

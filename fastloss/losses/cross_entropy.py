@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import rows
-from ..arguments import class_indices_misfit, smoothing_misfit
+from ..arguments import autocast_is_active, class_indices_misfit, dtype_misfit, smoothing_misfit
 from ..backends import kernels_for, one_visit_pays
 from ..kernels.groups import Foreseen, Reduction, Rows, Smoothing
 from ..loss import Loss, Spec, compute_dtype
@@ -21,7 +21,7 @@ from ..memory import empty_like
 class Tensors(NamedTuple):
     input: Tensor  # logits (C,), (N, C) or (N, C, d1, ...)
     target: Tensor  # class indices, the shape of `input` without its classes, int64 or uint8
-    weight: Tensor | None  # (C,)
+    weight: Tensor | None  # (C,), of a dtype that is computed with as `input` is
 
 
 class Options(NamedTuple):
@@ -51,6 +51,9 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         return smoothing_misfit(t.input, o.label_smoothing) or class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
+
+    def mixture_misfit(self, t: Tensors) -> str | None:
+        return None if autocast_is_active(t.input) else dtype_misfit(t.input, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         numbers = rows.numbers_spec(t.input, 4 if o.label_smoothing > 0 else 3)

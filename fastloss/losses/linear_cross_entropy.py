@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .. import memory, rows
-from ..arguments import class_indices_misfit, linear_misfit, smoothing_misfit
+from ..arguments import class_indices_misfit, dtype_misfit, linear_misfit, smoothing_misfit
 from ..backends import kernels_for
 from ..chunks import Chunks, layer_of, logits_of, not_ignored, some_rows, stand_in
 from ..kernels.groups import Rows, Smoothing
@@ -61,8 +61,10 @@ class LinearCrossEntropy(Loss[Tensors, Options, Saved]):
         misfit = linear_misfit(t.input, t.linear_weight, t.linear_bias, o)
         if misfit is not None:
             return misfit
-        logits = stand_in(t, o.products if o.dtype is o.products or t.weight is None else t.weight.dtype)
-        return smoothing_misfit(logits, o.label_smoothing) or class_indices_misfit(logits, t.target, t.weight, o.ignore_index)
+        logits = stand_in(t, o.products)
+        misfit = dtype_misfit(logits, t.weight) if o.dtype is o.products else None
+        misfit = misfit or smoothing_misfit(logits, o.label_smoothing)
+        return misfit or class_indices_misfit(logits, t.target, t.weight, o.ignore_index)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         logits = stand_in(t, o.products)

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from .. import memory, rows
-from ..arguments import class_weight_misfit, linear_misfit, smoothing_misfit
+from ..arguments import class_weight_misfit, dtype_misfit, linear_misfit, smoothing_misfit
 from ..backends import kernels_for
 from ..chunks import Chunks, layer_of, logits_of, stand_in
 from ..kernels.groups import Rows, Smoothing
-from ..loss import Loss, Spec
+from ..loss import COMPUTE, Loss, Spec
 
 
 class Tensors(NamedTuple):
@@ -61,11 +61,12 @@ class LinearSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         misfit = linear_misfit(t.input, t.linear_weight, t.linear_bias, o)
         if misfit is not None:
             return misfit
-        mixed = o.dtype is not o.products
-        logits = stand_in(t, t.weight.dtype if mixed and t.weight is not None else o.products)
-        if t.target.shape != logits.shape or (t.target.dtype is not o.products and not (mixed and t.target.dtype.is_floating_point)):
+        logits = stand_in(t, o.products)
+        if t.target.shape != logits.shape or COMPUTE.get(t.target.dtype) != COMPUTE[o.products]:
             return f"target is {t.target.dtype} {tuple(t.target.shape)}, logits are {o.products} {tuple(logits.shape)}"
-        return smoothing_misfit(logits, o.label_smoothing) or class_weight_misfit(logits, t.weight)
+        if o.dtype is o.products:
+            misfit = dtype_misfit(logits, t.target) or dtype_misfit(logits, t.weight)
+        return misfit or smoothing_misfit(logits, o.label_smoothing) or class_weight_misfit(logits, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         logits = stand_in(t, o.products)
@@ -102,10 +103,10 @@ def _visit(t: Any, o: Options, dloss: Tensor | None, r: Results | None, needed: 
     chunks = Chunks(layer, needed[:3])
     for at, x in chunks:
         here = slice(at.start // positions, at.stop // positions)
-        q, numbers = target[here].to(x.dtype), Rows(None, *loss.new_empty(3, at.stop - at.start).unbind())
+        q, numbers = target[here], Rows(None, *loss.new_empty(3, at.stop - at.start).unbind())
         if written is not None and dloss is not None:  # before the logits are overwritten
             kernels.soft_cross_entropy_forward(x, q, weight, smoothing, loss[at], numbers)
-            found = torch.empty_like(x)
+            found = torch.empty_like(x, dtype=written.dtype)
             kernels.soft_cross_entropy_target_backward(x, weight, smoothing.keep, numbers, dloss[at], found)
             written[here].copy_(found)
         if dloss is None:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import rows
-from ..arguments import class_indices_misfit
+from ..arguments import autocast_is_active, class_indices_misfit, dtype_misfit
 from ..backends import kernels_for
 from ..loss import Loss, Spec, compute_dtype
 from ..memory import empty_like
@@ -15,7 +15,7 @@ from ..memory import empty_like
 class Tensors(NamedTuple):
     input: Tensor  # log-probabilities (C,), (N, C) or (N, C, d1, ...)
     target: Tensor  # class indices, the shape of `input` without its classes, int64 or uint8
-    weight: Tensor | None  # (C,)
+    weight: Tensor | None  # (C,), of a dtype that is computed with as `input` is
 
 
 class Options(NamedTuple):
@@ -45,6 +45,9 @@ class NLLLoss(Loss[Tensors, Options, Saved]):
         if t.input.dim() == 1 and t.target.dim() != 0:
             return "one row of log-probabilities has one target"
         return class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
+
+    def mixture_misfit(self, t: Tensors) -> str | None:
+        return None if autocast_is_active(t.input) else dtype_misfit(t.input, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         row_weight = Spec((rows.rows_in(t.input),), compute_dtype(t.input))

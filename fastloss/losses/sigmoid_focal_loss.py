@@ -14,14 +14,14 @@ from ..arguments import elementwise_misfit
 from ..backends import kernels_for
 from ..elements import as_elements, element_gradient, loss_spec, place_of_sum, reduce_elements
 from ..kernels.groups import Focus
-from ..loss import Loss, Spec, compute_dtype, reduced
+from ..loss import Loss, Spec, reduced
 from ..memory import empty_like
 from ..rows import settle
 
 
 class Tensors(NamedTuple):
     input: Tensor  # logits x of any shape
-    target: Tensor  # y, shape and dtype of `input`
+    target: Tensor  # y, shape of `input`, of a dtype that is computed with as `input` is
 
 
 class Options(NamedTuple):
@@ -40,6 +40,7 @@ Saved = Tensors
 
 class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    typed_by = 0, 1
     worth = 0.125  # the composition is many operations
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
@@ -57,13 +58,11 @@ class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
         return reduced(loss * (o.alpha * y + (1 - o.alpha) * (1 - y)) if o.alpha >= 0 else loss, None, o.reduction)
 
     def forward(self, t: Tensors, o: Options) -> tuple[Tensor, ...]:
-        (loss,), compute = self.allocate(t, o), compute_dtype(t.input)
+        (loss,) = self.allocate(t, o)
         if o.reduction == "none":
-            exact = loss if loss.dtype == compute else torch.empty_like(loss, dtype=compute)
-            x, y, written = as_elements(*t, exact)
+            x, y, written = as_elements(*t, loss)
             kernels_for(x).sigmoid_focal_loss_forward(x, y, _focus(o), written)
-            settle(exact, written)
-            return (loss if exact is loss else loss.copy_(exact),)
+            return (settle(loss, written),)
         x, y = as_elements(*t)
         total = place_of_sum(loss, o.reduction, t.input)
         kernels_for(x).sigmoid_focal_loss_sum(x, y, _focus(o), total)

@@ -14,13 +14,13 @@ from .. import rows
 from ..arguments import class_weight_misfit, smoothing_misfit
 from ..backends import kernels_for
 from ..kernels.groups import Rows, Smoothing
-from ..loss import Loss, Spec
+from ..loss import COMPUTE, Loss, Spec, compute_dtype
 from ..memory import empty_like
 
 
 class Tensors(NamedTuple):
     input: Tensor  # logits (C,), (N, C) or (N, C, d1, ...)
-    target: Tensor  # class probabilities, shape and dtype of `input`
+    target: Tensor  # class probabilities, shape of `input`, as `weight` of a dtype that is computed with as `input` is
     weight: Tensor | None  # (C,)
 
 
@@ -46,11 +46,12 @@ class Saved(NamedTuple):
 
 class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    typed_by = 0, 1, 2
     differentiable = 2
     one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
-        if t.target.dtype != t.input.dtype or t.target.shape != t.input.shape:
+        if COMPUTE.get(t.target.dtype) != compute_dtype(t.input) or t.target.shape != t.input.shape:
             return f"target is {t.target.dtype} {tuple(t.target.shape)}, logits are {t.input.dtype} {tuple(t.input.shape)}"
         return smoothing_misfit(t.input, o.label_smoothing) or class_weight_misfit(t.input, t.weight)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import rows
 from ..backends import kernels_for
-from ..loss import Loss, Spec, compute_dtype
+from ..loss import COMPUTE, Loss, Spec, compute_dtype
 from ..memory import empty_like
 
 
@@ -17,6 +17,8 @@ class Tensors(NamedTuple):
 
 class Options(NamedTuple):
     dim: int  # not negative
+    dtype: torch.dtype  # of the result: one that `input` is computed with in
+    input_dtype: torch.dtype  # of what is not saved
 
 
 class Results(NamedTuple):
@@ -32,10 +34,13 @@ class Softmax(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
-        return None if 0 <= o.dim < t.input.dim() else f"dim {o.dim} is not a dimension of logits of shape {tuple(t.input.shape)}"
+        if not 0 <= o.dim < t.input.dim():
+            return f"dim {o.dim} is not a dimension of logits of shape {tuple(t.input.shape)}"
+        fits = COMPUTE.get(o.dtype) == COMPUTE.get(o.input_dtype) == compute_dtype(t.input)
+        return None if fits else f"the result is {o.dtype}, logits are {o.input_dtype}"
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
-        return (Spec(tuple(t.input.shape), t.input.dtype),)
+        return (Spec(tuple(t.input.shape), o.dtype),)
 
     def definition(self, t: Tensors, o: Options) -> Tensor:
         return torch.log_softmax(t.input, o.dim) if self.name == "log_softmax" else torch.softmax(t.input, o.dim)
@@ -47,10 +52,13 @@ class Softmax(Loss[Tensors, Options, Saved]):
         return (result,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
-        dinput, kernels = empty_like(s.result), kernels_for(s.result)
+        dinput, kernels = empty_like(s.result, o.input_dtype), kernels_for(s.result)
         found, upstream, written = (rows.as_rows(t, o.dim) for t in (s.result, dloss, dinput))
         (kernels.log_softmax_backward if self.name == "log_softmax" else kernels.softmax_backward)(found, upstream, written)
         return (rows.settle(dinput, written),)
+
+    def gradient_spec(self, s: Saved, o: Options, which: int) -> Spec:
+        return Spec(tuple(s.result.shape), o.input_dtype, s.result)
 
     def given(self, s: Saved) -> Tensors:
         return Tensors(s.result)  # like the logits, of which nothing was saved
@@ -63,7 +71,7 @@ class Softmax(Loss[Tensors, Options, Saved]):
                 gradient = d - found.exp() * d.sum(o.dim, keepdim=True)
             else:
                 gradient = found * (d - (d * found).sum(o.dim, keepdim=True))
-        return (gradient.to(dloss.dtype),)
+        return (gradient.to(o.input_dtype),)
 
 
 softmax = Softmax("softmax")

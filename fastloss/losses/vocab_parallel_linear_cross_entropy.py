@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import rows, sharded, slices
-from ..arguments import class_indices_misfit, linear_misfit, smoothing_misfit
+from ..arguments import class_indices_misfit, dtype_misfit, linear_misfit, smoothing_misfit
 from ..chunks import Chunks, layer_of, logits_of, not_ignored, stand_in
 from ..kernels.groups import Rows, Smoothing
 from ..loss import Loss, Spec
@@ -73,8 +73,10 @@ class VocabParallelLinearCrossEntropy(Loss[Tensors, Options, Saved]):
             return misfit
         if t.input.dim() != 2 or t.linear_weight.dim() != 2:
             return f"input of shape {tuple(t.input.shape)}, linear_weight of shape {tuple(t.linear_weight.shape)}"
-        logits = stand_in(t, o.products if o.dtype is o.products or t.weight is None else t.weight.dtype)
-        return smoothing_misfit(logits, o.label_smoothing) or class_indices_misfit(logits, t.target, t.weight, o.ignore_index)
+        logits = stand_in(t, o.products)
+        misfit = dtype_misfit(logits, t.weight) if o.dtype is o.products else None
+        misfit = misfit or smoothing_misfit(logits, o.label_smoothing)
+        return misfit or class_indices_misfit(logits, t.target, t.weight, o.ignore_index)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         logits = stand_in(t, o.products)

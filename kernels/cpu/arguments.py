@@ -10,7 +10,7 @@ Launchers build it of tensors and numbers. `packer` makes words of it, the one p
 """
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import torch
@@ -24,6 +24,7 @@ from ..groups import Int64 as Int64
 from . import llvm
 
 Stored = Annotated[Tensor, "stored"]  # numbers as the logits lie in memory
+Floats = Annotated[Tensor, "floats"]  # of a float dtype of their own, widened to what the logits are: the region is compiled for each
 Float64 = Annotated[Tensor, "float64"]
 Float32 = Annotated[Tensor, "float32"]
 Known = Annotated[int, "known"]  # a number that takes few values: the region is compiled for each
@@ -60,16 +61,17 @@ def _kinds(block: Any) -> list[tuple[str, _Kind]]:
 
 def packer(block: Any) -> Callable[[int, Any], tuple[tuple[Any, ...], bytes]]:
     """A function of how many tasks there are and of a block, which gives what the region is to be compiled for (the dtype of what is
-    stored, and the known numbers), and the words for it. It raises TypeError for a tensor whose elements are not what they should be.
+    stored, those of `Floats`, and the known numbers), and the words for it. It raises TypeError for a tensor whose elements are not what
+    they should be.
 
     It is made of source text, as NamedTuples are: a loop over the words would take longer than small kernels do.
     """
     names, words = _words(block, "a")
     tensors = [(word, kind) for word, kind in words if kind.is_tensor]
-    known = "".join(f"{word}, " for word, kind in words if kind.of == "known")
+    version = "".join([*(f"a{word}.dtype, " for word in floats_in(block)), *(f"a{word}, " for word in known_in(block))])
     layout = struct.Struct("=" + "q" * HEADER + "".join("d" if kind.of is float else "q" for _, kind in words))
     first = next(word for word, kind in tensors if kind.of == "stored")
-    fits = [f"({f'{word} is None or ' if kind.optional else ''}{word}.dtype is {kind.of})" for word, kind in tensors]
+    fits = [f"({f'{word} is None or ' if kind.optional else ''}{_fits(word, kind)})" for word, kind in tensors]
     fixed = {"int64": torch.int64, "float64": torch.float64, "float32": torch.float32}
     given = {"pack": layout.pack, "computed_of": COMPUTED, "fixed": fixed, "refuse": _refuse, **fixed}
     source = f"""
@@ -79,14 +81,19 @@ def packed(tasks, a):
     computed = computed_of[stored]
     if not ({" and ".join(fits)}):
         refuse(a, dict(fixed, stored=stored, computed=computed))
-    return (stored, {known}), pack(tasks, {"0, " * (HEADER - 1)}{", ".join(_value(word, kind) for word, kind in words)})
+    return (stored, {version}), pack(tasks, {"0, " * (HEADER - 1)}{", ".join(_value(word, kind) for word, kind in words)})
 """
     exec(source, given)
     return given["packed"]  # type: ignore[return-value]
 
 
+def floats_in(block: Any) -> tuple[str, ...]:
+    """The tensors of such a block that have dtypes of their own: the names of these words, in their order."""
+    return tuple(word for word, kind in _words(block, "")[1] if kind.of == "floats")
+
+
 def known_in(block: Any) -> tuple[str, ...]:
-    """What the region of such a block is compiled for beside a dtype: the names of these words, in their order."""
+    """What the region of such a block is compiled for beside dtypes: the names of these words, in their order."""
     return tuple(word for word, kind in _words(block, "")[1] if kind.of == "known")
 
 
@@ -128,10 +135,17 @@ def _value(word: str, kind: _Kind) -> str:
     return f"0 if {word} is None else {word}.data_ptr()" if kind.optional else f"{word}.data_ptr()"
 
 
+def _fits(word: str, kind: _Kind) -> str:
+    return f"computed_of.get({word}.dtype) is computed" if kind.of == "floats" else f"{word}.dtype is {kind.of}"
+
+
 def _refuse(block: Any, dtypes: dict[str, torch.dtype]) -> None:
     for (name, kind), value in zip(_kinds(type(block)), block, strict=True):
         if hasattr(kind.of, "_fields"):
             _refuse(value, dtypes)
+        elif kind.of == "floats":
+            if COMPUTED.get(value.dtype) is not dtypes["computed"]:
+                raise TypeError(f"{type(block).__qualname__}.{name} must be computed with in {dtypes['computed']}, got {value.dtype}")
         elif kind.is_tensor and value is not None and value.dtype is not dtypes[kind.of]:
             raise TypeError(f"{type(block).__qualname__}.{name} must be {dtypes[kind.of]}, got {value.dtype}")
 
@@ -140,11 +154,14 @@ def _refuse(block: Any, dtypes: dict[str, torch.dtype]) -> None:
 
 
 class Arguments(types.Type):
-    """The address of a block, of a region whose logits are stored as `storage`. `version` tells it from those of other sources."""
+    """The address of a block, of a region that is compiled for `version`, as a packer gives it. `sources` tells it from those of others."""
 
-    def __init__(self, block: Any, storage: types.Type, known: tuple[int, ...], version: str) -> None:
-        self.block, self.storage, self.known = block, storage, known
-        super().__init__(name=f"Arguments({block.__module__}.{block.__qualname__}, {storage}, {known}, {version})")
+    def __init__(self, block: Any, version: tuple[Any, ...], sources: str) -> None:
+        dtypes = 1 + len(floats_in(block))
+        storage, *floats = (STORAGE[dtype] for dtype in version[:dtypes])
+        self.block, self.storage, self.floats, self.known = block, storage, tuple(floats), version[dtypes:]
+        name = ", ".join(map(str, (storage, *floats, self.known)))
+        super().__init__(name=f"Arguments({block.__module__}.{block.__qualname__}, {name}, {sources})")
 
 
 @register_model(Arguments)
@@ -157,14 +174,16 @@ def word(builder: ir.IRBuilder, block: ir.Value, index: int) -> ir.Value:
     return builder.gep(block, [ir.Constant(_I64, index)])
 
 
-def _type(kind: Any, storage: types.Type) -> Any:
+def _type(kind: Any, storage: types.Type, floats: Iterator[types.Type]) -> Any:
     """What a kind is in compiled code."""
     if hasattr(kind, "_fields"):
-        return types.BaseTuple.from_types([_type(k.of, storage) for _, k in _kinds(kind)], kind)
+        return types.BaseTuple.from_types([_type(k.of, storage, floats) for _, k in _kinds(kind)], kind)
     if isinstance(kind, int):
         return types.UniTuple(types.int64, kind)
     if kind in (int, "known"):
         return types.int64
+    if kind == "floats":
+        return types.CPointer(next(floats))
     fixed = {"int64": types.int64, "float64": types.float64, "float32": types.float32}
     numbers = {"stored": storage, "computed": llvm.COMPUTE[storage], **fixed}
     return types.CPointer(numbers[kind]) if isinstance(kind, str) else llvm.COMPUTE[storage]
@@ -193,4 +212,4 @@ def arguments(typingctx: Any, block: Any) -> Any:
 
         return value(sig.return_type, block.block)
 
-    return _type(block.block, block.storage)(block), codegen
+    return _type(block.block, block.storage, iter(block.floats))(block), codegen

@@ -12,7 +12,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Float64, Known, Stored, arguments
+from .arguments import Float64, Floats, Known, Stored, arguments
 from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .inline import INLINE
 from .launch import next_task, region
@@ -26,17 +26,17 @@ from .simd import fma, lane_sum, lanes_of, select, splat, widen
 class Inputs(NamedTuple):
     logits: Stored
     strides: Strides
-    target: Stored
+    target: Floats
     target_strides: Strides
-    weight: Computed
+    weight: Floats
     weight_strides: Strides
-    pos_weight: Computed
+    pos_weight: Floats
     pos_weight_strides: Strides
 
 
 class Forward(NamedTuple):
     inputs: Inputs
-    loss: Computed
+    loss: Floats
     loss_strides: Strides
     way: Elements
 
@@ -49,7 +49,7 @@ class Sum(NamedTuple):
 
 class Backward(NamedTuple):
     inputs: Inputs
-    dloss: Computed
+    dloss: Floats
     dloss_strides: Strides
     dlogits: Stored
     dstrides: Strides

@@ -10,7 +10,7 @@ import torch
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Float64, Stored, arguments
+from .arguments import Float64, Floats, Stored, arguments
 from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .inline import INLINE
 from .launch import next_task, raise_flag, region
@@ -25,15 +25,15 @@ _EPSILON = float(np.float32(1e-12))  # torch's constant is a float, for float64 
 class Inputs(NamedTuple):
     prob: Stored
     strides: Strides
-    target: Stored
+    target: Floats
     target_strides: Strides
-    weight: Computed
+    weight: Floats
     weight_strides: Strides
 
 
 class Forward(NamedTuple):
     inputs: Inputs
-    loss: Computed
+    loss: Floats
     loss_strides: Strides
     way: Elements
 
@@ -46,7 +46,7 @@ class Sum(NamedTuple):
 
 class Backward(NamedTuple):
     inputs: Inputs
-    dloss: Computed
+    dloss: Floats
     dloss_strides: Strides
     dprob: Stored
     dstrides: Strides

@@ -20,7 +20,7 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from . import half
-from .arguments import HEADER, STORAGE, Arguments, packer, word
+from .arguments import HEADER, Arguments, packer, word
 from .cache import compiled
 from .teams import team
 
@@ -122,8 +122,8 @@ built: list[Built] = []
 
 
 class Region:
-    """A compiled loop over tasks, one version for each dtype and each value of what its block has as `Known`, compiled at first use and
-    cached on disk where that is possible."""
+    """A compiled loop over tasks, one version for each dtype (each mixture, where its block has `Floats`) and each value of what its block
+    has as `Known`, compiled at first use and cached on disk where that is possible."""
 
     def __init__(self, body: Callable[[Any], None], block: Any) -> None:
         self.body, self.block = body, block
@@ -131,17 +131,16 @@ class Region:
         self._compiled: dict[tuple[Any, ...], tuple[Any, Callable[[int], None]]] = {}
         self._lock = threading.Lock()
 
-    def signature(self, dtype: torch.dtype, *known: int) -> Any:
-        """Numba's, where the logits are of this dtype."""
-        return types.void(Arguments(self.block, STORAGE[dtype], known, _sources()))
+    def signature(self, *version: Any) -> Any:
+        """Numba's, for a version: dtypes, that of the logits first, and numbers."""
+        return types.void(Arguments(self.block, version, _sources()))
 
-    def compile(self, dtype: torch.dtype, *known: int) -> tuple[Any, Callable[[int], None]]:
-        """Numba's compiled function for this dtype, and the same as a function of an address."""
-        version = (dtype, *known)
+    def compile(self, *version: Any) -> tuple[Any, Callable[[int], None]]:
+        """Numba's compiled function for this version, and the same as a function of an address."""
         with self._lock, _uninterrupted():
             if version not in self._compiled:
                 start = perf_counter()
-                function = compiled(self.body, self.signature(dtype, *known))
+                function = compiled(self.body, self.signature(*version))
                 self._compiled[version] = function, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(function.address)
                 built.append(Built(self, version, perf_counter() - start, bool(function.cache_hits)))
             return self._compiled[version]

@@ -13,7 +13,7 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Focus
-from .arguments import Computed, Float64, Stored, arguments
+from .arguments import Float64, Floats, Stored, arguments
 from .bce_with_logits import loss_of
 from .elements import Elements, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .inline import INLINE
@@ -28,14 +28,14 @@ _SMALLEST = 2.0**-126  # a normal number: below, q^fraction is taken as 0
 class Inputs(NamedTuple):
     logits: Stored
     strides: Strides
-    target: Stored
+    target: Floats
     target_strides: Strides
     focus: Focus
 
 
 class Forward(NamedTuple):
     inputs: Inputs
-    loss: Computed
+    loss: Floats
     loss_strides: Strides
     way: Elements
 
@@ -48,7 +48,7 @@ class Sum(NamedTuple):
 
 class Backward(NamedTuple):
     inputs: Inputs
-    dloss: Computed
+    dloss: Floats
     dloss_strides: Strides
     dlogits: Stored
     dstrides: Strides

@@ -10,7 +10,7 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Rows, Smoothing
-from .arguments import Computed, Known, Stored, arguments
+from .arguments import Computed, Floats, Known, Stored, arguments
 from .blocks import all_kept, block_of, blocks_kept, scratch
 from .inline import INLINE
 from .launch import next_task, next_worker, region
@@ -23,7 +23,7 @@ from .weighted import WeightedNumbers, factors_of, weighted_gradient_of_row, wei
 
 class Forward(NamedTuple):
     logits: Stored
-    target: Stored
+    target: Floats
     target_strides: Strides
     weight: Computed
     weight_stride: int
@@ -36,7 +36,7 @@ class Forward(NamedTuple):
 
 class Backward(NamedTuple):
     logits: Stored
-    target: Stored
+    target: Floats
     target_strides: Strides
     weight: Computed
     weight_stride: int
@@ -52,7 +52,7 @@ class Backward(NamedTuple):
 
 class ForwardBackward(NamedTuple):
     logits: Stored
-    target: Stored
+    target: Floats
     target_strides: Strides
     weight: Computed
     weight_stride: int
@@ -77,7 +77,7 @@ class TargetBackward(NamedTuple):
     rows: Rows
     dloss: Computed
     dloss_stride: int
-    dtarget: Stored
+    dtarget: Floats
     dstrides: Strides
     way: Walk
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Known, Stored, arguments
+from .arguments import Computed, Floats, Known, Stored, arguments
 from .blocks import Block, all_kept, block_of, block_size, block_statistics, blocks_kept, kept_top, row_statistics, scratch, term
 from .inline import INLINE
 from .launch import next_task, next_worker, region
@@ -39,7 +39,7 @@ _CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
 
 class Forward(NamedTuple):
     logits: Stored
-    prob: Stored  # or its logarithm
+    prob: Floats  # or its logarithm
     prob_strides: Strides
     terms: Computed
     kept: int  # blocks that there is room for in `terms`
@@ -51,7 +51,7 @@ class Backward(NamedTuple):
     prob: Stored  # or its logarithm
     dprob: Stored
     d_strides: Strides
-    dlogits: Stored
+    dlogits: Floats
     to_strides: Strides
     past_caches: Known
     way: Walk

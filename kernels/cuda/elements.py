@@ -32,9 +32,9 @@ def _load_at(ptr, strides, piece, other):
 
 @triton.jit
 def _number_at(ptr, strides, piece):
-    """What comes with each element: [BLOCK_B, BLOCK_P], or one number for all where there are no strides."""
+    """What comes with each element, widened: [BLOCK_B, BLOCK_P], or one number for all where there are no strides."""
     if strides is None:
-        number = tl.load(ptr)
+        number = _wide(tl.load(ptr))
     else:
-        number = tl.load(_at(ptr, strides, piece), mask=piece[3], other=0.0)
+        number = _load_at(ptr, strides, piece, 0.0)
     return number

@@ -193,7 +193,7 @@ def soft_cross_entropy(
     dloss = random_rows(logits)
     loss, mass, top, total = (poisoned_rows(logits) for _ in range(4))
     rows = Rows(None, mass, top, total)
-    dlogits, dtarget = poisoned(logits), poisoned(logits)
+    dlogits, dtarget = poisoned(logits), poisoned(logits, target.dtype)
     k.soft_cross_entropy_forward(logits, target, w, eps, loss, rows)
     k.soft_cross_entropy_backward(logits, target, w, eps, rows, dloss, dlogits)
     again = poisoned_rows(logits), Rows(None, *(poisoned_rows(logits) for _ in range(3))), poisoned(logits)
@@ -207,7 +207,7 @@ def soft_cross_entropy(
     if target_too:
         k.soft_cross_entropy_target_backward(logits, w, keep, rows, dloss, dtarget)
         want = dloss.double()[:, None] * keep * w.double() * -truth.log_p
-        assert_close(by_row(dtarget).to(logits.dtype), want, scale=scale, what="dtarget")
+        assert_close(by_row(dtarget).to(target.dtype), want, scale=scale, what="dtarget")
     assert_inside(dlogits, dtarget)
 
 
@@ -253,16 +253,18 @@ def sparse_soft_cross_entropy(
     assert_inside(dlogits, dprob)
 
 
-def softmax(k: Any, logits: Tensor) -> None:
-    """softmax and log_softmax, both directions. The backward kernels are given rounded results, as autograd would."""
-    x = by_row(logits)
+def softmax(k: Any, logits: Tensor, dtype: torch.dtype | None = None) -> None:
+    """softmax and log_softmax into `dtype` (that of the logits), both directions. The backward kernels are given rounded results, as
+    autograd would."""
+    x, dtype = by_row(logits), dtype or logits.dtype
     p, log_p = torch.softmax(x, 1), torch.log_softmax(x, 1)
-    prob, log_prob, from_prob, from_log_prob = (poisoned(logits) for _ in range(4))
-    upstream = torch.randn_like(logits)
+    prob, log_prob = (poisoned(logits, dtype) for _ in range(2))
+    from_prob, from_log_prob = (poisoned(logits) for _ in range(2))
+    upstream = torch.randn_like(logits, dtype=dtype)
     k.softmax_forward(logits, prob)
-    assert_close(by_row(prob).to(logits.dtype), p, what="softmax")
+    assert_close(by_row(prob).to(dtype), p, what="softmax")
     k.log_softmax_forward(logits, log_prob)
-    assert_close(by_row(log_prob).to(logits.dtype), log_p, what="log_softmax")
+    assert_close(by_row(log_prob).to(dtype), log_p, what="log_softmax")
     d = by_row(upstream)
     k.softmax_backward(prob, upstream, from_prob)
     p = by_row(prob)
@@ -297,17 +299,17 @@ def nll_loss(k: Any, log_prob: Tensor, target: Tensor, weight: Tensor) -> None:
     assert_inside(dlog_prob)
 
 
-def bce_with_logits(k: Any, x: Tensor, y: Tensor, w: Tensor, pos_weight: Tensor) -> None:
-    """Elements [A, B, P]: forward, sum, backward."""
+def bce_with_logits(k: Any, x: Tensor, y: Tensor, w: Tensor, pos_weight: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Elements [A, B, P]: forward, into a loss of `dtype` (the compute dtype), sum, backward."""
     x64, y64, w64, pw = x.double(), y.double(), w.double(), pos_weight.double()
     softplus = torch.log1p(torch.exp(-x64.abs())) + (-x64).clamp(min=0)
     want = w64 * ((1 - y64) * x64 + (1 + (pw - 1) * y64) * softplus)
-    loss, total = poisoned(x, real(x.dtype)), poisoned(x.new_empty(1), real(x.dtype))
+    loss, total = poisoned(x, dtype or real(x.dtype)), poisoned(x.new_empty(1), real(x.dtype))
     k.bce_with_logits_forward(x, y, w, pos_weight, loss)
     assert_close(loss, want, scale=x64.abs().max().item(), what="loss")
     k.bce_with_logits_sum(x, y, w, pos_weight, total)
     assert_close(total[0], want.sum(), scale=want.abs().sum().item(), what="total")
-    dloss, dlogits = torch.randn_like(loss), poisoned(x)
+    dloss, dlogits = torch.randn_like(x, dtype=total.dtype), poisoned(x)
     k.bce_with_logits_backward(x, y, w, pos_weight, dloss, dlogits)
     again = poisoned(total), poisoned(x)
     k.bce_with_logits_sum_backward(x, y, w, pos_weight, dloss, *again)

@@ -84,6 +84,37 @@ def test_elementwise(k: Any, dtype: torch.dtype) -> None:
         check.mean_of_rows(k, values, torch.rand_like(values))
 
 
+@pytest.mark.parametrize(("dtype", "other"), [(torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)], ids=str)
+def test_mixed_dtypes(k: Any, dtype: torch.dtype, other: torch.dtype) -> None:
+    """Targets, weights and results of another dtype than the logits."""
+    for shape in SHAPES:
+        logits = torch.randn(shape, device="cuda").mul(3).to(dtype)
+        q = torch.softmax(torch.randn(shape, device="cuda"), 1).to(other)
+        check.soft_cross_entropy(k, logits, q, torch.rand(shape[1], device="cuda") + 0.5, 0.1)
+        check.softmax(k, logits, other)
+    x, y = (torch.randn(3, 40, 1000, device="cuda") * 8).to(dtype), torch.rand(3, 40, 1000, device="cuda").to(other)
+    w = torch.rand(3, 40, 1000, device="cuda").to(dtype)
+    check.bce_with_logits(k, x, y, w, w[:1, :, :1].expand(x.shape), other)
+    check.binary_cross_entropy(k, torch.sigmoid(x / 4), y, w)
+    check.sigmoid_focal_loss(k, x, y, alpha=0.25, gamma=2.0)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("function", ["softmax", "log_softmax"])
+def test_softmax_under_autocast_is_float32(function: str, dtype: torch.dtype | None) -> None:
+    """On CUDA alone: on CPU autocast leaves it in half precision."""
+    x, d = torch.randn(300, 1000, device="cuda").bfloat16(), torch.randn(300, 1000, device="cuda")
+    found = []
+    for module in (fastloss, torch.nn.functional):
+        leaf = x.clone().requires_grad_()
+        with torch.autocast("cuda", torch.bfloat16):
+            result = getattr(module, function)(leaf, dim=1, dtype=dtype)
+        result.backward(d)
+        found.append((result.detach(), leaf.grad))
+    for mine, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_same_bits_on_every_run(k: Any) -> None:
     logits, target = torch.randn(64, 50257, device="cuda"), torch.randint(50257, (64,), device="cuda")
     weight, runs = torch.ones(1, device="cuda").expand(50257), []

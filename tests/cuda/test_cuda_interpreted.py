@@ -391,6 +391,23 @@ def test_sigmoid_focal_loss(k: Any, alpha: float, gamma: float, dtype: torch.dty
     check.sigmoid_focal_loss(k, torch.randn(1, 1, 2500).to(dtype), torch.randint(2, (1, 1, 2500)).to(dtype), alpha, gamma)
 
 
+MIXED = [(torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float32, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("dtype", "other"), MIXED, ids=str)
+def test_mixed_dtypes(k: Any, dtype: torch.dtype, other: torch.dtype) -> None:
+    """Targets, weights and results of another dtype than the logits."""
+    for shape, layout in ((5, 10), "contiguous"), ((3, 1037), "padded3"), ((2, 1031, 3), "shifted"):
+        logits, q = check.laid_out(torch.randn(shape).to(dtype), layout), torch.softmax(torch.randn(shape), 1).to(other)
+        check.soft_cross_entropy(k, logits, q, torch.rand(shape[1]) + 0.5, smoothing=0.1)
+        check.softmax(k, logits, other)
+    x, y = (torch.randn(1, 30, 40) * 8).to(dtype).transpose(1, 2), torch.rand(1, 40, 30).to(other)
+    weight, pos_weight = torch.rand(1, 40, 30).to(dtype), (torch.rand(1, 1, 1) + 0.5).to(other).expand(1, 40, 30)
+    check.bce_with_logits(k, x, y, weight, pos_weight, other)
+    check.binary_cross_entropy(k, torch.sigmoid(x), y, weight)
+    check.sigmoid_focal_loss(k, x, y, 0.25, 2.0)
+
+
 def test_elementwise_losses_in_the_tails(k: Any) -> None:
     check.tails(k)
 

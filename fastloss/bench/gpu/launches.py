@@ -122,13 +122,14 @@ class _Maker:
         kind = type(place.kind).__name__.removeprefix("_")
         made: dict[str, Callable[[], Tensor]] = {
             "Logits": self._logits, "LikeLogits": self._shares, "Elements": self._logits,
+            "Floats": lambda: self._shares() if place.name == "target" else self._one_for_all(*self.shape),
+            "FloatResults": lambda: self._of(self.shape, self.computed if place.name == "loss" else self.stored),
             "Gradient": lambda: self._of(self.shape, self.stored), "OnlyGradient": lambda: self._of(self.shape, self.stored),
             "Indices": lambda: self._classes(self.rows), "AnyIndices": lambda: self._classes(self.rows),
             "EntryIndices": lambda: self._classes(self.rows, self.entries),
             "EntryNumbers": lambda: self._ones(self.rows, self.entries), "SomeEntryNumbers": lambda: self._ones(self.rows, self.entries),
             "ClassWeight": lambda: self._one_for_all(self.classes), "WeightAlone": lambda: self._one_for_all(self.classes),
-            "ElementNumbers": lambda: self._one_for_all(*self.shape), "RowGradient": lambda: self._one_for_all(self.rows),
-            "ElementResults": lambda: self._of(self.shape, self.computed), "SomeRowClasses": lambda: self._of((self.rows,), torch.int64),
+            "RowGradient": lambda: self._one_for_all(self.rows), "SomeRowClasses": lambda: self._of((self.rows,), torch.int64),
             "EntryResults": lambda: self._of((self.rows, self.entries), self.computed),
             "SomeEntryResults": lambda: self._of((self.rows, self.entries), self.computed),
             "KeptGradient": lambda: self._of(self.shape, self.stored),

@@ -15,7 +15,7 @@ from . import composed, dtensors, losses
 from .arguments import REDUCTIONS, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
 from .backends import get_backend
 from .calls import THEIRS, kind_of, recall
-from .routing import route, tiny
+from .routing import ANY, route, tiny
 from .serving import again, by_kernels, by_torch, result_dtype, scripted_as_torchs, serve
 
 
@@ -62,7 +62,7 @@ def cross_entropy(
     0.4795 tensor(True)
     """
     theirs = partial(F.cross_entropy, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
-    if tiny(input) and not inplace_backward:
+    if not inplace_backward and tiny(input, losses.cross_entropy.worth):
         return theirs()
     options = (size_average, ignore_index, reduce, reduction, label_smoothing)
     kind = None if inplace_backward else kind_of("cross_entropy", (input, target, weight), options)
@@ -89,7 +89,7 @@ def cross_entropy(
             o = loss.options(ignore_index, label_smoothing, reduction, result_dtype(input))
         t = loss.tensors(*t)
         misfit = misfit or loss.misfit(t, o) or loss.mixture_misfit(t)
-    way = route(misfit, input, 0.0 if inplace_backward else 1.0)
+    way = route(misfit, input, ANY if inplace_backward else losses.cross_entropy.worth)
     if inplace_backward:
         if way.path != "kernel":
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")

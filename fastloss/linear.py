@@ -14,12 +14,12 @@ from torch import Tensor
 from . import composed, losses
 from .arguments import autocast_is_active, is_int64, reduction_misfit, tensors_misfit
 from .chunks import stand_in
-from .loss import COMPUTE
+from .loss import COMPUTE, Worth
 from .routing import route, served_by_torch
 from .serving import by_kernels, result_dtype
 from .statistics import USUAL, TokenStatistics, checked_dim, checked_outputs, chosen
 
-_WORTH = 4.0  # beside the layer's products, what torch takes longer for fewer logits is not worth a call of ours
+_WORTH = Worth(4.0, 4.0)  # beside the layer's products, what torch takes longer for fewer logits is not worth a call of ours
 
 
 def linear_cross_entropy(

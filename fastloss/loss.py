@@ -20,6 +20,14 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return COMPUTE[tensor.dtype]
 
 
+class Worth(NamedTuple):
+    """From how many logits on the kernels are worth a call, in shares of `config.min_numel`. Measured (docs/performance.md)."""
+
+    step: float = 1.0  # with a gradient
+    forward: float = 1.0  # without
+    few: float = 0.125  # times these for rows of fewer than 16 classes: torch vectorises over 16, and is ten times slower below
+
+
 class Spec(NamedTuple):
     """A tensor that a forward leaves behind, before it exists; with the strides of `like` where those are dense, else contiguous."""
 
@@ -50,7 +58,7 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     typed_by: ClassVar[tuple[int, ...]] = (0,)  # the tensors whose dtypes, promoted, are that of the answer
     answers: ClassVar[int] = 1  # the first so many results are the caller's
     differentiable: ClassVar[int] = 1  # the first so many tensors have a gradient
-    worth: ClassVar[float] = 1.0  # the kernels are worth a call from so many times `config.min_numel` logits on
+    worth: ClassVar[Worth] = Worth()
     one_visit: ClassVar[int] = 0  # `forward_backward` computes the gradients of the first so many
 
     def __init__(self, name: str) -> None:

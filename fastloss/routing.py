@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from . import backends, config
+from .loss import Worth
 
 Result = TypeVar("Result")
+
+ALL, ANY = Worth(), Worth(0.0, 0.0)
+_ROUNDED = {torch.bfloat16, torch.float16}  # torch rounds the loss, one more call
 
 
 class Route(NamedTuple):
@@ -63,7 +67,7 @@ def noted(note: str) -> Iterator[None]:
         raise _Explained(found._replace(reason=found.reason + note)) from None
 
 
-def tiny(input: Any, worth: float = 1.0) -> bool:
+def tiny(input: Any, worth: Worth = ALL) -> bool:
     """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss."""
     # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size. Nothing is asked of a subclass
     # or a nested tensor, which may have no size, nor while a mode is watching
@@ -72,18 +76,18 @@ def tiny(input: Any, worth: float = 1.0) -> bool:
         and not torch.compiler.is_compiling()
         and not torch._C._is_torch_function_mode_enabled()
         and not input.is_nested
-        and _few(input, int(worth * config.min_numel))
+        and input.numel() < _least(input, worth)
         and backends.get_backend() == "auto"
         and not _explaining.get()
     )
 
 
-def route(misfit: str | None, logits: Any, worth: float = 1.0, note: str = "") -> Route:
-    """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; fewer logits than
-    `worth` times `config.min_numel` go to torch. `note` is what there is to say of a call that the kernels serve."""
+def route(misfit: str | None, logits: Any, worth: Worth = ALL, note: str = "") -> Route:
+    """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; with fewer logits than they are
+    worth it goes to torch. `note` is what there is to say of a call that the kernels serve."""
     if torch.compiler.is_compiling():
         return _compiled(misfit, logits)
-    found = _eager(misfit, logits, int(worth * config.min_numel))
+    found = _eager(misfit, logits, worth)
     if _explaining.get():
         raise _Explained(found if found.path == "torch" else found._replace(reason=found.reason + note))
     return found
@@ -98,7 +102,7 @@ def served_by_torch(theirs: Any, way: Route, result: Result) -> Result:
     return result
 
 
-def _eager(misfit: str | None, logits: Any, min_numel: int) -> Route:
+def _eager(misfit: str | None, logits: Any, worth: Worth) -> Route:
     choice = backends.get_backend()
     if choice == "torch":
         return Route("torch", "torch", "backend 'torch' was chosen")
@@ -112,14 +116,19 @@ def _eager(misfit: str | None, logits: Any, min_numel: int) -> Route:
     problem = backends.unavailable(name)
     if problem is not None:
         return Route("torch", "torch", problem)
-    if choice == "auto" and _few(logits, min_numel):
-        return Route("torch", "torch", f"{logits.numel()} logits are fewer than {min_numel}: config.min_numel")
+    if choice == "auto" and logits.numel() < (least := _least(logits, worth)):
+        return Route("torch", "torch", f"{logits.numel()} logits are fewer than {least}: config.min_numel")
     return Route(name, "kernel", f"{logits.dtype} on {logits.device.type}")
 
 
-def _few(logits: Tensor, min_numel: int) -> bool:
-    """Too few logits for a kernel to be worth its call. torch vectorises over 16 classes and is ten times slower below."""
-    return logits.numel() < (min_numel if logits.dim() < 2 or logits.shape[1] >= 16 else min_numel // 8)
+def _least(logits: Tensor, worth: Worth) -> int:
+    """How many logits make a kernel worth its call."""
+    share = worth.step if logits.requires_grad and torch.is_grad_enabled() else worth.forward
+    if logits.dim() > 1 and logits.shape[1] < 16:
+        share *= worth.few
+    if logits.dtype in _ROUNDED:
+        share *= 2.0
+    return int(share * config.min_numel)
 
 
 def _compiled(misfit: str | None, logits: Any) -> Route:

@@ -10,7 +10,7 @@ from torch import Tensor
 from . import composed, losses, sharded
 from .arguments import is_int64, tensors_misfit
 from .losses.token_statistics import belongs, positions
-from .routing import Route, route, served_by_torch, tiny
+from .routing import ANY, Route, route, served_by_torch, tiny
 from .serving import by_kernels
 
 USUAL = ("log_prob", "entropy", "lse")
@@ -108,7 +108,7 @@ def sharded_token_statistics(
         dim = checked_dim(input, target, dim)
         t, o = loss.tensors(input, target), loss.options(dim, ignore_index, logit_scale, " ".join(names), group.group_name)
         misfit = misfit or loss.misfit(t, o)
-        way = route(misfit, input, 0)
+        way = route(misfit, input, ANY)
         if misfit is not None:
             raise RuntimeError(f"token_statistics: {misfit}")
     except Exception as error:

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
 from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
-from ..loss import Loss, Spec, reduced
+from ..loss import Loss, Spec, Worth, reduced
 from ..memory import empty_like
 from ..rows import settle
 
@@ -35,7 +35,7 @@ Saved = Tensors
 class BCEWithLogits(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
     typed_by = (1,)  # torch computes in the target's memory
-    worth = 0.125  # torch takes several visits
+    worth = Worth(0.125, 0.125, few=1.0)  # torch takes several visits
     one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from ..arguments import autocast_is_active, dtype_misfit, elementwise_misfit
 from ..backends import kernels_for
 from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
-from ..loss import Loss, Spec, compute_dtype, reduced
+from ..loss import Loss, Spec, Worth, compute_dtype, reduced
 from ..memory import empty_like
 from ..rows import settle
 
@@ -36,7 +36,7 @@ Saved = Tensors
 
 class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    worth = 0.125  # torch takes two logarithms, one by one
+    worth = Worth(0.035, 0.02, few=1.0)  # torch takes two logarithms, one by one
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         return elementwise_misfit(t.input, t.target, t.weight)

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import rows
 from ..arguments import autocast_is_active, class_indices_misfit, dtype_misfit
 from ..backends import kernels_for
-from ..loss import Loss, Spec, compute_dtype
+from ..loss import Loss, Spec, Worth, compute_dtype
 from ..memory import empty_like
 
 
@@ -40,6 +40,7 @@ class Saved(NamedTuple):
 
 class NLLLoss(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    worth = Worth(32.0, 64.0, few=1.0)  # torch reads N numbers, too; it is slow where its gradient is fresh memory at every step
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if t.input.dim() == 1 and t.target.dim() != 0:

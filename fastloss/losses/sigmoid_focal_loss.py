@@ -14,7 +14,7 @@ from ..arguments import elementwise_misfit
 from ..backends import kernels_for
 from ..elements import as_elements, element_gradient, loss_spec, place_of_sum, reduce_elements
 from ..kernels.groups import Focus
-from ..loss import Loss, Spec, reduced
+from ..loss import Loss, Spec, Worth, reduced
 from ..memory import empty_like
 from ..rows import settle
 
@@ -41,7 +41,7 @@ Saved = Tensors
 class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
     typed_by = 0, 1
-    worth = 0.125  # the composition is many operations
+    worth = Worth(0.125, 0.125, few=1.0)  # the composition is many operations
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if not isinstance(o.alpha, (float, int)) or not isinstance(o.gamma, (float, int)) or not 0 <= o.gamma <= 64:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import rows
 from ..backends import kernels_for
-from ..loss import COMPUTE, Loss, Spec, compute_dtype
+from ..loss import COMPUTE, Loss, Spec, Worth, compute_dtype
 from ..memory import empty_like
 
 
@@ -32,6 +32,7 @@ class Softmax(Loss[Tensors, Options, Saved]):
     """p = exp(input) / sum of exp(input), or its logarithm."""
 
     tensors, options, results, saved = Tensors, Options, Results, Saved
+    worth = Worth(2.0, 2.0, few=1 / 32)
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if not 0 <= o.dim < t.input.dim():

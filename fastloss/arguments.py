@@ -82,11 +82,9 @@ def class_weight_misfit(logits: Tensor, weight: Tensor | None) -> str | None:
     return "weight requires a gradient" if weight.requires_grad else None
 
 
-def dtype_misfit(logits: Tensor, other: Tensor | None) -> str | None:
+def dtype_misfit(logits: Tensor, name: str, other: Tensor | None) -> str | None:
     """Where torch takes nothing but the logits' own dtype."""
-    return (
-        None if other is None or other.dtype == logits.dtype else f"there are {other.dtype} and logits of {logits.dtype} without autocast"
-    )
+    return None if other is None or other.dtype == logits.dtype else f"{name} is {other.dtype}, logits are {logits.dtype}"
 
 
 def class_indices_misfit(logits: Tensor, target: Tensor, weight: Tensor | None, ignore_index: Any) -> str | None:

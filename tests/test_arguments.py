@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastloss.kernels.cpu.arguments import COMPUTED, Computed, Float64, Int64, Known, Stored, arguments, known_in
+from fastloss.kernels.cpu.arguments import COMPUTED, Computed, Float64, Floats, Int64, Known, Stored, arguments, floats_in, known_in
 from fastloss.kernels.cpu.launch import Region, next_task, region
 from fastloss.kernels.cpu.memory import load_one
 
@@ -90,6 +90,47 @@ def test_a_tensor_of_another_dtype_is_refused_by_name(name: str) -> None:
     replace, message = WRONG[name]
     with pytest.raises(TypeError, match=f"{message}, got torch.int32"):
         _region(1, replace(block(torch.bfloat16), torch.zeros(9, dtype=torch.int32)))
+
+
+class Mixed(NamedTuple):
+    others: Floats
+    values: Stored
+    more: Floats
+    sums: Float64
+
+
+@region(Mixed)
+def _mixed(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
+    while task >= 0:
+        a.sums[0] = load_one(a.values, 1)
+        a.sums[1] = load_one(a.others, 1)
+        a.sums[2] = load_one(a.more, 1)
+        task = next_task(block)
+
+
+def mixed(values: torch.dtype, others: torch.dtype, more: torch.dtype) -> Mixed:
+    numbers = [torch.tensor([0.0, number], dtype=dtype) for number, dtype in ((2.0, others), (1.0, values), (3.0, more))]
+    return Mixed(*numbers, sums=torch.zeros(3, dtype=torch.float64))
+
+
+def test_floats_are_read_in_their_own_dtype() -> None:
+    """Whatever comes first in the block: `Stored` alone says what is computed in, and each mixture is a version."""
+    assert floats_in(Mixed) == ("_others", "_more")
+    for dtypes in ((torch.bfloat16, torch.float32, torch.float16), (torch.float32, torch.float16, torch.float32)):
+        given = mixed(*dtypes)
+        assert not _mixed(1, given)
+        assert given.sums.tolist() == [1.0, 2.0, 3.0]
+        assert dtypes in _mixed._compiled
+
+
+@pytest.mark.parametrize(
+    ("values", "others"), [(torch.float32, torch.float64), (torch.float64, torch.bfloat16), (torch.float16, torch.int64)]
+)
+def test_floats_that_are_not_computed_with_alike_are_refused_by_name(values: torch.dtype, others: torch.dtype) -> None:
+    with pytest.raises(TypeError, match=rf"Mixed\.others must be computed with in {COMPUTED[values]}, got {others}"):
+        _mixed(1, mixed(values, others, values))
 
 
 def test_none_is_no_tensor_where_one_is_needed() -> None:

@@ -4,6 +4,7 @@ import argparse
 import csv
 import json
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
@@ -204,7 +205,10 @@ def _shape(text: str) -> tuple[int, ...]:
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
-    """Keeps the line breaks of description and examples, and uses the width of the other text."""
+    """Keeps the line breaks of description and examples, uses the width of the other text, and breaks no name at a hyphen."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=22, width=120)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)

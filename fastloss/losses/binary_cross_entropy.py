@@ -43,7 +43,7 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
 
     def mixture_misfit(self, t: Tensors) -> str | None:
         if not autocast_is_active(t.input):
-            return dtype_misfit(t.input, t.target)
+            return dtype_misfit(t.input, "target", t.target)
         return None if t.input.is_cpu else "autocast is active"  # elsewhere torch refuses whatever comes
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:

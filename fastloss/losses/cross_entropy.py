@@ -54,7 +54,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         return smoothing_misfit(t.input, o.label_smoothing) or class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
 
     def mixture_misfit(self, t: Tensors) -> str | None:
-        return None if autocast_is_active(t.input) else dtype_misfit(t.input, t.weight)
+        return None if autocast_is_active(t.input) else dtype_misfit(t.input, "weight", t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         numbers = rows.numbers_spec(t.input, 4 if o.label_smoothing > 0 else 3)

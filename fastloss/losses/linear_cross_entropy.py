@@ -62,7 +62,7 @@ class LinearCrossEntropy(Loss[Tensors, Options, Saved]):
         if misfit is not None:
             return misfit
         logits = stand_in(t, o.products)
-        misfit = dtype_misfit(logits, t.weight) if o.dtype is o.products else None
+        misfit = dtype_misfit(logits, "weight", t.weight) if o.dtype is o.products else None
         misfit = misfit or smoothing_misfit(logits, o.label_smoothing)
         return misfit or class_indices_misfit(logits, t.target, t.weight, o.ignore_index)
 

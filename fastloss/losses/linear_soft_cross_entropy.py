@@ -65,7 +65,7 @@ class LinearSoftCrossEntropy(Loss[Tensors, Options, Saved]):
         if t.target.shape != logits.shape or COMPUTE.get(t.target.dtype) != COMPUTE[o.products]:
             return f"target is {t.target.dtype} {tuple(t.target.shape)}, logits are {o.products} {tuple(logits.shape)}"
         if o.dtype is o.products:
-            misfit = dtype_misfit(logits, t.target) or dtype_misfit(logits, t.weight)
+            misfit = dtype_misfit(logits, "target", t.target) or dtype_misfit(logits, "weight", t.weight)
         return misfit or smoothing_misfit(logits, o.label_smoothing) or class_weight_misfit(logits, t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:

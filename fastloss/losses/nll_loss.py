@@ -48,7 +48,7 @@ class NLLLoss(Loss[Tensors, Options, Saved]):
         return class_indices_misfit(t.input, t.target, t.weight, o.ignore_index)
 
     def mixture_misfit(self, t: Tensors) -> str | None:
-        return None if autocast_is_active(t.input) else dtype_misfit(t.input, t.weight)
+        return None if autocast_is_active(t.input) else dtype_misfit(t.input, "weight", t.weight)
 
     def outputs(self, t: Tensors, o: Options) -> tuple[Spec, ...]:
         row_weight = Spec((rows.rows_in(t.input),), compute_dtype(t.input))

@@ -74,7 +74,7 @@ class VocabParallelLinearCrossEntropy(Loss[Tensors, Options, Saved]):
         if t.input.dim() != 2 or t.linear_weight.dim() != 2:
             return f"input of shape {tuple(t.input.shape)}, linear_weight of shape {tuple(t.linear_weight.shape)}"
         logits = stand_in(t, o.products)
-        misfit = dtype_misfit(logits, t.weight) if o.dtype is o.products else None
+        misfit = dtype_misfit(logits, "weight", t.weight) if o.dtype is o.products else None
         misfit = misfit or smoothing_misfit(logits, o.label_smoothing)
         return misfit or class_indices_misfit(logits, t.target, t.weight, o.ignore_index)
 

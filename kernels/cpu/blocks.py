@@ -117,13 +117,14 @@ def four_terms(x: Any, top: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
         prefetch(x.at, ahead + 3 * lanes)
     e0 = exp_for(x.at, load_at(x, c, n, -np.inf) - top)
     e1 = exp_for(x.at, load_at(x, c + step, n, -np.inf) - top)
-    e2 = exp_for(x.at, load_at(x, c + 2 * step, n, -np.inf) - top)
-    e3 = exp_for(x.at, load_at(x, c + 3 * step, n, -np.inf) - top)
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
+    two = e0 + e1  # stored before the others are loaded, which no compiler may do for us: AVX2 has registers for two
+    e2 = exp_for(x.at, load_at(x, c + 2 * step, n, -np.inf) - top)
+    e3 = exp_for(x.at, load_at(x, c + 3 * step, n, -np.inf) - top)
     store(terms, at + 2 * lanes, 1, lanes, e2)
     store(terms, at + 3 * lanes, 1, lanes, e3)
-    return (e0 + e1) + (e2 + e3)
+    return two + (e2 + e3)
 
 
 @njit(**INLINE)

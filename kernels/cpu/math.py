@@ -24,7 +24,7 @@ LN2_HIGH32, LN2_LOW32 = f32(0.693359375), f32(-2.12194440e-4)
 LN2_HIGH64, LN2_LOW64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 # adding 1.5 * 2**(bits of the fraction) rounds to an integer n and leaves it in the low bits; with the bias of exponents added, these are
 # the exponent of 2**n
-MAGIC32, MAGIC64 = f32(1.5 * 2**23), 1.5 * 2.0**52
+MAGIC32 = f32(1.5 * 2**23)
 BIASED32, BIASED64 = f32(1.5 * 2**23 + 127), 1.5 * 2.0**52 + 1023
 SQRT_HALF32, SQRT_HALF64 = 0x3F3504F3, 0x3FE6A09E667F3BCD  # bit patterns of sqrt(1/2)
 

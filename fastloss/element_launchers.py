@@ -86,6 +86,11 @@ class ElementKernels(Protocol):
     ) -> None:
         """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
 
+    def binary_cross_entropy_sum_backward(
+        self, prob: Elements, target: LikeLogits, weight: ElementNumbers, dloss: ElementNumbers, total: Total, dprob: Gradient
+    ) -> None:
+        """What sum and backward compute, in one visit where that can be."""
+
     def sigmoid_focal_loss_forward(self, logits: Elements, target: LikeLogits, focus: Focus, loss: ElementResults) -> None:
         """loss = a q^gamma bce, a = positive y + negative (1 - y), q = y sigmoid(-x) + (1 - y) sigmoid(x),
         bce = (1 - y) x + softplus(-x)."""
@@ -97,3 +102,8 @@ class ElementKernels(Protocol):
         self, logits: Elements, target: LikeLogits, focus: Focus, dloss: ElementNumbers, dlogits: Gradient
     ) -> None:
         """dlogits = dloss a q^gamma ((sigmoid(x) - y) + gamma (1 - 2 y) sigmoid(x) sigmoid(-x) / q bce)."""
+
+    def sigmoid_focal_loss_sum_backward(
+        self, logits: Elements, target: LikeLogits, focus: Focus, dloss: ElementNumbers, total: Total, dlogits: Gradient
+    ) -> None:
+        """What sum and backward compute, in one visit where that can be."""

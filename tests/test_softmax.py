@@ -60,6 +60,24 @@ def test_results_written_past_the_caches(monkeypatch: pytest.MonkeyPatch, shape:
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_past_the_caches_results_have_the_same_bits(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """There a row is written while the next one is read."""
+    from fastloss.kernels.cpu import rows
+
+    for shape, layout in (((9, 5003), "contiguous"), ((9, 4096), "misaligned"), ((70, 601), "padded")):
+        x = torch.randn(shape) * 3
+        x[1], x[2, 5], x[3, 7], x[4, ::2] = -torch.inf, torch.inf, torch.nan, -torch.inf
+        leaf, view = LAYOUTS[layout](x)
+        found = []
+        for limit, threads in ((1 << 25, 1), (0, 1), (0, 2)):
+            monkeypatch.setattr(rows, "STREAM_BYTES", limit)
+            torch.set_num_threads(threads)
+            found.append(getattr(fastloss, function)(view(leaf), 1))
+        for result in found[1:]:
+            torch.testing.assert_close(result, found[0], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upstream_gradient_in_any_layout(layout: str, function: str) -> None:
     for shape in ((19, 11), (3, 70), (2, 60, 5)):

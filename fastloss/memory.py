@@ -2,8 +2,7 @@
 
 A fresh 500 MB tensor costs more in page faults than the whole loss costs in arithmetic. So large gradients come from anonymous memory
 that asks the kernel for huge pages, and that memory is kept for the next gradient of that size once nothing refers to it any more:
-`fastloss.config.pool_max_bytes = 0` turns this off, `fastloss.memory.pool_bytes()` says how much is kept, `empty_pool()` frees it. Without
-the pool gradients are torch's own memory, for which the kernel is asked for huge pages too, as torch does under THP_MEM_ALLOC_ENABLE=1.
+`fastloss.config.pool_max_bytes = 0` turns this off, `fastloss.memory.pool_bytes()` says how much is kept, `empty_pool()` frees it.
 
 A block comes back only when the last tensor, view, NumPy array or storage on it has died, since all of them keep `exporter` alive.
 
@@ -11,7 +10,6 @@ Nothing here takes a lock: a fork in the middle of anything leaves a child that 
 back at any moment. A list's own operations are atomic, and whoever removes a block from it has it.
 """
 
-import ctypes
 import math
 import mmap
 import weakref
@@ -23,7 +21,6 @@ from torch import Tensor
 from . import config
 
 _HUGE_PAGE = 1 << 21
-_OWN_MAPPING = 1 << 25  # glibc's largest threshold: memory from here on is mapped for one tensor and unmapped with it
 _idle: list[mmap.mmap] = []
 _refused: str | None = None
 
@@ -34,10 +31,7 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> T
     pooled = 0 < size >= config.pool_min_bytes and device.type == "cpu" and config.pool_max_bytes > 0 and hasattr(mmap, "MADV_HUGEPAGE")
     block = (_take(size) or _map(size)) if pooled else None
     if block is None:
-        fresh = torch.empty(shape, dtype=dtype, device=device)
-        if size >= _OWN_MAPPING and device.type == "cpu":
-            _advise(fresh.data_ptr(), size)
-        return fresh
+        return torch.empty(shape, dtype=dtype, device=device)
     exporter = np.frombuffer(block, np.uint8, size)
     weakref.finalize(exporter, _give_back, block).atexit = False
     return torch.frombuffer(exporter, dtype=dtype).resize_(shape)  # no view: autograd lets nobody edit a view that a Function made
@@ -86,13 +80,6 @@ def _ask_for_huge_pages(block: mmap.mmap) -> None:
             block.madvise(mmap.MADV_HUGEPAGE)
         except OSError as problem:
             _refused = str(problem)
-
-
-def _advise(address: int, size: int) -> None:
-    """The same for the whole huge pages in memory that torch mapped. Where this cannot be asked, or is refused, pages are small."""
-    first, last = -(-address // _HUGE_PAGE) * _HUGE_PAGE, (address + size) // _HUGE_PAGE * _HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE") and first < last:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), mmap.MADV_HUGEPAGE)
 
 
 def _take(size: int) -> mmap.mmap | None:

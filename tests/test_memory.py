@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,21 +154,6 @@ def test_off_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     del tensor
     assert memory.pool_bytes() == 0
     assert step(torch.randn(500, 100), torch.randint(100, (500,))).isfinite().all()
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists() or memory.huge_pages_refused() is not None, reason="no huge pages to ask for")
-def test_without_the_pool_memory_is_torchs_own_on_huge_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastloss.config, "pool_max_bytes", 0)
-    tensor = memory.empty((1 << 24,), torch.float32, torch.device("cpu"))
-    assert tensor.untyped_storage().resizable()
-    middle, flags, inside = tensor.data_ptr() + tensor.nbytes // 2, "", False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        bounds = line.split(" ", 1)[0].split("-")
-        if len(bounds) == 2:
-            inside = int(bounds[0], 16) <= middle < int(bounds[1], 16)
-        elif inside and line.startswith("VmFlags:"):
-            flags = line
-    assert " hg" in flags
 
 
 def test_only_memory_that_is_kept_is_written_past_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:

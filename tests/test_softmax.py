@@ -68,13 +68,16 @@ def test_past_the_caches_results_have_the_same_bits(monkeypatch: pytest.MonkeyPa
         x = torch.randn(shape) * 3
         x[1], x[2, 5], x[3, 7], x[4, ::2] = -torch.inf, torch.inf, torch.nan, -torch.inf
         leaf, view = LAYOUTS[layout](x)
-        found = []
+        upstream, found = torch.randn(shape), []
         for limit, threads in ((1 << 25, 1), (0, 1), (0, 2)):
             monkeypatch.setattr(rows, "STREAM_BYTES", limit)
             torch.set_num_threads(threads)
-            found.append(getattr(fastloss, function)(view(leaf), 1))
-        for result in found[1:]:
-            torch.testing.assert_close(result, found[0], rtol=0, atol=0, equal_nan=True)
+            mine = leaf.detach().requires_grad_()
+            result = getattr(fastloss, function)(view(mine), 1)
+            found.append((result.detach(), torch.autograd.grad(result, mine, upstream)[0]))
+        for pair in found[1:]:
+            for a, b in zip(pair, found[0], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)

@@ -67,6 +67,11 @@ class ElementKernels(Protocol):
     def binary_cross_entropy_backward(self, prob: Elements, target: Floats, weight: Floats, dloss: Floats, dprob: Gradient) -> None:
         """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
 
+    def binary_cross_entropy_sum_backward(
+        self, prob: Elements, target: Floats, weight: Floats, dloss: Floats, total: Total, dprob: Gradient
+    ) -> None:
+        """What sum and backward compute, in one visit where that can be."""
+
     def sigmoid_focal_loss_forward(self, logits: Elements, target: Floats, focus: Focus, loss: FloatResults) -> None:
         """loss = a q^gamma bce, a = positive y + negative (1 - y), q = y sigmoid(-x) + (1 - y) sigmoid(x),
         bce = (1 - y) x + softplus(-x)."""
@@ -76,3 +81,8 @@ class ElementKernels(Protocol):
 
     def sigmoid_focal_loss_backward(self, logits: Elements, target: Floats, focus: Focus, dloss: Floats, dlogits: Gradient) -> None:
         """dlogits = dloss a q^gamma ((sigmoid(x) - y) + gamma (1 - 2 y) sigmoid(x) sigmoid(-x) / q bce)."""
+
+    def sigmoid_focal_loss_sum_backward(
+        self, logits: Elements, target: Floats, focus: Focus, dloss: Floats, total: Total, dlogits: Gradient
+    ) -> None:
+        """What sum and backward compute, in one visit where that can be."""

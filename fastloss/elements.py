@@ -74,6 +74,11 @@ def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
     return dloss / first.numel() if reduction == "mean" else dloss
 
 
+def gradient_ahead(dloss: float, reduction: str, dtype: torch.dtype, first: Tensor) -> Tensor:
+    """The same for an upstream gradient that has not come yet; `dtype` is the loss's, `first` is [A, B, P]."""
+    return element_gradient(torch.full((), dloss, dtype=dtype, device=first.device), reduction, first).expand(first.shape)
+
+
 def place_of_sum(loss: Tensor, reduction: str, first: Tensor) -> Tensor:
     """Where the kernels write the sum of the losses: the loss itself, if that is what it will be."""
     compute = compute_dtype(first)

@@ -36,10 +36,14 @@ class Spec(NamedTuple):
     like: Tensor | None = None
 
     def empty(self, device: torch.device) -> Tensor:
-        """The tensor, uninitialised. Traced, it is a fake one: what tracing sees is what the forward allocates."""
+        """The tensor, uninitialised."""
+        return self.fake(device) if self.like is not None else memory.empty(self.shape, self.dtype, device)
+
+    def fake(self, device: torch.device) -> Tensor:
+        """The same where it is traced: a fake tensor, whose memory cannot be that of the pool."""
         if self.like is not None:
             return torch.empty_like(self.like, dtype=self.dtype)
-        return memory.empty(self.shape, self.dtype, device)
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
 class Loss(ABC, Generic[Tensors, Options, Saved]):

@@ -140,7 +140,7 @@ class _Arguments:
     def fake_forward(self, *arguments: Any) -> Any:
         t, o = self.of_forward(arguments)
         self._refuse_devices(t)
-        return _one_or_all(tuple(spec.empty(t[0].device) for spec in self.loss.outputs(t, o)))
+        return _one_or_all(tuple(spec.fake(t[0].device) for spec in self.loss.outputs(t, o)))
 
     def fake_backward(self, *arguments: Any) -> Any:
         upstream, s, o, needed = self.of_backward(arguments)

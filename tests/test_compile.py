@@ -149,6 +149,17 @@ def test_the_module_compiles() -> None:
     torch.testing.assert_close(compiled(logits, target), torch.nn.CrossEntropyLoss(module.weight, label_smoothing=0.1)(logits, target))
 
 
+def test_results_large_enough_for_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake tensor cannot have its memory."""
+    monkeypatch.setattr(fastloss.config, "pool_min_bytes", 1)
+    x, target = torch.randn(20, 7), torch.arange(20) % 7
+    for call in (lambda x: fastloss.softmax(x, 1), lambda x: fastloss.cross_entropy(x, target)):
+        leaf = x.clone().requires_grad_()
+        result = torch.compile(call, fullgraph=True, backend="aot_eager")(leaf)
+        torch.testing.assert_close(result, call(x))
+        result.sum().backward()
+
+
 def test_out_of_bounds_under_a_compiler() -> None:
     compiled = torch.compile(fastloss.cross_entropy, fullgraph=True, backend="aot_eager")
     with pytest.raises(IndexError, match=r"Target 7 is out of bounds."):

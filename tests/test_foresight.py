@@ -21,6 +21,9 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "probabilities": ("soft", {"label_smoothing": 0.1, "weight": True}),
     "bce": ("binary_cross_entropy_with_logits", {}),
     "bce, weights": ("binary_cross_entropy_with_logits", {"weight": True, "pos_weight": True}),
+    "bce of probabilities": ("binary_cross_entropy", {}),
+    "bce of probabilities, weights": ("binary_cross_entropy", {"weight": True}),
+    "focal": ("sigmoid_focal_loss", {"gamma": 2.5}),
 }
 ONE_VISIT = [loss for loss in losses.LOSSES if loss.one_visit]
 foreseen = pytest.mark.skipif(
@@ -70,6 +73,12 @@ def loss_of(kind: str, shape: tuple[int, ...], dtype: torch.dtype, reduction: st
     return lambda logits: call(logits, target, reduction=reduction, **options)
 
 
+def numbers(kind: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Logits, or probabilities, some of them 0 and 1, where the loss is one of those."""
+    logits = torch.randn(shape) * 3
+    return (torch.sigmoid(logits * 4) if LOSSES[kind][0] == "binary_cross_entropy" else logits).to(dtype)
+
+
 def step(loss: Callable[[torch.Tensor], torch.Tensor], leaf: torch.Tensor, view: Any, upstream: float) -> tuple[torch.Tensor, torch.Tensor]:
     leaf = leaf.clone().requires_grad_()
     value = loss(view(leaf))
@@ -86,7 +95,7 @@ def test_the_bits_do_not_depend_on_foresight(
 ) -> None:
     cases = [((20, 11), "contiguous"), ((70, 60), "contiguous"), ((5, 70), "misaligned"), ((3, 9000), "padded"), ((40, 300), "transposed")]
     for shape, layout in [*cases, ((2, 5, 40), "contiguous"), ((6, 1000), "every_other"), ((9, 1001), "contiguous")]:
-        leaf, view = LAYOUTS[layout]((torch.randn(shape) * 3).to(DTYPES[dtype]))
+        leaf, view = LAYOUTS[layout](numbers(kind, shape, DTYPES[dtype]))
         loss = loss_of(kind, shape, DTYPES[dtype], reduction)
         for upstream in (1.0, -0.3):
             with monkeypatch.context() as patch:
@@ -103,7 +112,7 @@ def test_the_bits_do_not_depend_on_foresight(
 @pytest.mark.parametrize("kind", LOSSES)
 def test_long_rows_whose_terms_are_not_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the second-level cache were tiny."""
-    loss, leaf = loss_of(kind, (5, 9000), torch.float32), torch.randn(5, 9000)
+    loss, leaf = loss_of(kind, (5, 9000), torch.float32), numbers(kind, (5, 9000))
     expected = step(loss, leaf, lambda x: x, 1.0)
     monkeypatch.setattr("fastloss.kernels.cpu.blocks.KEPT_BYTES", 1 << 10)
     for a, b in zip(step(loss, leaf, lambda x: x, 1.0), expected, strict=True):
@@ -162,7 +171,7 @@ def test_two_threads_that_want_the_same_gradient() -> None:
 
 @pytest.mark.parametrize("kind", LOSSES)
 def test_a_second_derivative_is_as_without_foresight(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss, leaf = loss_of(kind, (6, 5), torch.float64), torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    loss, leaf = loss_of(kind, (6, 5), torch.float64), numbers(kind, (6, 5), torch.float64).requires_grad_()
 
     def second() -> torch.Tensor:
         (gradient,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
@@ -240,3 +249,16 @@ def test_out_of_bounds_targets_are_refused_ahead_too() -> None:
                 fastloss.cross_entropy(torch.randn(rows, classes, requires_grad=True), target)
             with pytest.raises(IndexError, match=rf"Target {bad} is out of bounds"):
                 fastloss.cross_entropy(torch.randn(rows, classes), target, label_smoothing=0.1)
+
+
+def test_what_is_no_probability_is_refused_ahead_too() -> None:
+    prob, weight = torch.rand(20, 11), torch.rand(11) + 0.5
+    for bad in (-0.1, 1.5, float("nan")):
+        for place in ((0, 0), (19, 10)):
+            wrong = prob.clone()
+            wrong[place] = bad
+            for options in ({}, {"weight": weight}):
+                with pytest.raises(RuntimeError, match="all elements of input should be between 0 and 1"):
+                    fastloss.binary_cross_entropy(wrong.clone().requires_grad_(), prob, **options)
+                with pytest.raises(RuntimeError, match="all elements of target should be between 0 and 1"):
+                    fastloss.binary_cross_entropy(prob.clone().requires_grad_(), wrong, **options)

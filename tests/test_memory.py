@@ -156,6 +156,15 @@ def test_off_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert step(torch.randn(500, 100), torch.randint(100, (500,))).isfinite().all()
 
 
+def test_only_memory_that_is_kept_is_written_past_the_caches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from fastloss.kernels.cpu import rows
+
+    source, cpu = torch.empty(1, device="cpu"), torch.device("cpu")
+    assert rows.bypass_caches(source, memory.empty((1 << 23,), torch.float32, cpu)) == 1
+    monkeypatch.setattr(fastloss.config, "pool_max_bytes", 0)
+    assert rows.bypass_caches(source, memory.empty((1 << 23,), torch.float32, cpu)) == 0
+
+
 def test_small_tensors_do_not_come_from_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(fastloss.config, "pool_min_bytes", 1 << 22)
     tensor = like(1000)

@@ -62,6 +62,27 @@ def test_results_written_past_the_caches(
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
+def test_past_the_caches_results_have_the_same_bits(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """There a row is written while the next one is read."""
+    from fastloss.kernels.cpu import rows
+
+    for shape, layout in (((9, 5003), "contiguous"), ((9, 4096), "misaligned"), ((70, 601), "padded")):
+        x = torch.randn(shape) * 3
+        x[1], x[2, 5], x[3, 7], x[4, ::2] = -torch.inf, torch.inf, torch.nan, -torch.inf
+        leaf, view = LAYOUTS[layout](x)
+        upstream, found = torch.randn(shape), []
+        for limit, threads in ((1 << 25, 1), (0, 1), (0, 2)):
+            monkeypatch.setattr(rows, "STREAM_BYTES", limit)
+            torch.set_num_threads(threads)
+            mine = leaf.detach().requires_grad_()
+            result = getattr(fastloss, function)(view(mine), 1)
+            found.append((result.detach(), torch.autograd.grad(result, mine, upstream)[0]))
+        for pair in found[1:]:
+            for a, b in zip(pair, found[0], strict=True):
+                torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_upstream_gradient_in_any_layout(layout: str, function: str) -> None:
     for shape in ((19, 11), (3, 70), (2, 60, 5)):

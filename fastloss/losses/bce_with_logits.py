@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
+from ..elements import as_elements, computed, element_gradient, gradient_ahead, loss_spec, place_of_sum, reduce_elements
 from ..loss import Loss, Spec, Worth, reduced
 from ..memory import empty_like
 from ..rows import settle
@@ -67,7 +67,7 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
         (loss,), dinput = self.allocate(t, o), empty_like(t.input)
         total = place_of_sum(loss, o.reduction, t.input)
         x, y, w, pos, written = as_elements(*t, dinput)
-        g = element_gradient(torch.full((), dloss, dtype=o.dtype, device=x.device), o.reduction, x).expand(x.shape)
+        g = gradient_ahead(dloss, o.reduction, o.dtype, x)
         kernels_for(x).bce_with_logits_sum_backward(x, y, computed(w, x), computed(pos, x), g, total, written)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (settle(dinput, written),), (loss,)

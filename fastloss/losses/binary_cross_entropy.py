@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..arguments import autocast_is_active, dtype_misfit, elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, computed, element_gradient, loss_spec, place_of_sum, reduce_elements
+from ..elements import as_elements, computed, element_gradient, gradient_ahead, loss_spec, place_of_sum, reduce_elements
 from ..loss import Loss, Spec, Worth, compute_dtype, reduced
 from ..memory import empty_like
 from ..rows import settle
@@ -37,6 +37,7 @@ Saved = Tensors
 class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
     worth = Worth(0.035, 0.02, few=1.0)  # torch takes two logarithms, one by one
+    one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         return elementwise_misfit(t.input, t.target, t.weight)
@@ -64,6 +65,17 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
         kernels_for(p).binary_cross_entropy_sum(p, y, computed(w, p), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)
+
+    def forward_backward(
+        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        (loss,), dinput = self.allocate(t, o), empty_like(t.input)
+        total = place_of_sum(loss, o.reduction, t.input)
+        p, y, w, written = as_elements(*t, dinput)
+        g = gradient_ahead(dloss, o.reduction, o.dtype, p)
+        kernels_for(p).binary_cross_entropy_sum_backward(p, y, computed(w, p), g, total, written)
+        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        return (settle(dinput, written),), (loss,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         dinput = empty_like(s.input)

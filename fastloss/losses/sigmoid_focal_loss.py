@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, element_gradient, loss_spec, place_of_sum, reduce_elements
+from ..elements import as_elements, element_gradient, gradient_ahead, loss_spec, place_of_sum, reduce_elements
 from ..kernels.groups import Focus
 from ..loss import Loss, Spec, Worth, reduced
 from ..memory import empty_like
@@ -42,6 +42,7 @@ class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
     typed_by = 0, 1
     worth = Worth(0.125, 0.125, few=1.0)  # the composition is many operations
+    one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if not isinstance(o.alpha, (float, int)) or not isinstance(o.gamma, (float, int)) or not 0 <= o.gamma <= 64:
@@ -68,6 +69,17 @@ class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
         kernels_for(x).sigmoid_focal_loss_sum(x, y, _focus(o), total)
         reduce_elements(total, t.input.numel(), o.reduction, loss)
         return (loss,)
+
+    def forward_backward(
+        self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
+    ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
+        (loss,), dinput = self.allocate(t, o), empty_like(t.input)
+        total = place_of_sum(loss, o.reduction, t.input)
+        x, y, written = as_elements(*t, dinput)
+        g = gradient_ahead(dloss, o.reduction, o.dtype, x)
+        kernels_for(x).sigmoid_focal_loss_sum_backward(x, y, _focus(o), g, total, written)
+        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        return (settle(dinput, written),), (loss,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         dinput = empty_like(s.input)

@@ -6,7 +6,12 @@ from .bce_with_logits import (
     bce_with_logits_sum,
     bce_with_logits_sum_backward,
 )
-from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
+from .binary_cross_entropy import (
+    binary_cross_entropy_backward,
+    binary_cross_entropy_forward,
+    binary_cross_entropy_sum,
+    binary_cross_entropy_sum_backward,
+)
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import (
     cross_entropy_forward_backward,
@@ -16,7 +21,12 @@ from .cross_entropy_one_visit import (
 )
 from .nll_loss import nll_loss_backward, nll_loss_forward
 from .reduction import divide, mean_of_rows, sum_rows, sum_weights
-from .sigmoid_focal_loss import sigmoid_focal_loss_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_sum
+from .sigmoid_focal_loss import (
+    sigmoid_focal_loss_backward,
+    sigmoid_focal_loss_forward,
+    sigmoid_focal_loss_sum,
+    sigmoid_focal_loss_sum_backward,
+)
 from .smoothed_cross_entropy import (
     smoothed_cross_entropy_backward,
     smoothed_cross_entropy_forward,
@@ -45,6 +55,7 @@ __all__ = [
     "binary_cross_entropy_backward",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_sum",
+    "binary_cross_entropy_sum_backward",
     "cross_entropy_backward",
     "cross_entropy_forward",
     "cross_entropy_forward_backward",
@@ -60,6 +71,7 @@ __all__ = [
     "sigmoid_focal_loss_backward",
     "sigmoid_focal_loss_forward",
     "sigmoid_focal_loss_sum",
+    "sigmoid_focal_loss_sum_backward",
     "smoothed_cross_entropy_backward",
     "smoothed_cross_entropy_forward",
     "smoothed_cross_entropy_forward_backward",

@@ -15,7 +15,9 @@ from .elements import Elements, Line, Strides, elements, last_piece, line_at, lo
 from .inline import INLINE
 from .launch import next_task, raise_flag, region
 from .math import log
+from .memory import load, store, stream, to_alignment
 from .reduction import sum_rows
+from .rows import bypass_caches, to_first_vector, whole_vectors
 from .simd import fma, lane_max, lane_sum, lanes_of, select, splat, widen
 from .targets import refuse_improbable
 
@@ -50,6 +52,8 @@ class Backward(NamedTuple):
     dloss_strides: Strides
     dprob: Stored
     dstrides: Strides
+    partial: Float64 | None  # as in `Sum`, where both are wanted
+    past_caches: int
     way: Elements
 
 
@@ -83,8 +87,20 @@ def binary_cross_entropy_sum(prob: Tensor, target: Tensor, weight: Tensor, total
 def binary_cross_entropy_backward(prob: Tensor, target: Tensor, weight: Tensor, dloss: Tensor, dprob: Tensor) -> None:
     way = elements(prob)
     _backward(way.tasks, Backward(
-        inputs=_inputs(prob, target, weight), dloss=dloss, dloss_strides=dloss.stride(), dprob=dprob, dstrides=dprob.stride(), way=way
+        inputs=_inputs(prob, target, weight), dloss=dloss, dloss_strides=dloss.stride(),
+        dprob=dprob, dstrides=dprob.stride(), partial=None, past_caches=bypass_caches(prob, dprob), way=way,
     ))  # fmt: skip
+
+
+def binary_cross_entropy_sum_backward(prob: Tensor, target: Tensor, weight: Tensor, dloss: Tensor, total: Tensor, dprob: Tensor) -> None:
+    way = elements(prob)
+    partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
+    if _sum_backward(way.tasks, Backward(
+        inputs=_inputs(prob, target, weight), dloss=dloss, dloss_strides=dloss.stride(),
+        dprob=dprob, dstrides=dprob.stride(), partial=partial, past_caches=bypass_caches(prob, dprob), way=way,
+    )):  # fmt: skip
+        refuse_improbable(prob)
+    sum_rows(partial, total)
 
 
 @njit(**INLINE)
@@ -99,6 +115,12 @@ def _loss(p: Any, y: Any, weight: Any) -> Any:
     lost = ((1.0 - rest) - p) / rest
     log_rest = _clamped(log(rest) + select(rest > 0.0, lost, 0.0))
     return weight * (fma(y - 1.0, log_rest, 0.0 - y * _clamped(log(p))))
+
+
+@njit(**INLINE)
+def _gradient(p: Any, y: Any, weight: Any, dloss: Any) -> Any:
+    variance = (1.0 - p) * p
+    return dloss * weight * ((p - y) / select(variance > _EPSILON, variance, _EPSILON))
 
 
 @njit(**INLINE)
@@ -159,26 +181,67 @@ def _losses_of_piece(e: Any, out: Any, size: Any) -> Any:
     return wrong
 
 
+@njit(**INLINE)
+def _total_of_piece(e: Any, size: Any) -> Any:
+    """The sum of the losses; and more than 0 in a lane that met a number that is no probability."""
+    if e.p.step == e.y.step == 1 and e.w.step == 0:
+        return _sum_of_piece(_one_weight(e), size)
+    return _sum_of_piece(e, size)
+
+
+@njit(**INLINE)
+def _sum_of_piece(e: Any, size: Any) -> Any:
+    subtotal, wrong = widen(splat(0.0, e.p.at)), splat(0.0, e.p.at)
+    for k in range(0, size, lanes_of(e.p.at)):
+        n = size - k
+        _prefetch(e, k)
+        p, y = load_along(e.p, k, n), load_along(e.y, k, n)
+        wrong = wrong + _outside(p, y)
+        subtotal = subtotal + widen(_loss(p, y, load_along(e.w, k, n)))
+    return lane_sum(subtotal), wrong
+
+
 @region(Sum)
 def _sum(block: Any) -> None:
     a = arguments(block)
-    lanes = lanes_of(a.inputs.prob)
     task = next_task(block)
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
-            e = _lines(a.inputs, piece)
-            subtotal, wrong = widen(splat(0.0, e.p.at)), splat(0.0, e.p.at)
-            for k in range(0, piece.size, lanes):
-                n = piece.size - k
-                _prefetch(e, k)
-                p, y = load_along(e.p, k, n), load_along(e.y, k, n)
-                wrong = wrong + _outside(p, y)
-                subtotal = subtotal + widen(_loss(p, y, load_along(e.w, k, n)))
-            a.partial[number] = lane_sum(subtotal)
+            a.partial[number], wrong = _total_of_piece(_lines(a.inputs, piece), piece.size)
             if lane_max(wrong) > 0:
                 raise_flag(block)
         task = next_task(block)
+
+
+@njit(**INLINE)
+def _gradient_at(e: Any, g: Any, k: Any, n: Any) -> Any:
+    return _gradient(load_along(e.p, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(g, k, n))
+
+
+@njit(**INLINE)
+def _gradient_of_piece(e: Any, g: Any, dp: Any, size: Any, past_caches: Any) -> None:
+    lanes = lanes_of(e.p.at)
+    consecutive = e.p.step == e.y.step == dp.step == 1 and e.w.step == g.step == 0
+    k, n = 0, to_first_vector(dp.at, size, past_caches)
+    while k < size:
+        stop = whole_vectors(k, n, size, lanes) if consecutive else k
+        if stop > k:
+            _gradient_of_vectors(_one_weight(e), Line(g.at, 0), dp, k, stop, past_caches)
+            k, n = stop, size - stop
+        else:
+            _prefetch(e, k)
+            store_along(dp, k, n, _gradient_at(e, g, k, n))
+            k, n = k + n, min(lanes, size - k - n)
+
+
+@njit(**INLINE)
+def _gradient_of_vectors(e: Any, g: Any, dp: Any, first: Any, last: Any, past_caches: Any) -> None:
+    """Whole vectors of probabilities, targets and gradients that lie side by side, with one weight for all."""
+    lanes = lanes_of(e.p.at)
+    for k in range(first, last, lanes):
+        _prefetch(e, k)
+        stream(dp.at, k, _gradient_at(e, g, k, lanes), past_caches)
 
 
 @region(Backward)
@@ -188,20 +251,46 @@ def _backward(block: Any) -> None:
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
-            e, g, dp = _lines(a.inputs, piece), line_at(a.dloss, a.dloss_strides, piece), line_at(a.dprob, a.dstrides, piece)
-            if e.p.step == e.y.step == dp.step == 1 and e.w.step == g.step == 0:
-                _gradient_of_piece(_one_weight(e), Line(g.at, 0), Line(dp.at, 1), piece.size)
-            else:
-                _gradient_of_piece(e, g, dp, piece.size)
+            g, dp = line_at(a.dloss, a.dloss_strides, piece), line_at(a.dprob, a.dstrides, piece)
+            _gradient_of_piece(_lines(a.inputs, piece), g, dp, piece.size, a.past_caches)
         task = next_task(block)
 
 
 @njit(**INLINE)
-def _gradient_of_piece(e: Any, g: Any, dp: Any, size: Any) -> None:
-    for k in range(0, size, lanes_of(e.p.at)):
-        n = size - k
+def _sum_and_gradient_of_piece(e: Any, g: Any, dp: Any, size: Any, past_caches: Any) -> Any:
+    """`_sum_of_piece`, and the gradient on the way."""
+    lanes = lanes_of(e.p.at)
+    subtotal, wrong, whole = widen(splat(0.0, e.p.at)), splat(0.0, e.p.at), size // lanes * lanes
+    dloss, w = load(g.at, 0, 0, lanes, 0.0), load_along(e.w, 0, lanes)
+    for k in range(0, whole, lanes):
         _prefetch(e, k)
-        p = load_along(e.p, k, n)
-        variance = (1.0 - p) * p
-        slope = (p - load_along(e.y, k, n)) / select(variance > _EPSILON, variance, _EPSILON)
-        store_along(dp, k, n, load_along(g, k, n) * load_along(e.w, k, n) * slope)
+        p, y = load_along(e.p, k, lanes), load_along(e.y, k, lanes)
+        wrong = wrong + _outside(p, y)
+        subtotal = subtotal + widen(_loss(p, y, w))
+        stream(dp.at, k, _gradient(p, y, w, dloss), past_caches)
+    if whole < size:
+        n = size - whole
+        p, y = load_along(e.p, whole, n), load_along(e.y, whole, n)
+        wrong = wrong + _outside(p, y)
+        subtotal = subtotal + widen(_loss(p, y, load_along(e.w, whole, n)))
+        store(dp.at, whole, 1, n, _gradient(p, y, w, dloss))
+    return lane_sum(subtotal), wrong
+
+
+@region(Backward)
+def _sum_backward(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_piece(task, a.way)):
+            piece = piece_of(number, a.way)
+            e, g, dp = _lines(a.inputs, piece), line_at(a.dloss, a.dloss_strides, piece), line_at(a.dprob, a.dstrides, piece)
+            consecutive = e.p.step == e.y.step == dp.step == 1 and e.w.step == g.step == 0
+            if consecutive and (a.past_caches == 0 or to_alignment(dp.at) == 0):
+                a.partial[number], wrong = _sum_and_gradient_of_piece(_one_weight(e), g, dp, piece.size, a.past_caches)
+            else:  # one after the other: the second finds the piece in the caches
+                a.partial[number], wrong = _total_of_piece(e, piece.size)
+                _gradient_of_piece(e, g, dp, piece.size, a.past_caches)
+            if lane_max(wrong) > 0:
+                raise_flag(block)
+        task = next_task(block)

@@ -171,11 +171,11 @@ def _rows_in_turn(block: Any) -> None:
     theirs = block_of(mine, a.kept)
     if a.alone:
         _before_all_rows(a)
+    # the row whose gradient is still to be written, and where: its terms are `theirs`
+    before, before_dx = -1, a.dlogits
     task = next_task(block)
     while task >= 0:
         begin, end = task * way.grain, last_tile(task, way)
-        # the row whose gradient is still to be written, and where: its terms are `theirs`
-        before, before_dx = -1, a.dlogits
         t = tile_of(begin, way)
         b, p = t.b, t.p
         for row in range(begin, end):
@@ -193,12 +193,12 @@ def _rows_in_turn(block: Any) -> None:
             if a.target[row] != a.ignore_index:
                 before, before_dx, mine, theirs = row, dx, theirs, mine
             b, p = (b, p + 1) if p + 1 < way.positions else (b + 1, 0)
-        if before >= 0:
-            dx_before = one_row(before_dx)
-            r = row_numbers(a, a.rows.row_weight, dx_before, before)
-            gradient_of_row(dx_before, dx_before, 0, classes, classes, theirs, 1, r, a.past_caches)
         write_losses(a, begin, end)
         task = next_task(block)
+    if before >= 0:
+        dx_before = one_row(before_dx)
+        r = row_numbers(a, a.rows.row_weight, dx_before, before)
+        gradient_of_row(dx_before, dx_before, 0, classes, classes, theirs, 1, r, a.past_caches)
     if a.alone:
         _after_all_rows(a)
 

@@ -22,6 +22,7 @@ MOST_IN_LANES = (1 << 31) - 1  # a class number has 32 bits where lanes are rows
 TASK_NUMEL = (1 << 14, 1 << 16)  # logits in a task, at least and at most: 3 to 15 microseconds; less is not worth waking a thread
 AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp
 STREAM_BYTES = 1 << 25  # results from here on bypass the caches: they would not stay there anyway
+FRESH_BYTES = 1 << 25  # tensors from here on have pages from the system if they are of torch's own memory: glibc keeps none so large
 
 
 class Strides(NamedTuple):
@@ -84,8 +85,13 @@ def lanes_for(logits: Tensor) -> int:
 
 
 def bypass_caches(source: Tensor, result: Tensor) -> int:
-    """1 if a result is to be written past the caches, because it is large and not the memory just read; else 0."""
-    return 1 if result.nbytes >= STREAM_BYTES and result.data_ptr() != source.data_ptr() else 0
+    """1 if a result is to be written past the caches, because it is large and not the memory just read; else 0.
+
+    A page that the system has yet to make is zeroed in the caches, from where such a store would have to drive it out first: 1024x32000
+    float32 took softmax 93 ms instead of 72. torch's own memory has such pages; what has been kept for results cannot be resized by torch.
+    """
+    fresh = result.nbytes >= FRESH_BYTES and result.untyped_storage().resizable()
+    return 1 if result.nbytes >= STREAM_BYTES and result.data_ptr() != source.data_ptr() and not fresh else 0
 
 
 class Tile(NamedTuple):

@@ -15,11 +15,13 @@ from torch import Tensor
 from ..groups import Focus
 from .arguments import Float64, Floats, Stored, arguments
 from .bce_with_logits import loss_of
-from .elements import Elements, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .inline import INLINE
 from .launch import next_task, region
 from .math import exp, log
+from .memory import load, store, stream, to_alignment
 from .reduction import sum_rows
+from .rows import bypass_caches, to_first_vector, whole_vectors
 from .simd import lane_numbers, lane_sum, lanes_of, select, splat, widen
 
 _SMALLEST = 2.0**-126  # a normal number: below, q^fraction is taken as 0
@@ -52,7 +54,16 @@ class Backward(NamedTuple):
     dloss_strides: Strides
     dlogits: Stored
     dstrides: Strides
+    partial: Float64 | None  # as in `Sum`, where both are wanted
+    past_caches: int
     way: Elements
+
+
+class Lines(NamedTuple):
+    """The inputs of a piece, each a `Line`."""
+
+    x: Any
+    y: Any
 
 
 def sigmoid_focal_loss_forward(logits: Tensor, target: Tensor, focus: Focus, loss: Tensor) -> None:
@@ -71,8 +82,18 @@ def sigmoid_focal_loss_backward(logits: Tensor, target: Tensor, focus: Focus, dl
     way = elements(logits)
     _backward(way.tasks, Backward(
         inputs=_inputs(logits, target, focus), dloss=dloss, dloss_strides=dloss.stride(),
-        dlogits=dlogits, dstrides=dlogits.stride(), way=way,
+        dlogits=dlogits, dstrides=dlogits.stride(), partial=None, past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
+
+
+def sigmoid_focal_loss_sum_backward(logits: Tensor, target: Tensor, focus: Focus, dloss: Tensor, total: Tensor, dlogits: Tensor) -> None:
+    way = elements(logits)
+    partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
+    _sum_backward(way.tasks, Backward(
+        inputs=_inputs(logits, target, focus), dloss=dloss, dloss_strides=dloss.stride(),
+        dlogits=dlogits, dstrides=dlogits.stride(), partial=partial, past_caches=bypass_caches(logits, dlogits), way=way,
+    ))  # fmt: skip
+    sum_rows(partial, total)
 
 
 def _inputs(logits: Tensor, target: Tensor, focus: Focus) -> Inputs:
@@ -114,10 +135,28 @@ def _loss(x: Any, y: Any, focus: Any) -> Any:
 
 
 @njit(**INLINE)
-def _slope(x: Any, y: Any, focus: Any) -> Any:
+def _loss_and_slope(x: Any, y: Any, focus: Any) -> Any:
     q, s, rest = _wrong(x, y)
-    steeper = focus.gamma * (1.0 - y - y) * select(q > 0.0, s * rest / q, 0.0) * loss_of(x, y, 1.0, 1.0)
-    return _weight(y, focus) * _power(q, focus.gamma) * ((1.0 - y) * s - y * rest + steeper)
+    bce, steep = loss_of(x, y, 1.0, 1.0), _weight(y, focus) * _power(q, focus.gamma)
+    steeper = focus.gamma * (1.0 - y - y) * select(q > 0.0, s * rest / q, 0.0) * bce
+    return steep * bce, steep * ((1.0 - y) * s - y * rest + steeper)
+
+
+@njit(**INLINE)
+def _lines(inputs: Any, piece: Any) -> Any:
+    return Lines(line_at(inputs.logits, inputs.strides, piece), line_at(inputs.target, inputs.target_strides, piece))
+
+
+@njit(**INLINE)
+def _side_by_side(e: Any) -> Any:
+    """The same with steps that the compiler knows: see `rows.whole_vectors`."""
+    return Lines(Line(e.x.at, 1), Line(e.y.at, 1))
+
+
+@njit(**INLINE)
+def _prefetch(e: Any, k: Any) -> None:
+    prefetch_along(e.x, k)
+    prefetch_along(e.y, k)
 
 
 @region(Forward)
@@ -127,14 +166,29 @@ def _forward(block: Any) -> None:
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
-            x, y = line_at(a.inputs.logits, a.inputs.strides, piece), line_at(a.inputs.target, a.inputs.target_strides, piece)
-            loss = line_at(a.loss, a.loss_strides, piece)
-            for k in range(0, piece.size, lanes_of(x.at)):
+            e, loss = _lines(a.inputs, piece), line_at(a.loss, a.loss_strides, piece)
+            for k in range(0, piece.size, lanes_of(e.x.at)):
                 n = piece.size - k
-                prefetch_along(x, k)
-                prefetch_along(y, k)
-                store_along(loss, k, n, _loss(load_along(x, k, n), load_along(y, k, n), a.inputs.focus))
+                _prefetch(e, k)
+                store_along(loss, k, n, _loss(load_along(e.x, k, n), load_along(e.y, k, n), a.inputs.focus))
         task = next_task(block)
+
+
+@njit(**INLINE)
+def _losses_that_count(losses: Any, n: Any) -> Any:
+    """The lanes that are left hold x = y = 0, which has a loss."""
+    return select(lane_numbers(losses) < n, losses, 0.0)
+
+
+@njit(**INLINE)
+def _total_of_piece(e: Any, size: Any, focus: Any) -> Any:
+    subtotal = widen(splat(0.0, e.x.at))
+    for k in range(0, size, lanes_of(e.x.at)):
+        n = size - k
+        _prefetch(e, k)
+        loss = _loss(load_along(e.x, k, n), load_along(e.y, k, n), focus)
+        subtotal = subtotal + widen(_losses_that_count(loss, n))
+    return lane_sum(subtotal)
 
 
 @region(Sum)
@@ -144,17 +198,29 @@ def _sum(block: Any) -> None:
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
-            x, y = line_at(a.inputs.logits, a.inputs.strides, piece), line_at(a.inputs.target, a.inputs.target_strides, piece)
-            subtotal = widen(splat(0.0, x.at))
-            for k in range(0, piece.size, lanes_of(x.at)):
-                n = piece.size - k
-                prefetch_along(x, k)
-                prefetch_along(y, k)
-                loss = _loss(load_along(x, k, n), load_along(y, k, n), a.inputs.focus)
-                # the lanes that are left hold x = y = 0, which has a loss
-                subtotal = subtotal + widen(select(lane_numbers(loss) < n, loss, 0.0))
-            a.partial[number] = lane_sum(subtotal)
+            a.partial[number] = _total_of_piece(_lines(a.inputs, piece), piece.size, a.inputs.focus)
         task = next_task(block)
+
+
+@njit(**INLINE)
+def _gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, focus: Any, past_caches: Any) -> None:
+    lanes = lanes_of(e.x.at)
+    consecutive = e.x.step == e.y.step == dx.step == 1 and g.step == 0
+    k, n = 0, to_first_vector(dx.at, size, past_caches)
+    while k < size:
+        stop = whole_vectors(k, n, size, lanes) if consecutive else k
+        if stop > k:
+            near, dloss = _side_by_side(e), load(g.at, 0, 0, lanes, 0.0)
+            for i in range(k, stop, lanes):
+                _prefetch(near, i)
+                _loss, slope = _loss_and_slope(load_along(near.x, i, lanes), load_along(near.y, i, lanes), focus)
+                stream(dx.at, i, dloss * slope, past_caches)
+            k, n = stop, size - stop
+        else:
+            _prefetch(e, k)
+            _loss, slope = _loss_and_slope(load_along(e.x, k, n), load_along(e.y, k, n), focus)
+            store_along(dx, k, n, load_along(g, k, n) * slope)
+            k, n = k + n, min(lanes, size - k - n)
 
 
 @region(Backward)
@@ -164,11 +230,42 @@ def _backward(block: Any) -> None:
     while task >= 0:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
-            x, y = line_at(a.inputs.logits, a.inputs.strides, piece), line_at(a.inputs.target, a.inputs.target_strides, piece)
             g, dx = line_at(a.dloss, a.dloss_strides, piece), line_at(a.dlogits, a.dstrides, piece)
-            for k in range(0, piece.size, lanes_of(x.at)):
-                n = piece.size - k
-                prefetch_along(x, k)
-                prefetch_along(y, k)
-                store_along(dx, k, n, load_along(g, k, n) * _slope(load_along(x, k, n), load_along(y, k, n), a.inputs.focus))
+            _gradient_of_piece(_lines(a.inputs, piece), g, dx, piece.size, a.inputs.focus, a.past_caches)
+        task = next_task(block)
+
+
+@njit(**INLINE)
+def _sum_and_gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, focus: Any, past_caches: Any) -> Any:
+    """`_total_of_piece`, and the gradient on the way, of the same powers."""
+    lanes = lanes_of(e.x.at)
+    subtotal, whole = widen(splat(0.0, e.x.at)), size // lanes * lanes
+    dloss = load(g.at, 0, 0, lanes, 0.0)
+    for k in range(0, whole, lanes):
+        _prefetch(e, k)
+        loss, slope = _loss_and_slope(load_along(e.x, k, lanes), load_along(e.y, k, lanes), focus)
+        subtotal = subtotal + widen(loss)
+        stream(dx.at, k, dloss * slope, past_caches)
+    if whole < size:
+        n = size - whole
+        loss, slope = _loss_and_slope(load_along(e.x, whole, n), load_along(e.y, whole, n), focus)
+        subtotal = subtotal + widen(_losses_that_count(loss, n))
+        store(dx.at, whole, 1, n, dloss * slope)
+    return lane_sum(subtotal)
+
+
+@region(Backward)
+def _sum_backward(block: Any) -> None:
+    a = arguments(block)
+    task = next_task(block)
+    while task >= 0:
+        for number in range(task * a.way.grain, last_piece(task, a.way)):
+            piece = piece_of(number, a.way)
+            e, g, dx = _lines(a.inputs, piece), line_at(a.dloss, a.dloss_strides, piece), line_at(a.dlogits, a.dstrides, piece)
+            consecutive = e.x.step == e.y.step == dx.step == 1 and g.step == 0
+            if consecutive and (a.past_caches == 0 or to_alignment(dx.at) == 0):
+                a.partial[number] = _sum_and_gradient_of_piece(_side_by_side(e), g, dx, piece.size, a.inputs.focus, a.past_caches)
+            else:  # one after the other: the second finds the piece in the caches
+                a.partial[number] = _total_of_piece(e, piece.size, a.inputs.focus)
+                _gradient_of_piece(e, g, dx, piece.size, a.inputs.focus, a.past_caches)
         task = next_task(block)

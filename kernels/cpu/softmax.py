@@ -4,28 +4,37 @@ p = exp(x - top) / total               dlogits = p (dp - sum_c dp_c p_c)
 log p = (x - top) - log total          dlogits = d - p sum_c d_c
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from numba import njit
 from torch import Tensor
 
-from .arguments import Computed, Floats, Known, Stored, arguments
-from .blocks import Block, all_kept, block_of, block_size, block_statistics, blocks_kept, kept_top, row_statistics, scratch, term
+from .arguments import arguments
+from .blocks import (
+    KEPT_BYTES,
+    Block,
+    all_kept,
+    block_of,
+    block_size,
+    block_statistics,
+    blocks_in,
+    blocks_kept,
+    kept_top,
+    row_statistics,
+    scratch,
+)
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
 from .memory import load, prefetch, stream
 from .rows import (
     AHEAD,
-    Strides,
-    Walk,
     advance,
     bypass_caches,
     first_vector,
     lanes_at,
     last_tile,
     load_at,
-    one_row,
     store_at,
     strides_of,
     tile_of,
@@ -33,60 +42,51 @@ from .rows import (
     whole_vectors,
 )
 from .simd import fma, lane_sum, lanes_of, splat
-
-_CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
-
-
-class Forward(NamedTuple):
-    logits: Stored
-    prob: Floats  # or its logarithm
-    prob_strides: Strides
-    terms: Computed
-    kept: int  # blocks that there is room for in `terms`
-    past_caches: Known
-    way: Walk
-
-
-class Backward(NamedTuple):
-    prob: Stored  # or its logarithm
-    dprob: Stored
-    d_strides: Strides
-    dlogits: Floats
-    to_strides: Strides
-    past_caches: Known
-    way: Walk
+from .softmax_in_turn import (
+    CHUNK,
+    Backward,
+    Forward,
+    log_softmax_backward_in_turn,
+    log_softmax_in_turn,
+    probabilities,
+    softmax_backward_in_turn,
+    softmax_in_turn,
+)
 
 
 def softmax_forward(logits: Tensor, prob: Tensor) -> None:
-    _run_forward(_softmax, logits, prob)
+    _run_forward(_softmax, softmax_in_turn, logits, prob)
 
 
 def log_softmax_forward(logits: Tensor, log_prob: Tensor) -> None:
-    _run_forward(_log_softmax, logits, log_prob)
+    _run_forward(_log_softmax, log_softmax_in_turn, logits, log_prob)
 
 
 def softmax_backward(prob: Tensor, dprob: Tensor, dlogits: Tensor) -> None:
-    _run_backward(_softmax_backward, prob, dprob, dlogits)
+    _run_backward(_softmax_backward, softmax_backward_in_turn, prob, dprob, dlogits)
 
 
 def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -> None:
-    _run_backward(_log_softmax_backward, log_prob, dlog_prob, dlogits)
+    _run_backward(_log_softmax_backward, log_softmax_backward_in_turn, log_prob, dlog_prob, dlogits)
 
 
-def _run_forward(run: Any, logits: Tensor, result: Tensor) -> None:
-    way = walk(logits)
-    kept = blocks_kept(way, logits)
-    run(way.tasks, Forward(
-        logits=logits, prob=result, prob_strides=strides_of(result, way.tile), terms=scratch(kept, logits), kept=kept,
-        past_caches=bypass_caches(logits, result), way=way,
+def _run_forward(run: Any, run_in_turn: Any, logits: Tensor, result: Tensor) -> None:
+    way, past_caches = walk(logits), bypass_caches(logits, result)
+    kept, strides = blocks_kept(way, logits), strides_of(result, way.tile)
+    in_turn = past_caches and way.tile == way.strides.class_ == strides.class_ == 1 and kept == blocks_in(way, logits)
+    (run_in_turn if in_turn else run)(way.tasks, Forward(
+        logits=logits, prob=result, prob_strides=strides, terms=scratch(2 * kept if in_turn else kept, logits), kept=kept,
+        past_caches=past_caches, way=way,
     ))  # fmt: skip
 
 
-def _run_backward(run: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> None:
-    way = walk(result)
-    run(way.tasks, Backward(
-        prob=result, dprob=dresult, d_strides=strides_of(dresult, way.tile), dlogits=dlogits, to_strides=strides_of(dlogits, way.tile),
-        past_caches=bypass_caches(result, dlogits), way=way,
+def _run_backward(run: Any, run_in_turn: Any, result: Tensor, dresult: Tensor, dlogits: Tensor) -> None:
+    way, past_caches = walk(result), bypass_caches(result, dlogits)
+    d_strides, to_strides = strides_of(dresult, way.tile), strides_of(dlogits, way.tile)
+    side_by_side = way.tile == way.strides.class_ == d_strides.class_ == to_strides.class_ == 1
+    in_turn = past_caches and side_by_side and 4 * way.classes * result.element_size() <= KEPT_BYTES  # two rows of two tensors
+    (run_in_turn if in_turn else run)(way.tasks, Backward(
+        prob=result, dprob=dresult, d_strides=d_strides, dlogits=dlogits, to_strides=to_strides, past_caches=past_caches, way=way,
     ))  # fmt: skip
 
 
@@ -108,25 +108,8 @@ def _softmax(block: Any) -> None:
                 if not keep:
                     block_statistics(x, first, last, mine)
                 factor = exp(kept_top(mine) - top) * (1.0 / total)
-                _probabilities(out, Block(first, last, factor, mine, 1), factor, a.past_caches)
+                probabilities(out, Block(first, last, factor, mine, 1), factor, a.past_caches)
         task = next_task(block)
-
-
-@njit(**INLINE)
-def _probabilities(out: Any, block: Any, factor: Any, past_caches: Any) -> None:
-    """term * factor."""
-    lanes, last = lanes_of(out.at), block.last
-    consecutive = out.tile == 1 and out.class_ == 1
-    c, n = block.first, first_vector(out, block.first, last, past_caches)
-    while c < last:
-        stop = whole_vectors(c, n, last, lanes) if consecutive else c
-        for k in range(c, stop, lanes):
-            stream(out.at, k, term(one_row(out.at), block, k, lanes) * factor, past_caches)
-        if stop > c:
-            c, n = stop, last - stop
-        else:
-            store_at(out, c, n, term(out, block, c, n) * factor)
-            c, n = advance(out, c, n, last)
 
 
 @region(Forward)
@@ -170,9 +153,9 @@ def _softmax_backward(block: Any) -> None:
             dx = lanes_at(a.dlogits, a.to_strides, t, a.way)
             # sum of dp p
             dot = splat(0.0, y.at)
-            for first in range(0, classes, _CHUNK):
+            for first in range(0, classes, CHUNK):
                 subtotal = splat(0.0, y.at)
-                last = min(classes, first + _CHUNK)
+                last = min(classes, first + CHUNK)
                 c, n = first, y.rows if y.tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, dy, c)
@@ -208,9 +191,9 @@ def _log_softmax_backward(block: Any) -> None:
             dx = lanes_at(a.dlogits, a.to_strides, t, a.way)
             # sum of d
             dot = splat(0.0, y.at)
-            for first in range(0, classes, _CHUNK):
+            for first in range(0, classes, CHUNK):
                 subtotal = splat(0.0, y.at)
-                last = min(classes, first + _CHUNK)
+                last = min(classes, first + CHUNK)
                 c, n = first, y.rows if y.tile > 1 else min(lanes, last - first)
                 while c < last:
                     _prefetch_both(y, dy, c)

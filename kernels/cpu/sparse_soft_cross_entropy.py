@@ -238,10 +238,10 @@ def _rows_in_turn(block: Any) -> None:
     way, classes, worker = a.way, a.way.classes, next_worker(block)
     mine, lists = block_of(a.terms, worker * 2 * a.kept), empty_lists(a, worker)
     theirs = block_of(mine, a.kept)
+    # the row whose gradient is still to be written, and where: its terms are `theirs`
+    before, before_dx = -1, a.dlogits
     task = next_task(block)
     while task >= 0:
-        # the row whose gradient is still to be written, and where: its terms are `theirs`
-        before, before_dx = -1, a.dlogits
         t = tile_of(task * way.grain, way)
         b, p = t.b, t.p
         for row in range(task * way.grain, last_tile(task, way)):
@@ -262,10 +262,10 @@ def _rows_in_turn(block: Any) -> None:
             if counts:
                 before, before_dx, mine, theirs = row, dx, theirs, mine
             b, p = (b, p + 1) if p + 1 < way.positions else (b + 1, 0)
-        if before >= 0:
-            dx_before = one_row(before_dx)
-            _gradient(a, dx_before, dx_before, before, theirs, 1, lists)
         task = next_task(block)
+    if before >= 0:
+        dx_before = one_row(before_dx)
+        _gradient(a, dx_before, dx_before, before, theirs, 1, lists)
 
 
 @region(ProbBackward)

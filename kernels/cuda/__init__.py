@@ -7,7 +7,12 @@ from .bce_with_logits import (
     bce_with_logits_sum,
     bce_with_logits_sum_backward,
 )
-from .binary_cross_entropy import binary_cross_entropy_backward, binary_cross_entropy_forward, binary_cross_entropy_sum
+from .binary_cross_entropy import (
+    binary_cross_entropy_backward,
+    binary_cross_entropy_forward,
+    binary_cross_entropy_sum,
+    binary_cross_entropy_sum_backward,
+)
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .cross_entropy_one_visit import (
     cross_entropy_forward_backward,
@@ -17,7 +22,12 @@ from .cross_entropy_one_visit import (
 )
 from .nll_loss import nll_loss_backward, nll_loss_forward, sum_weights
 from .reduction import divide, mean_of_rows, sum_rows
-from .sigmoid_focal_loss import sigmoid_focal_loss_backward, sigmoid_focal_loss_forward, sigmoid_focal_loss_sum
+from .sigmoid_focal_loss import (
+    sigmoid_focal_loss_backward,
+    sigmoid_focal_loss_forward,
+    sigmoid_focal_loss_sum,
+    sigmoid_focal_loss_sum_backward,
+)
 from .smoothed_cross_entropy import (
     smoothed_cross_entropy_backward,
     smoothed_cross_entropy_forward,
@@ -46,6 +56,7 @@ __all__ = [
     "binary_cross_entropy_backward",
     "binary_cross_entropy_forward",
     "binary_cross_entropy_sum",
+    "binary_cross_entropy_sum_backward",
     "cross_entropy_backward",
     "cross_entropy_forward",
     "cross_entropy_forward_backward",
@@ -61,6 +72,7 @@ __all__ = [
     "sigmoid_focal_loss_backward",
     "sigmoid_focal_loss_forward",
     "sigmoid_focal_loss_sum",
+    "sigmoid_focal_loss_sum_backward",
     "smoothed_cross_entropy_backward",
     "smoothed_cross_entropy_forward",
     "smoothed_cross_entropy_forward_backward",

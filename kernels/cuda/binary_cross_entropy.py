@@ -76,6 +76,12 @@ def binary_cross_entropy_backward(prob: Tensor, target: Tensor, weight: Tensor, 
     launch(_binary_cross_entropy_backward, e.programs, 4, prob, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
+def binary_cross_entropy_sum_backward(prob: Tensor, target: Tensor, weight: Tensor, dloss: Tensor, total: Tensor, dprob: Tensor) -> None:
+    """In two visits: only plain cross-entropy has a kernel for one."""
+    binary_cross_entropy_sum(prob, target, weight, total)
+    binary_cross_entropy_backward(prob, target, weight, dloss, dprob)
+
+
 @triton.jit
 def _at_least(x, least):
     """max(x, least), but NaN for NaN."""

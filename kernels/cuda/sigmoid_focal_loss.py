@@ -82,6 +82,12 @@ def sigmoid_focal_loss_backward(logits: Tensor, target: Tensor, focus: Focus, dl
     _launch(_sigmoid_focal_loss_backward, e, a, focus)
 
 
+def sigmoid_focal_loss_sum_backward(logits: Tensor, target: Tensor, focus: Focus, dloss: Tensor, total: Tensor, dlogits: Tensor) -> None:
+    """In two visits: only plain cross-entropy has a kernel for one."""
+    sigmoid_focal_loss_sum(logits, target, focus, total)
+    sigmoid_focal_loss_backward(logits, target, focus, dloss, dlogits)
+
+
 def _launch(kernel: Any, e: ElementsPlan, a: Forward | Sum | Backward, focus: Focus) -> None:
     on = a.inputs.logits
     launch(kernel, e.programs, warps(THREADS, device_of(on)), on, a, *focus, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)

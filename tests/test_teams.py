@@ -21,7 +21,7 @@ from fastloss.kernels.cpu import launch, teams
 
 Region = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 COUNTS = (1, 2, 3, 5)
-WAIT = 5  # seconds for what happens at once
+WAIT = 60  # seconds, for what happens at once
 
 
 @pytest.fixture(scope="module")

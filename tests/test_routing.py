@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
+from fastloss import losses
 
 X, Y = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 PACKAGE = Path(fastloss.__file__).parent
@@ -57,7 +58,8 @@ def test_explain_leaves_no_trace_when_it_raises() -> None:
 
 @pytest.mark.parametrize("function", ["cross_entropy", "nll_loss"])
 def test_small_inputs_go_to_torch_by_default(monkeypatch: pytest.MonkeyPatch, function: str) -> None:
-    monkeypatch.setattr(fastloss.config, "min_numel", 8 * 30)  # rows of fewer than 16 classes: an eighth
+    worth = getattr(losses, function).worth
+    monkeypatch.setattr(fastloss.config, "min_numel", X.numel() / worth.forward / worth.few)  # X has fewer than 16 classes
     route = fastloss.explain(getattr(fastloss, function), X[:5], Y[:5])
     assert route.path == "torch"
     assert "min_numel" in route.reason
@@ -66,10 +68,22 @@ def test_small_inputs_go_to_torch_by_default(monkeypatch: pytest.MonkeyPatch, fu
 
 
 def test_rows_of_16_classes_have_the_whole_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastloss.config, "min_numel", 8 * 32)
+    monkeypatch.setattr(fastloss.config, "min_numel", 1000)
     fifteen, sixteen = (torch.randn(240 // 15, 15), torch.randn(240 // 16, 16))
     assert fastloss.explain(fastloss.cross_entropy, fifteen, torch.zeros(16, dtype=torch.int64)).path == "kernel"
     assert fastloss.explain(fastloss.cross_entropy, sixteen, torch.zeros(15, dtype=torch.int64)).path == "torch"
+
+
+def test_a_step_and_a_forward_alone_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, forward, _ = losses.cross_entropy.worth
+    assert step < forward
+    monkeypatch.setattr(fastloss.config, "min_numel", int(2 * 15 * 16 / (step + forward)))
+    logits, target = torch.randn(15, 16), torch.zeros(15, dtype=torch.int64)
+    assert fastloss.explain(fastloss.cross_entropy, logits, target).path == "torch"
+    assert fastloss.explain(fastloss.cross_entropy, logits.requires_grad_(), target).path == "kernel"
+    assert fastloss.explain(fastloss.cross_entropy, logits.bfloat16(), target).path == "torch"
+    with torch.no_grad():
+        assert fastloss.explain(fastloss.cross_entropy, logits, target).path == "torch"
 
 
 def test_a_named_backend_serves_small_inputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,10 +229,10 @@ LAYERS = {
     },
     "foresight": {"config", "loss"},
     "replay": {"kernels.cpu.arguments", "kernels.cpu.launch", "storage"},
-    "calls": {"backends", "config", "contract", "loss", "replay", "routing"},
+    "calls": {"backends", "config", "contract", "foresight", "loss", "replay", "routing"},
     "operation": {"arguments", "calls", "foresight", "loss"},
     "ops": {"loss", "losses", "storage"},
-    "routing": {"backends", "config"},
+    "routing": {"backends", "config", "loss"},
     "serving": {"arguments", "calls", "config", "loss", "operation", "ops", "routing"},
     "composed": {"arguments", "chunks", "kernels.groups", "loss", "losses"},
     "vocab_parallel_linear": {

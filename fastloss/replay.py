@@ -6,7 +6,7 @@ same words make the same bits. That tensors fit their launches was looked at whe
 memory is asked every time.
 
 While a call is recorded, a dispatch mode sees what torch does beside the launches. Memory without contents, views, and constants of this
-kind of call may be made; a call that computes anything else by torch has no program.
+kind of call may be made, and a loss may be rounded at the end; a call that computes anything else by torch has no program.
 """
 
 import ctypes
@@ -47,6 +47,7 @@ class Program(NamedTuple):
     fills: tuple[tuple[int, float], ...]  # which of those made, and with what, before the launches
     scratch: int  # bytes
     steps: tuple[Step, ...]
+    rounded: tuple[tuple[int, int], ...]  # which of those made is, in the end, the float32 number so far into the scratch
     constants: tuple[Tensor, ...]  # kept alive: the words hold their addresses
 
     def run(self, t: Sequence[Tensor | None]) -> Found | None:
@@ -71,6 +72,8 @@ class Program(NamedTuple):
                 block[word] = bases[base] + distance
             if step.region.run(step.version, step.tasks, block):
                 return None
+        for which, distance in self.rounded:
+            made[which].fill_(ctypes.c_float.from_address(bases[-1] + distance).value)  # type: ignore[union-attr]
         _mine.scratch = scratch
         return tuple(made[: self.gradients]), tuple(made[self.gradients :])  # type: ignore[arg-type]
 
@@ -99,6 +102,7 @@ class _Watch(TorchDispatchMode):
         self.computes = False
         self.fresh: list[Tensor] = []  # kept, so that no two have one address
         self.fills: list[tuple[Tensor, float]] = []
+        self.copies: list[tuple[Tensor, Tensor, int]] = []  # to, from, after so many launches
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -112,13 +116,18 @@ class _Watch(TorchDispatchMode):
             pass  # strides of what is fresh
         elif func is _aten.fill_.Scalar and not self.launches:
             self.fills.append(args)
+        elif func is _aten.copy_.default and args[0].numel() == 1 and args[1].dtype is torch.float32 and _place(args[1]) in self._fresh():
+            self.copies.append((args[0], args[1], len(self.launches)))
         elif not getattr(func, "is_view", False) and (func._schema.is_mutable or self._changes(args, kwargs)):
             self.computes = True
         return result
 
+    def _fresh(self) -> set[int]:
+        return {_place(tensor) for tensor in self.fresh}
+
     def _changes(self, *arguments: Any) -> bool:
         """Whether any of the arguments has another content, or address, in the next call of this kind."""
-        places = {_place(tensor) for tensor in (*self.given, *self.fresh)}
+        places = self._fresh().union(_place(tensor) for tensor in self.given)
         return any(isinstance(a, Tensor) and _place(a) in places for a in tree_leaves(arguments))
 
 
@@ -146,10 +155,10 @@ def _program(
         bases[_place(tensor)] = i, tensor.data_ptr()
     fills = []
     for filled, number in watch.fills:
-        which = [i for i, tensor in enumerate(made) if tensor is not None and tensor.numel() and _place(tensor) == _place(filled)]
-        if len(which) != 1 or filled.numel() != made[which[0]].numel():  # type: ignore[union-attr]
+        which = _which(made, filled)
+        if which is None:
             return None
-        fills.append((which[0], number))
+        fills.append((which, number))
     scratch, last = 0, len(t) + len(made)
     constants, steps = [], []
     for launch in launches:
@@ -168,6 +177,13 @@ def _program(
             addresses.append((word, base, tensor.data_ptr() - start))
         block = ctypes.c_int64 * (len(launch.words) // 8)
         steps.append(Step(launch.region, launch.version, launch.tasks, block, launch.words, tuple(addresses)))
+    rounded = []
+    for to, number, when in watch.copies:
+        which = _which(made, to)
+        base, start = bases.get(_place(number), (-1, 0))
+        if which is None or base != last or when < len(launches):
+            return None
+        rounded.append((which, number.data_ptr() - start))
     return Program(
         tuple(-1 if tensor is None else extent(tensor) * tensor.element_size() for tensor in t),
         tuple(None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in made),
@@ -175,8 +191,15 @@ def _program(
         tuple(fills),
         scratch,
         tuple(steps),
+        tuple(rounded),
         tuple(constants),
     )
+
+
+def _which(made: Sequence[Tensor | None], whole: Tensor) -> int | None:
+    """Which of those made this is, whole."""
+    found = [i for i, tensor in enumerate(made) if tensor is not None and tensor.numel() and _place(tensor) == _place(whole)]
+    return found[0] if len(found) == 1 and made[found[0]].numel() == whole.numel() else None  # type: ignore[union-attr]
 
 
 _NONE = torch.empty(0, dtype=torch.uint8, device=_CPU)

@@ -67,7 +67,7 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Inputs]] = {
     "bfloat16": (fastloss.cross_entropy, lambda g: (logits(g, dtype=torch.bfloat16), indices(g))),
     "softmax": (partial(fastloss.softmax, dim=1), lambda g: (logits(g),)),
 }
-NEEDS_TORCH = {"a column of labels", "bfloat16"}  # a copy of the labels; rounding the loss
+NEEDS_TORCH = {"a column of labels"}  # a copy of the labels
 
 
 def found(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:

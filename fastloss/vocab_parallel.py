@@ -12,7 +12,7 @@ from . import losses, sharded
 from .arguments import REDUCTIONS, is_int64, tensors_misfit
 from .backends import BackendError, get_backend
 from .loss import COMPUTE
-from .routing import Route, route
+from .routing import ANY, Route, route
 from .serving import by_kernels, result_dtype
 
 NAME = "vocab_parallel_cross_entropy"
@@ -90,7 +90,7 @@ def vocab_parallel_cross_entropy(
         problem = loss.misfit(t, o)
         if problem is not None:
             error = (TypeError if "torch." in problem else ValueError)(f"{NAME}: {problem}")
-    way = route(None if error is None else str(error), input, 0)
+    way = route(None if error is None else str(error), input, ANY)
     if error is None and way.path == "torch" and get_backend() not in ("auto", "torch"):
         error = BackendError(f"{NAME}: backend {get_backend()!r} was chosen, but {way.reason}")
     if error is not None:

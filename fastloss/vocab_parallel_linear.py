@@ -11,7 +11,7 @@ from .backends import BackendError, get_backend
 from .chunks import stand_in
 from .linear import products_of, refuse_softcap
 from .loss import COMPUTE
-from .routing import Route, route
+from .routing import ANY, Route, route
 from .serving import by_kernels, result_dtype
 from .vocab_parallel import wrong_options
 
@@ -87,7 +87,7 @@ def vocab_parallel_linear_cross_entropy(
             result_dtype(input), group_name, reduce_input_gradient,
         )  # fmt: skip
         misfit = loss.misfit(t, o)
-        way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), 0)
+        way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), ANY)
         if misfit is not None:
             raise ValueError(f"{NAME}: {misfit}")
         if way.path == "torch" and get_backend() not in ("auto", "torch"):

@@ -35,7 +35,7 @@ def assembly(region: Region, dtype: torch.dtype, tile: int) -> str:
     return numba.cfunc(region.signature(*dtypes, *known), error_model="numpy")(region.body)._library.get_asm_str()
 
 
-@pytest.mark.parametrize("tile", [1, 16])
+@pytest.mark.parametrize("tile", [1, pytest.param(16, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", REGIONS)
 def test_no_call_to_libm(name: str, tile: int) -> None:
     if tile > 1 and ("_way_tile" not in known_in(REGIONS[name].block) or name.endswith("_in_turn")):

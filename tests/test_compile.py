@@ -252,8 +252,8 @@ def op_samples() -> Iterator[Sample]:
 
 
 def is_long(name: str) -> bool:
-    """All but float32, and one reduction of bfloat16."""
-    return "float32" not in name and "bfloat16 (2, 7, 3) none" not in name
+    """All but float32."""
+    return "float32" not in name
 
 
 on_every_op = pytest.mark.parametrize("sample", [pytest.param(s, id=s[0], marks=[pytest.mark.long] * is_long(s[0])) for s in op_samples()])

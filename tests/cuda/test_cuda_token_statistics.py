@@ -125,7 +125,7 @@ SPECIAL = {
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES[2:]], ids=str)
-@pytest.mark.parametrize("shape", [(3, 9), (3, 4111), (2, 9, 2), (2, 20000)], ids=str)
+@pytest.mark.parametrize("shape", [(3, 9), (3, 4111), (2, 9, 2), pytest.param((2, 20000), marks=pytest.mark.long)], ids=str)
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_values(k: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     logits = torch.randn(shape).to(dtype)

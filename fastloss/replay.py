@@ -178,12 +178,12 @@ def _program(
         block = ctypes.c_int64 * (len(launch.words) // 8)
         steps.append(Step(launch.region, launch.version, launch.tasks, block, launch.words, tuple(addresses)))
     rounded = []
-    for to, number, when in watch.copies:
+    for to, source, when in watch.copies:
         which = _which(made, to)
-        base, start = bases.get(_place(number), (-1, 0))
+        base, start = bases.get(_place(source), (-1, 0))
         if which is None or base != last or when < len(launches):
             return None
-        rounded.append((which, number.data_ptr() - start))
+        rounded.append((which, source.data_ptr() - start))
     return Program(
         tuple(-1 if tensor is None else extent(tensor) * tensor.element_size() for tensor in t),
         tuple(None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in made),

@@ -11,7 +11,6 @@ from torch import Tensor
 import fastloss
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
-USUAL = torch.float32, torch.float64, torch.bfloat16
 REDUCTIONS = ("none", "mean", "sum")
 Tensors = dict[str, Tensor | None]
 

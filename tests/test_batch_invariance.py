@@ -97,7 +97,7 @@ def batch_cuts(rows: int, every: int = 1) -> dict[str, Cuts]:
     return {f"[{s.start}:{s.stop}]": (itemgetter(s),) * 2 for s in cuts}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *(pytest.param(name, marks=pytest.mark.long) for name in ("float64", "float16"))])
 @pytest.mark.parametrize("call", CALLS)
 def test_every_number_of_rows(call: str, dtype: str) -> None:
     for classes in (1, 2, 3, 10, 17, 31, 32, 48, 49, 64, 65, 70) if call in OF_ROWS else (1, 3, 17):

@@ -184,7 +184,11 @@ def test_everything_compiles_without_spills(target: str, dtype: torch.dtype, sha
         assert launch.registers_spilled == 0, launch.name
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bfloat16, torch.float32, *(pytest.param(dtype, marks=pytest.mark.long) for dtype in (torch.float16, torch.float64))],
+    ids=str,
+)
 def test_elementwise_kernels(dtype: torch.dtype) -> None:
     with compiling("sm_90") as launches:
         launch_elements(dtype)

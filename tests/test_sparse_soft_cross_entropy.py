@@ -18,7 +18,7 @@ from fastloss.kernels.cpu import rows
 SHAPES = {(1, 5): 3, (40, 10): 2, (16, 48): 1, (3, 70): 5, (2, 60, 5): 3, (3, 2500): 64, (1, 20011): 7, (2, 5, 3, 4): 2, (9, 33): 0}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", *(pytest.param(name, marks=pytest.mark.long) for name in ("float64", "float16"))])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 def test_equals_the_dense_target(reduction: str, dtype: str) -> None:
     for (shape, count), smoothing, weighted in itertools.product(SHAPES.items(), (0.0, 0.1, 1.0), (False, True)):

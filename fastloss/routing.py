@@ -14,7 +14,6 @@ from .loss import Worth
 Result = TypeVar("Result")
 
 ALL, ANY = Worth(), Worth(0.0, 0.0)
-_ROUNDED = {torch.bfloat16, torch.float16}  # torch rounds the loss, one more call
 
 
 class Route(NamedTuple):
@@ -126,8 +125,6 @@ def _least(logits: Tensor, worth: Worth) -> int:
     share = worth.step if logits.requires_grad and torch.is_grad_enabled() else worth.forward
     if logits.dim() > 1 and logits.shape[1] < 16:
         share *= worth.few
-    if logits.dtype in _ROUNDED:
-        share *= 2.0
     return int(share * config.min_numel)
 
 

@@ -62,7 +62,7 @@ def attention(api: Any, dtype: torch.dtype, length: int, function: str) -> dict[
 
 
 @pytest.mark.parametrize("function", ["softmax", "log_softmax"])
-@small_and_real(48, real=512)
+@small_and_real(48, real=700)
 def test_attention_frees_its_scores(limit: int, shape: int, function: str) -> None:
     """The backward needs the probabilities only; the scores are the largest tensor there is (pytorch #49600, #72450)."""
     compare(attention, shape, function)
@@ -79,7 +79,7 @@ EDITED: dict[str, Callable[..., Tensor]] = {
 
 
 @pytest.mark.parametrize("loss", EDITED)
-@small_and_real((4, 6), real=(600, 1000))
+@small_and_real((4, 6), real=(900, 1000))
 def test_logits_edited_after_the_loss(limit: int, shape: tuple[int, int], loss: str) -> None:
     """Accuracy among the classes seen so far, by masking the logits in place (pytorch #9391). torch never needs them again. Nor do our
     softmax and log_softmax; our cross_entropy does and may say so (docs: differences), but its gradient is never that of the mask."""
@@ -130,7 +130,7 @@ def grpo(api: Any, dtype: torch.dtype, shape: tuple[int, ...]) -> dict[str, Tens
     return {"objective": objective.detach(), "gradient": logits.grad}
 
 
-@small_and_real((2, 5, 30, 2), (2, 5, 301, 19), real=(2, 40, 8001, 191))
+@small_and_real((2, 5, 30, 2), (2, 5, 301, 19), real=(2, 60, 8001, 191))
 def test_a_grpo_step_with_banned_tokens(limit: int, shape: tuple[int, ...]) -> None:
     """Entropy or its gradient turned NaN where a token is banned (trl #7221, #7251)."""
     compare(grpo, shape)
@@ -286,7 +286,7 @@ def amp_training(api: Any, rows: int, classes: int, loss: str) -> tuple[list[tor
 
 @pytest.mark.filterwarnings("ignore:.*non-finite norm")
 @pytest.mark.parametrize("loss", AMP)
-@small_and_real((12, 7), (40, 300), real=(600, 1000))
+@small_and_real((12, 7), (40, 300), real=(900, 1000))
 def test_mixed_precision_with_float32_weights_and_targets(limit: int, shape: tuple[int, int], loss: str) -> None:
     """Which dtypes may meet, and which steps are skipped (apex #837, pytorch #101213); to bfloat16's rounding of the gradient."""
     (dtypes, numbers, weight), (expected_dtypes, expected_numbers, expected_weight) = (

@@ -80,11 +80,11 @@ $(VENV)/.torch: | $(VENV)/bin/python
 
 $(VENV)/.bench: pyproject.toml | $(VENV)/.torch
 	@echo "[3/3] fastloss, with what the benchmark draws with"
-	$(BIN)/pip install --disable-pip-version-check -e '.[bench]'
+	$(BIN)/pip install --disable-pip-version-check --no-compile -e '.[bench]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(VENV)/.torch
 	@echo "[3/3] fastloss, with what the tests need"
-	$(BIN)/pip install --disable-pip-version-check -e '.[dev]'
+	$(BIN)/pip install --disable-pip-version-check --no-compile -e '.[dev]'
 	@touch $@
 	@touch $(VENV)/.bench

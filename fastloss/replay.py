@@ -73,7 +73,8 @@ class Program(NamedTuple):
             if step.region.run(step.version, step.tasks, block):
                 return None
         for which, distance in self.rounded:
-            made[which].fill_(ctypes.c_float.from_address(bases[-1] + distance).value)  # type: ignore[union-attr]
+            number = ctypes.c_float.from_address(bases[-1] + distance).value
+            made[which].copy_(torch.tensor(number, dtype=torch.float32, device=_CPU))  # type: ignore[union-attr]
         _mine.scratch = scratch
         return tuple(made[: self.gradients]), tuple(made[self.gradients :])  # type: ignore[arg-type]
 

@@ -280,3 +280,10 @@ print(sorted({"torch._dynamo", "torch.distributed.tensor", "triton"} & set(sys.m
 """
     done = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr
+
+
+def test_a_rounded_loss_beyond_its_dtype_is_infinite() -> None:
+    x, y = torch.tensor([[6e4, 0.0]] * 3, dtype=torch.float16), torch.ones(3, dtype=torch.int64)
+    found = [fastloss.cross_entropy(x, y, reduction="sum") for _ in range(3)]
+    assert [float(loss) for loss in found] == [float("inf")] * 3
+    assert {loss.dtype for loss in found} == {torch.float16}

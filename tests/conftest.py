@@ -26,6 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 FLOAT16_IS_LONG = (
     "batch_invariance",
     "bce",
+    "cross_entropy",
     "layouts",
     "linear_token_statistics",
     "nll_loss",

@@ -134,7 +134,9 @@ def test_images_and_their_parts(call: str, layout: str) -> None:
             compare(call, tensors, upstream_for(call, tensors), cuts)
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed", "every_other", "padded"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "padded", *(pytest.param(name, marks=pytest.mark.long) for name in ("transposed", "every_other"))]
+)
 @pytest.mark.parametrize("call", OF_ROWS)
 def test_long_rows_and_threads(call: str, layout: str) -> None:
     """Blocks, rows shared out over threads, terms kept or computed again."""

@@ -68,6 +68,7 @@ def compiled_after_warmup(place: Path, names: list[str], dtypes: list[str]) -> t
     return used, compiled
 
 
+@pytest.mark.long
 def test_a_program_compiles_nothing_after_warmup(tmp_path: Path) -> None:
     used, compiled = compiled_after_warmup(tmp_path, ["nll_loss"], ["float32"])
     assert used > 4

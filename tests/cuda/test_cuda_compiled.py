@@ -87,7 +87,10 @@ def of_name(launches: list[Launch], name: str) -> Launch:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("target", "classes"), [("sm_80", 50257), ("sm_90", 50257), ("sm_90", 128256), ("sm_100", 50257)])
+@pytest.mark.parametrize(
+    ("target", "classes"),
+    [("sm_90", 50257), *(pytest.param(*case, marks=pytest.mark.long) for case in (("sm_80", 50257), ("sm_90", 128256), ("sm_100", 50257)))],
+)
 def test_hot_loops_on_nvidia(target: str, dtype: torch.dtype, classes: int) -> None:
     """128-bit loads and stores only, for odd vocabularies too; no barrier, no spill."""
     with compiling(target) as launches:
@@ -172,7 +175,7 @@ FEW, LONG, IMAGES = (1000, 10), (300, 4099), (8, 1000, 256)
         ("sm_80", torch.bfloat16, FEW),
         pytest.param("sm_80", torch.bfloat16, IMAGES, marks=pytest.mark.long),
         pytest.param("sm_80", torch.float64, LONG, marks=pytest.mark.long),
-        ("sm_100", torch.float32, LONG),
+        pytest.param("sm_100", torch.float32, LONG, marks=pytest.mark.long),
         pytest.param("gfx942", torch.bfloat16, LONG, marks=pytest.mark.long),
     ],
     ids=str,
@@ -186,7 +189,7 @@ def test_everything_compiles_without_spills(target: str, dtype: torch.dtype, sha
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.bfloat16, torch.float32, *(pytest.param(dtype, marks=pytest.mark.long) for dtype in (torch.float16, torch.float64))],
+    [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.long) for dtype in (torch.float32, torch.float16, torch.float64))],
     ids=str,
 )
 def test_elementwise_kernels(dtype: torch.dtype) -> None:

@@ -29,7 +29,9 @@ def launch(dtype: torch.dtype, shape: tuple[int, ...], per_row: int = 1, wanted:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize(("target", "classes"), [("sm_80", 50257), ("sm_90", 128256), ("sm_100", 50257)])
+@pytest.mark.parametrize(
+    ("target", "classes"), [("sm_90", 128256), *(pytest.param(target, 50257, marks=pytest.mark.long) for target in ("sm_80", "sm_100"))]
+)
 @pytest.mark.parametrize("wanted", [("log_prob", "entropy", "lse"), ALL], ids=["usual", "all"])
 def test_hot_loops_on_nvidia(wanted: Sequence[str], target: str, classes: int, dtype: torch.dtype) -> None:
     """Vectors of 128 bits only, but for the one target; no barrier, no spill."""
@@ -53,7 +55,7 @@ def test_hot_loops_on_nvidia(wanted: Sequence[str], target: str, classes: int, d
      ("gfx942", torch.float32, (8, 1000, 256))],
     ids=str,
 )  # fmt: skip
-@pytest.mark.parametrize("per_row", [1, 64])
+@pytest.mark.parametrize("per_row", [1, pytest.param(64, marks=pytest.mark.long)])
 def test_compiles_without_spills(per_row: int, target: str, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     with compiling(target) as launches:
         launch(dtype, shape, per_row)

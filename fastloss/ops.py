@@ -12,11 +12,14 @@ A loss with several answers has an upstream gradient for each, `Tensor? dANSWER,
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.library import custom_op
+from torch import _C, Tensor
+from torch._library.custom_ops import get_library_allowing_overwrite
+from torch.library import Library
 
 from .loss import COMPUTE, Loss, each, fields
 from .losses import LOSSES
+from .op_calls import Repeated
+from .replay import Found
 from .storage import present
 
 AnyLoss = Loss[Any, Any, Any]
@@ -45,16 +48,14 @@ def _one_or_all(results: tuple[Any, ...]) -> Any:
 
 def _register(loss: AnyLoss) -> Ops:
     ours = _Arguments(loss)
-    name, results = f"fastloss::{loss.name}", fields(loss.results)
-    forward = custom_op(
-        name, ours.forward, mutates_args=(), schema=f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}"
-    )
+    results = fields(loss.results)
     kind = "Tensor" if loss.answers == 1 else "Tensor?"
     upstream = "".join(f"{kind} {field}, " for field in ours.upstream)
-    schema = f"({upstream}{_arguments(loss.saved, loss.options)}, bool[] needed) -> {_returns(loss.differentiable)}"
-    backward = custom_op(f"{name}_backward", ours.backward, mutates_args=(), schema=schema)
-    forward.register_fake(ours.fake_forward)
-    backward.register_fake(ours.fake_backward)
+    backward = _op(
+        f"{loss.name}_backward",
+        f"({upstream}{_arguments(loss.saved, loss.options)}, bool[] needed) -> {_returns(loss.differentiable)}",
+        _Functions(ours.backward, ours.repeated_backward, ours.fake_backward, ours.second, ours.save_for_second),
+    )
 
     def first(ctx: Any, *upstream: Any) -> Any:
         _, o = ours.of_forward(ctx.arguments)
@@ -63,9 +64,59 @@ def _register(loss: AnyLoss) -> Ops:
         gradients = (gradient if wanted else None for gradient, wanted in zip(each(found), needed, strict=True))
         return *gradients, *(None,) * (len(ctx.needs_input_grad) - loss.differentiable)
 
-    forward.register_autograd(first, setup_context=ours.save_for_first)
-    backward.register_autograd(ours.second, setup_context=ours.save_for_second)
+    forward = _op(
+        loss.name,
+        f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}",
+        _Functions(ours.forward, ours.repeated_forward, ours.fake_forward, first, ours.save_for_first),
+    )
     return Ops(forward, backward)
+
+
+class _Functions(NamedTuple):
+    """What an op is made of; `again` is `kernel` for plain tensors on CPU."""
+
+    kernel: Any
+    again: Any
+    fake: Any
+    derivative: Any
+    setup_context: Any
+
+
+def _op(name: str, schema: str, functions: _Functions) -> Any:
+    """An op as torch.library.custom_op makes it, but for `_Shortcut`, and with no look at each call for results that are arguments."""
+    library = get_library_allowing_overwrite("fastloss", name)  # an import may have been interrupted
+    library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(name, _hidden(functions.kernel), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastloss::{name}", functions.fake, lib=library)
+    shortcut: Any = _Shortcut(library, functions.again)
+    torch.library.register_autograd(f"fastloss::{name}", functions.derivative, setup_context=functions.setup_context, lib=shortcut)
+    return getattr(torch.ops.fastloss, name).default
+
+
+class _Shortcut:
+    """A library in which a derivative is registered. Compiled code calls its ops without a wish for one, with plain tensors: from where
+    torch looks for derivatives the kernel is then called straight away, which saves two ways through the dispatcher of 5 us each."""
+
+    def __init__(self, library: Library, kernel: Any) -> None:
+        self.library, self.kernel = library, kernel
+
+    def impl(self, name: str, derived: Any, key: str, **options: Any) -> None:
+        kernel = self.kernel
+
+        def autograd(keys: Any, *arguments: Any) -> Any:
+            if keys == _PLAIN and not torch.is_grad_enabled():
+                return kernel(*arguments)
+            return derived(keys, *arguments)
+
+        self.library.impl(name, _hidden(autograd), key, **options)
+
+
+_PLAIN = _C.DispatchKeySet(_C.DispatchKey.CPU) | _C.DispatchKeySet(_C.DispatchKey.AutogradCPU)  # of a call, not of a tensor
+
+
+def _hidden(function: Any) -> Any:
+    """From Dynamo, where it is watching a backward that a compiled function started: it is to see ops, not what is in them."""
+    return torch._disable_dynamo(lambda *arguments: function(*arguments))
 
 
 class _Arguments:
@@ -75,6 +126,8 @@ class _Arguments:
         self.loss = loss
         self.tensors, self.saved = len(fields(loss.tensors)), len(fields(loss.saved))
         self.upstream = ["dloss"] if loss.answers == 1 else [f"d{field}" for field in fields(loss.results)[: loss.answers]]
+        self._results_again = Repeated(self._results, self.tensors)
+        self._gradients_again = Repeated(self._gradients, loss.answers + self.saved)
 
     def of_forward(self, arguments: Any) -> tuple[Any, Any]:
         return self.loss.tensors(*arguments[: self.tensors]), self.loss.options(*arguments[self.tensors :])
@@ -92,12 +145,28 @@ class _Arguments:
     # ---- kernels
 
     def forward(self, *arguments: Any) -> Any:
+        return _one_or_all(self._results(*arguments)[1])
+
+    def backward(self, *arguments: Any) -> Any:
+        return self._each_gradient(arguments, self._gradients(*arguments)[0])
+
+    def repeated_forward(self, *arguments: Any) -> Any:
+        return _one_or_all(self._results_again(*arguments)[1])
+
+    def repeated_backward(self, *arguments: Any) -> Any:
+        return self._each_gradient(arguments, self._gradients_again(*arguments)[0])
+
+    def _each_gradient(self, arguments: Any, found: tuple[Tensor | None, ...]) -> Any:
+        input = arguments[self.loss.answers]
+        return _one_or_all(tuple([input.new_empty(0) if gradient is None else gradient for gradient in found]))
+
+    def _results(self, *arguments: Any) -> Found:
         t, o = self.of_forward(arguments)
         self._refuse_missing(t)
         self._refuse(self.loss.misfit(t, o))
-        return _one_or_all(self.loss.forward(t, o))
+        return (), self.loss.forward(t, o)
 
-    def backward(self, *arguments: Any) -> Any:
+    def _gradients(self, *arguments: Any) -> Found:
         upstream, s, o, needed = self.of_backward(arguments)
         self._refuse_missing(s, upstream)
         t = self.loss.given(s)
@@ -110,8 +179,7 @@ class _Arguments:
             declared = specs.get(field)
             if declared is not None and (left.dtype, tuple(left.shape)) != (declared.dtype, tuple(declared.shape)):
                 self._refuse(f"{field} is {left.dtype} {tuple(left.shape)}, the forward left {declared.dtype} {tuple(declared.shape)}")
-        found = self.loss.backward(self.dloss(upstream), s, o, needed, None)
-        return _one_or_all(tuple(s[0].new_empty(0) if gradient is None else gradient for gradient in found))
+        return self.loss.backward(self.dloss(upstream), s, o, needed, None), ()
 
     def _refuse(self, misfit: str | None) -> None:
         if misfit is not None:

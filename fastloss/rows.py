@@ -133,7 +133,7 @@ def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
     """The gradient of every row's loss, [N] with stride 1 or 0, from that of the reduced loss."""
     dloss, rows = present(dloss, "the upstream gradient").to(compute_dtype(logits)), rows_in(logits)
     if divisor.numel():
-        dloss = dloss / divisor
+        dloss = _quotient(dloss, divisor, logits)
     if dloss.dim() == 0:
         return dloss.expand(rows)
     dloss = dloss.reshape(-1)
@@ -143,10 +143,14 @@ def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
 def row_gradient_of(number: float, divisor: Tensor, logits: Tensor) -> Tensor:
     """The same from a number that the upstream gradient is expected to be."""
     dloss = torch.full((), number, dtype=compute_dtype(logits), device=logits.device)
-    if divisor.numel():
-        whole, dloss = dloss, torch.empty_like(dloss)
-        kernels_for(logits).divide(whole, divisor, dloss)
-    return dloss.expand(rows_in(logits))
+    return (_quotient(dloss, divisor, logits) if divisor.numel() else dloss).expand(rows_in(logits))
+
+
+def _quotient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
+    """By a launch: a call that computes something by torch cannot be repeated as launches."""
+    found = torch.empty_like(dloss)
+    kernels_for(logits).divide(dloss, divisor, found)
+    return found
 
 
 def answer_gradient(d: Tensor | None, logits: Tensor) -> Tensor | None:

@@ -1,12 +1,14 @@
 """What the losses over single numbers have in common: their tensors as [A, B, P], which is what the kernels know, and the arithmetic
 around the kernels. Views only, unless strides leave no choice."""
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from .backends import kernels_for
 from .loss import COMPUTE, Spec, compute_dtype
-from .rows import ones
+from .rows import ones, quotient
 from .storage import present
 
 
@@ -71,12 +73,20 @@ def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
     if reduction == "none":
         return dloss
     dloss = dloss.to(compute_dtype(first))
-    return dloss / first.numel() if reduction == "mean" else dloss
+    if reduction != "mean":
+        return dloss
+    return quotient(dloss, _count(first.numel(), dloss.dtype)) if dloss.is_cpu else dloss / first.numel()
+
+
+@lru_cache(64)
+def _count(count: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((), count, dtype=dtype, device="cpu")
 
 
 def gradient_ahead(dloss: float, reduction: str, dtype: torch.dtype, first: Tensor) -> Tensor:
-    """The same for an upstream gradient that has not come yet; `dtype` is the loss's, `first` is [A, B, P]."""
-    return element_gradient(torch.full((), dloss, dtype=dtype, device=first.device), reduction, first).expand(first.shape)
+    """The same for an upstream gradient that has not come yet, and so a constant; `dtype` is the loss's, `first` is [A, B, P]."""
+    number = torch.full((), dloss, dtype=dtype, device=first.device).to(compute_dtype(first))
+    return (number / first.numel() if reduction == "mean" else number).expand(first.shape)
 
 
 def place_of_sum(loss: Tensor, reduction: str, first: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Calls of a registered op like one before.
 
-A compiled step calls the same op with tensors of the same shapes, strides and dtypes at every step. Whether they fit, and what is launched,
-was found out the first time; the second call of a kind is recorded (`replay`), and those after it are its launches with new addresses.
+A compiled step calls the same op with tensors of the same shapes, strides and dtypes every time. Whether they fit, and what is launched,
+was found out by the first call of a kind; the second one is recorded (`replay`), and those after it are its launches with new addresses.
 """
 
 from collections.abc import Callable
@@ -11,35 +11,41 @@ import torch
 
 from . import config, contract, replay
 
+Kind = tuple[Any, ...]
+
 _MOST_KINDS = 1 << 10
-_SEEN: Any = object()  # of this kind there was one call
+_NEW: Any = object()
+_SEEN: Any = object()  # once
+_remembered: dict[Kind, replay.Program | None] = {}
 
 
 class Repeated:
-    """A function of an op's flat arguments, the first so many of which are tensors, that finds gradients and results. Called with plain
-    tensors on CPU only, under no mode."""
+    """A function that finds gradients and results from an op's flat arguments, the first so many of which are tensors. It is called with
+    plain tensors on CPU alone, under no mode."""
 
     def __init__(self, find: Callable[..., replay.Found], tensors: int) -> None:
         self.find, self.tensors = find, tensors
-        self.programs: dict[tuple[Any, ...], replay.Program | None] = {}
 
     def __call__(self, *arguments: Any) -> replay.Found:
         if contract.watch is not None:
             return self.find(*arguments)
         tensors = arguments[: self.tensors]
-        kind: Any = [torch.get_num_threads(), config.pool_min_bytes]
-        for t in tensors:
-            kind += (None,) if t is None else (t.shape, t.stride(), t.dtype, t.requires_grad)
-        kind += (tuple(a) if type(a) is list else a for a in arguments[self.tensors :])
-        kind = tuple(kind)
-        program = self.programs.get(kind, self)
+        kind = self._kind(tensors, arguments[self.tensors :])
+        program = _remembered.get(kind, _NEW)
         if program is _SEEN:
-            found, self.programs[kind] = replay.record(lambda: self.find(*arguments), tensors)
+            found, _remembered[kind] = replay.record(lambda: self.find(*arguments), tensors)
             return found
-        if program is self:
+        if program is _NEW:
             found = self.find(*arguments)
-            if len(self.programs) >= _MOST_KINDS:
-                self.programs.clear()
-            self.programs[kind] = _SEEN
+            if len(_remembered) >= _MOST_KINDS:
+                _remembered.clear()
+            _remembered[kind] = _SEEN
             return found
         return (program and program.run(tensors)) or self.find(*arguments)
+
+    def _kind(self, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Kind:
+        found: list[Any] = [self, torch.get_num_threads(), config.pool_min_bytes]
+        for t in tensors:
+            found += (None,) if t is None else (t.shape, t.stride(), t.dtype, t.requires_grad)
+        found += (tuple(a) if type(a) is list else a for a in options)
+        return tuple(found)

@@ -133,7 +133,7 @@ def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
     """The gradient of every row's loss, [N] with stride 1 or 0, from that of the reduced loss."""
     dloss, rows = present(dloss, "the upstream gradient").to(compute_dtype(logits)), rows_in(logits)
     if divisor.numel():
-        dloss = _quotient(dloss, divisor, logits)
+        dloss = quotient(dloss, divisor) if dloss.is_cpu else dloss / divisor
     if dloss.dim() == 0:
         return dloss.expand(rows)
     dloss = dloss.reshape(-1)
@@ -143,13 +143,13 @@ def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
 def row_gradient_of(number: float, divisor: Tensor, logits: Tensor) -> Tensor:
     """The same from a number that the upstream gradient is expected to be."""
     dloss = torch.full((), number, dtype=compute_dtype(logits), device=logits.device)
-    return (_quotient(dloss, divisor, logits) if divisor.numel() else dloss).expand(rows_in(logits))
+    return (quotient(dloss, divisor) if divisor.numel() else dloss).expand(rows_in(logits))
 
 
-def _quotient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
-    """By a launch: a call that computes something by torch cannot be repeated as launches."""
+def quotient(dloss: Tensor, divisor: Tensor) -> Tensor:
+    """Of two numbers, by a launch: a call that computes something by torch cannot be repeated as launches."""
     found = torch.empty_like(dloss)
-    kernels_for(logits).divide(dloss, divisor, found)
+    kernels_for(dloss).divide(dloss, divisor, found)
     return found
 
 

@@ -104,14 +104,14 @@ class _Shortcut:
         kernel = self.kernel
 
         def autograd(keys: Any, *arguments: Any) -> Any:
-            if keys == _PLAIN and not torch.is_grad_enabled():
+            if keys.raw_repr() == _PLAIN and not torch.is_grad_enabled():
                 return kernel(*arguments)
             return derived(keys, *arguments)
 
         self.library.impl(name, _hidden(autograd), key, **options)
 
 
-_PLAIN = _C.DispatchKeySet(_C.DispatchKey.CPU) | _C.DispatchKeySet(_C.DispatchKey.AutogradCPU)  # of a call, not of a tensor
+_PLAIN = (_C.DispatchKeySet(_C.DispatchKey.CPU) | _C.DispatchKeySet(_C.DispatchKey.AutogradCPU)).raw_repr()  # of a call, not of a tensor
 
 
 def _hidden(function: Any) -> Any:

@@ -85,7 +85,7 @@ def route(misfit: str | None, logits: Any, worth: Worth = ALL, note: str = "") -
     """Where a call goes. `misfit` says what about its arguments our kernels do not do, None if they fit; with fewer logits than they are
     worth it goes to torch. `note` is what there is to say of a call that the kernels serve."""
     if torch.compiler.is_compiling():
-        return _compiled(misfit, logits)
+        return _compiled(misfit, logits, worth)
     found = _eager(misfit, logits, worth)
     if _explaining.get():
         raise _Explained(found if found.path == "torch" else found._replace(reason=found.reason + note))
@@ -128,8 +128,27 @@ def _least(logits: Tensor, worth: Worth) -> int:
     return int(share * config.min_numel)
 
 
-def _compiled(misfit: str | None, logits: Any) -> Route:
+def _compiled(misfit: str | None, logits: Any, worth: Worth) -> Route:
     name = backends.backend_of(logits.device.type) if misfit is None else None
-    if name is not None and backends.get_backend() in ("auto", name) and backends.unavailable(name) is None:
-        return Route(name, "op", "a compiler is watching")
-    return Route("torch", "torch", misfit or "there are no kernels for this device, or another backend was chosen")
+    choice = backends.get_backend()
+    if name is None or choice not in ("auto", name) or backends.unavailable(name) is not None:
+        return Route("torch", "torch", misfit or "there are no kernels for this device, or another backend was chosen")
+    if choice == "auto" and _surely_few(logits, worth):
+        return Route("torch", "torch", "there are few logits, of a size that is known when this is compiled: config.min_numel")
+    return Route(name, "op", "a compiler is watching")
+
+
+def _surely_few(logits: Tensor, worth: Worth) -> bool:
+    """Whether kernels are not worth their call in compiled code: below `config.min_numel` the compiler's own loops are as fast for every
+    loss, and for rows of few classes, too. Of a size that may be another one later the answer is no: one op serves all sizes, and nothing
+    is guarded."""
+    if not _SIZES_CAN_BE_ASKED:
+        return False
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    share = worth.step if logits.requires_grad and torch.is_grad_enabled() else worth.forward
+    least = max(1.0, share) * config.min_numel if share else 0  # where torch has no such function, no call is small
+    return bool(statically_known_true(logits.numel() < least))
+
+
+_SIZES_CAN_BE_ASKED = torch.__version__ >= (2, 8)  # by what is being compiled, without a guard

@@ -28,7 +28,7 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
         return theirs() if call is THEIRS else again(call, tensors)
     t: Any = loss.tensors(*tensors)
     o: Any = None
-    misfit = tensors_misfit(*t[: loss.required], optional=t[loss.required :])
+    misfit = tensors_misfit(*tensors[: loss.required], optional=tensors[loss.required :])
     if misfit is None:
         named: Any = loss.options
         o = named(*options, result_dtype(*(t[i] for i in loss.typed_by)))

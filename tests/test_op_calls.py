@@ -19,10 +19,15 @@ N, C = 48, 40
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As in compiled code, which calls ops without a wish for derivatives."""
     monkeypatch.setattr(contract, "watch", None)  # every launch would be looked at, and so none made from memory
-    op_calls._remembered.clear()
+    forget()
     with torch.no_grad():
         yield
+    forget()
+
+
+def forget() -> None:
     op_calls._remembered.clear()
+    op_calls._guarded.clear()
 
 
 def samples() -> Iterator[Sample]:
@@ -82,7 +87,7 @@ def test_compiled_code_takes_this_way() -> None:
 
     torch._dynamo.reset()
     for backend in ("inductor", "aot_eager"):
-        op_calls._remembered.clear()
+        forget()
         compiled = torch.compile(lambda x, y: fastloss.cross_entropy(x, y), backend=backend, fullgraph=True)
         with torch.enable_grad():
             for _ in range(4):
@@ -94,6 +99,7 @@ def test_compiled_code_takes_this_way() -> None:
                 torch.testing.assert_close(x.grad, 2 * torch.autograd.grad(expected, x)[0])
         assert len(op_calls._remembered) == 2
         assert None not in op_calls._remembered.values()
+        assert len(op_calls._guarded) == 2
     torch._dynamo.reset()
 
 

@@ -67,14 +67,15 @@ def noted(note: str) -> Iterator[None]:
 
 
 def tiny(input: Any, worth: Worth = ALL) -> bool:
-    """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss."""
-    # not under a compiler: there, asking for the size means a guard, and a new compilation, for every size. Nothing is asked of a subclass
-    # or a nested tensor, which may have no size, nor while a mode is watching
+    """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss, and
+    each one that a compiler sees is a guard, which costs every call of what it compiled."""
+    # nothing is asked of a subclass or a nested tensor, which may have no size, nor while a mode is watching
+    if (type(input) is not Tensor and type(input) is not torch.nn.Parameter) or input.is_nested:
+        return False
+    if torch.compiler.is_compiling():
+        return backends.get_backend() == "auto" and _surely_few(input, worth)
     return (
-        (type(input) is Tensor or type(input) is torch.nn.Parameter)
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_torch_function_mode_enabled()
-        and not input.is_nested
+        not torch._C._is_torch_function_mode_enabled()
         and input.numel() < _least(input, worth)
         and backends.get_backend() == "auto"
         and not _explaining.get()

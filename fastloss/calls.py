@@ -3,9 +3,12 @@
 Which path a call takes, and what it does there, depends on its *kind*: the shapes, strides and dtypes of its tensors, its options, and what
 modes and settings are on. Small calls spend more time on these questions than in the kernels, so for a kind that came before they are not
 asked again, and where there is a `replay` of it, nor is anything that the answers led to.
+
+To name a kind takes 5 us of Python. The kinds that came last are known by a guard, torch's own for compiled programs, which takes 1.
 """
 
 from collections.abc import Callable
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -17,74 +20,98 @@ from .loss import Loss
 
 Kind = tuple[Any, ...]
 
-_MOST_KINDS, _MOST_PROGRAMS = 1 << 10, 8  # remembered; programs of a kind differ in the upstream gradient that is foreseen
+_MOST_KINDS, _MOST_PROGRAMS, _MOST_RECENT = 1 << 10, 8, 4  # remembered; programs of a kind differ in the upstream gradient that is foreseen
 _PLAIN = _C._dispatch_keys(torch.empty(0, device="cpu"))  # of a tensor that is nothing but numbers in memory
 _INCLUDED, _EXCLUDED = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()  # by no mode
+_UNDER_AUTOCAST = _EXCLUDED.remove(_C.DispatchKey.AutocastCPU)
 _OPTIONS = {type(None), bool, int, float, str, torch.dtype}
-_NOT_RECORDED: Any = object()
+_FORWARD = "forward"
 
 
 class Call:
     """A kind of call on its way to the kernels: which loss, and with what options."""
 
-    __slots__ = ("graph", "loss", "options", "programs", "subject")
+    __slots__ = ("graph", "loss", "needed", "options", "programs", "recorded", "subject")
 
     def __init__(self, loss: Any, o: Any, t: tuple[Tensor | None, ...] = ()) -> None:
         self.loss: Loss[Any, Any, Any] = loss
         self.options = o
+        self.programs: dict[Any, replay.Program | None] = {}  # of its forward, and of its one visit under an upstream gradient
+        self.recorded = False
         self.graph = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in t)
         self.subject: Subject | None = None  # of the one visit, if there is to be one
         if self.graph and loss.one_visit and loss.one_visit_pays(t, o):
             self.subject = subject_of(loss.name, t[: loss.one_visit], o.reduction)
-        # of its forward, and of its one visit under an upstream gradient
-        small = t and t[0] is not None and t[0].nbytes < config.pool_min_bytes
-        self.programs: dict[float | None, replay.Program | None] | None = {} if small else None
+            self.needed = tuple(tensor is not None and tensor.requires_grad for tensor in t[: loss.differentiable])
 
-    def forward(self, t: Any) -> tuple[Tensor, ...]:
-        """The loss's `forward`."""
-        return self._again(None, t, lambda: ((), self.loss.forward(t, self.options)))[1]
+    def forward(self, tensors: Any) -> tuple[Tensor, ...]:
+        """The loss's `forward`. Its program makes no more than the answers where there will be no backward."""
+        program = self.programs.get(_FORWARD)
+        found = None if program is None else program.run(tensors)
+        if found is None:
+            t = self.loss.tensors(*tensors)
+            results = None if self.graph else self.loss.answers
+            found = self._recorded(_FORWARD, t, lambda: ((), self.loss.forward(t, self.options)), results)
+        return found[1]
 
     def forward_backward(self, dloss: Any, t: Any, needed: tuple[bool, ...]) -> replay.Found:
-        """The loss's `forward_backward`."""
-        return self._again(dloss, t, lambda: self.loss.forward_backward(dloss, t, self.options, needed))
+        """The loss's `forward_backward`. Its program makes the answers, and all the gradients that are needed, or there is none."""
+        compute = partial(self.loss.forward_backward, dloss, t, self.options, needed)
+        return compute() if any(self.needed[self.loss.one_visit :]) else self._recorded(dloss, t, compute, self.loss.answers)
 
-    def _again(self, dloss: float | None, t: Any, compute: Callable[[], replay.Found]) -> replay.Found:
+    def _recorded(self, which: Any, t: Any, compute: Callable[[], replay.Found], results: int | None) -> replay.Found:
         programs = self.programs
-        if programs is None or contract.watch is not None:
+        if not self.recorded or which in programs:
             return compute()
-        program = programs.get(dloss, _NOT_RECORDED)
-        if program is _NOT_RECORDED:
-            if len(programs) >= _MOST_PROGRAMS:
-                programs.clear()
-            found, programs[dloss] = replay.record(compute, t)
-            return found
-        return (program and program.run(t)) or compute()
+        if len(programs) >= _MOST_PROGRAMS:
+            programs.clear()
+        found, programs[which] = replay.record(compute, t, results)
+        return found
 
 
 THEIRS: Call = Call(None, None)  # torch serves it
 _remembered: dict[Kind, Call] = {}
 
 
-def kind_of(function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> Kind | None:
-    """The kind of a call on CPU; None where more matters than that: a subclass, a transform, a compiler, a mode."""
+def recall(function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Kind | None, Call | None]:
+    """The kind of a call, if it has one, and the call that was remembered for it: `THEIRS` if torch serves it, None if the kind is new."""
+    if routing.watched() or not _OPTIONS.issuperset(map(type, options)):
+        return None, None
+    modes = torch.is_grad_enabled(), torch.get_num_threads(), backends.get_backend(), contract.watch
+    settings = *modes, config.min_numel, config.pool_min_bytes
+    recent = _recent(function, *settings, *options)
+    if recent.guarded and (everything := _askable(tensors)):
+        for fits, kind, call in recent.guarded:
+            if fits(*everything):
+                return kind, call
+    new = _kind_of(tensors, options, (function, *settings))
+    found = None if new is None else _remembered.get(new)
+    if new is not None and found is not None:
+        recent.came_again(new, found, tensors)
+    return new, found
+
+
+def remember(kind: Kind | None, call: Call, t: tuple[Tensor | None, ...] = ()) -> Call:
+    """The call, from now on that of its kind."""
+    if kind is not None:
+        if len(_remembered) >= _MOST_KINDS:
+            _remembered.clear()
+        _remembered[kind] = call
+        # a program holds its scratch; what is watched is to be launched as it is the first time
+        call.recorded = bool(t) and t[0] is not None and t[0].nbytes < config.pool_min_bytes and contract.watch is None
+    return call
+
+
+def _kind_of(tensors: tuple[Any, ...], options: tuple[Any, ...], rest: tuple[Any, ...]) -> Kind | None:
+    """The kind of a call on CPU; None where more matters than that: a subclass, a transform, a compiler, a mode other than autocast."""
+    autocast = _C._dispatch_tls_local_exclude_set() == _UNDER_AUTOCAST
     if (
-        torch.compiler.is_compiling()
-        or _C._is_torch_function_mode_enabled()
-        or _C._dispatch_tls_local_include_set() != _INCLUDED
-        or _C._dispatch_tls_local_exclude_set() != _EXCLUDED
+        _C._dispatch_tls_local_include_set() != _INCLUDED
+        or not (autocast or _C._dispatch_tls_local_exclude_set() == _EXCLUDED)
         or _C._get_tracing_state() is not None
-        or torch.autograd.forward_ad._current_level >= 0
-        or routing.explaining()
     ):
         return None
-    found: list[Any] = [
-        function,
-        torch.is_grad_enabled(),
-        torch.get_num_threads(),
-        backends.get_backend(),
-        config.min_numel,
-        config.pool_min_bytes,
-    ]
+    found: list[Any] = [autocast]
     for t in tensors:
         if t is None:
             found.append(None)
@@ -92,19 +119,62 @@ def kind_of(function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -
         if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or _C._dispatch_keys(t) != _PLAIN:
             return None
         found += t.shape, t.stride(), t.dtype, t.requires_grad
-    kinds = tuple(map(type, options))  # 1 is True and 1.0, but not as an option
-    return (*found, *options, *kinds) if _OPTIONS.issuperset(kinds) else None
+    return *found, options, tuple(map(type, options)), rest  # 1 is True and 1.0, but not as an option
 
 
-def recall(kind: Kind | None) -> Call | None:
-    """The call that was remembered for this kind, `THEIRS` if torch serves it; None if this kind is new."""
-    return None if kind is None else _remembered.get(kind)
+# ---------------------------------------------------------------- the kinds that came last
 
 
-def remember(kind: Kind | None, call: Call) -> Call:
-    """The call, from now on that of its kind."""
-    if kind is not None:
-        if len(_remembered) >= _MOST_KINDS:
-            _remembered.clear()
-        _remembered[kind] = call
-    return call
+class _Recent:
+    """The kinds of calls of one function, with the same options under the same settings, that came last."""
+
+    __slots__ = ("guarded", "seen")
+
+    def __init__(self) -> None:
+        self.guarded: tuple[tuple[Callable[..., bool], Kind, Call], ...] = ()
+        self.seen: tuple[Kind, ...] = ()  # those that no guard knew
+
+    def came_again(self, kind: Kind, call: Call, tensors: tuple[Any, ...]) -> None:
+        """Guard a kind that comes often. Where every call is of another kind, guards would be made for nothing."""
+        seen, self.seen = self.seen, (kind, *self.seen[: _MOST_RECENT - 1])
+        fits = _guard(_askable(tensors)) if kind in seen else None
+        if fits is not None:
+            self.guarded = (fits, kind, call), *self.guarded[: _MOST_RECENT - 1]
+
+
+@lru_cache(_MOST_KINDS, typed=True)
+def _recent(*function_settings_and_options: Any) -> _Recent:
+    return _Recent()
+
+
+class _Absent(Tensor):
+    """What nobody else passes."""
+
+
+# a guard wants tensors, each another
+_ABSENT: tuple[Tensor, ...] = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
+
+
+def _askable(tensors: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors, and one for each that is absent; none at all if one of them has no shape, which would end the process."""
+    found = []
+    for t, absent in zip(tensors, _ABSENT, strict=False):
+        if t is None:
+            found.append(absent)
+        elif (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_nested:
+            found.append(t)
+        else:
+            return []
+    return found
+
+
+def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
+    """Whether tensors have the types, shapes, strides, dtypes and dispatch keys of these under the modes of this thread, and want gradients
+    as they do, by torch's own function for compiled programs; None if this torch has no such function."""
+    try:
+        made: Any = _C._dynamo.guards.TensorGuards
+    except AttributeError:
+        return None
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    fits: Callable[..., bool] = made(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+    return fits

@@ -14,9 +14,10 @@ from torch import Tensor
 from . import composed, dtensors, losses
 from .arguments import REDUCTIONS, is_int64, reduction_misfit, refuse_inplace, tensors_misfit
 from .backends import get_backend
-from .calls import THEIRS, kind_of, recall
+from .calls import THEIRS, recall
+from .operation import apply_again
 from .routing import ANY, route, tiny
-from .serving import again, by_kernels, by_torch, result_dtype, scripted_as_torchs, serve
+from .serving import by_kernels, by_torch, result_dtype, scripted_as_torchs, serve
 
 
 def cross_entropy(
@@ -61,14 +62,17 @@ def cross_entropy(
     >>> print(f"{loss.item():.4f}", logits.grad.sum().abs() < 1e-6)
     0.4795 tensor(True)
     """
-    theirs = partial(F.cross_entropy, input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     if not inplace_backward and tiny(input, losses.cross_entropy.worth):
+        return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+    loss: Any = losses.cross_entropy
+    t: Any = (input, target, weight)
+    options: Any = (size_average, ignore_index, reduce, reduction, label_smoothing)
+    kind, call = (None, None) if inplace_backward else recall("cross_entropy", t, options)
+    if call is not None and call is not THEIRS:
+        return apply_again(call, t)  # type: ignore[no-any-return]
+    theirs = partial(F.cross_entropy, *t, *options)
+    if call is THEIRS:
         return theirs()
-    options = (size_average, ignore_index, reduce, reduction, label_smoothing)
-    kind = None if inplace_backward else kind_of("cross_entropy", (input, target, weight), options)
-    call = recall(kind)
-    if call is not None:
-        return theirs() if call is THEIRS else again(call, (input, target, weight))
     odd_reduction = reduction_misfit(size_average, reduce, reduction)
     misfit = tensors_misfit(input, target, optional=(weight,)) or odd_reduction
     if misfit is not None and odd_reduction is None and dtensors.is_dtensor(input) and not inplace_backward and get_backend() != "torch":
@@ -77,8 +81,6 @@ def cross_entropy(
             named = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
             return dtensors.cross_entropy(plan, cross_entropy, input, target, weight, named)
         misfit = plan
-    loss: Any = losses.cross_entropy
-    t: Any = (input, target, weight)
     o: Any = None
     if misfit is None:
         if target.is_floating_point() and target.shape == input.shape and target.dim():

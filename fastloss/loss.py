@@ -20,12 +20,15 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return COMPUTE[tensor.dtype]
 
 
-class Worth(NamedTuple):
-    """From how many logits on the kernels are worth a call, in shares of `config.min_numel`. Measured (docs/performance.md)."""
+class Worth:
+    """From how many logits on the kernels are worth a call, in shares of `config.min_numel`. Measured (docs/when.md)."""
 
-    step: float = 1.0  # with a gradient
-    forward: float = 1.0  # without
-    few: float = 0.125  # times these for rows of fewer than 16 classes: torch vectorises over 16, and is ten times slower below
+    __slots__ = ("few", "forward", "least", "most", "step")
+
+    def __init__(self, step: float = 1.0, forward: float = 1.0, few: float = 0.125) -> None:
+        self.step, self.forward = step, forward  # with a gradient, and without
+        self.few = few  # times these for rows of fewer than 16 classes: torch vectorises over 16, and is ten times slower below
+        self.least, self.most = min(step, forward) * min(few, 1.0), max(step, forward) * max(few, 1.0)  # whatever the call is
 
 
 class Spec(NamedTuple):

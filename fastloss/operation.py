@@ -20,12 +20,19 @@ def apply(call: Call, t: Any, inplace_backward: bool = False) -> Any:
     return _Operation.apply(call, inplace_backward, foresight, *t)  # type: ignore[no-untyped-call]
 
 
-def apply_again(call: Call, t: Any) -> Any:
-    """The same for a call of a kind that is remembered: of plain tensors, under no mode, on CPU."""
-    if call.graph:
-        return _apply_plain(call, False, None if call.subject is None else foresee(call.subject), *t)
-    results, answers = call.forward(t), call.loss.answers
-    return results[0] if answers == 1 else tuple(results[:answers])
+def apply_again(call: Call, tensors: tuple[Tensor | None, ...]) -> Any:
+    """The same for a call of a kind that is remembered: of plain tensors, under no mode but autocast, on CPU."""
+    if not call.graph:
+        results, answers = call.forward(tensors), call.loss.answers
+        return results[0] if answers == 1 else results[:answers]
+    foresight = None if call.subject is None else foresee(call.subject)
+    if foresight is not None and (visit := call.programs.get(foresight.expected)) is not None:
+        found = visit.run(tensors)
+        if found is not None:
+            gradients, (answer,) = found
+            foresight.keep(gradients)
+            return _apply_visit(call, foresight, (answer, tensors), *tensors[: call.loss.one_visit])
+    return _apply_operation(call, False, foresight, *tensors)
 
 
 class _Operation(torch.autograd.Function):
@@ -65,8 +72,30 @@ class _Operation(torch.autograd.Function):
         return None, None, None, *found, *(None,) * (len(ctx.needs_input_grad) - 3 - loss.differentiable)
 
 
+class _Visit(torch.autograd.Function):
+    """(call, foresight, (its answer, its tensors), the tensors whose gradients were made with the answer): for small calls, as little as
+    autograd can do. Only tensors are saved. If the gradients turn out to be those for another number, all begins anew."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, foresight: Foresight, found: Any, *differentiable: Any) -> Tensor:  # type: ignore[override]
+        answer, tensors = found  # in a tuple: an answer that autograd sees coming in, it would give back as a view
+        ctx.call, ctx.foresight = call, foresight
+        ctx.save_for_backward(*tensors)
+        return answer  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> Any:
+        saved = ctx.saved_tensors
+        graph = torch.is_grad_enabled() or not plain(dloss)
+        if graph:
+            ctx.foresight.forget()
+        found = () if graph else ctx.foresight.take(dloss)
+        return None, None, None, *(found or _anew(ctx.call, saved, dloss, graph))
+
+
 # what torch.autograd.Function.apply does beside this is for functorch, under which nothing is remembered
-_apply_plain: Any = super(torch.autograd.Function, _Operation).apply
+_apply_operation: Any = super(torch.autograd.Function, _Operation).apply
+_apply_visit: Any = super(torch.autograd.Function, _Visit).apply
 
 
 def _gradients(
@@ -85,6 +114,17 @@ def _gradients(
         return found
     rest = loss.backward(dloss, s, o, missing, _overwritten(s.input, dloss) if ctx.inplace else None)
     return tuple(b if a is None else a for a, b in zip(found, rest, strict=True))
+
+
+def _anew(call: Call, saved: Any, dloss: Tensor, graph: bool) -> tuple[Tensor | None, ...]:
+    """The gradients that a visit was to make, from its tensors."""
+    loss: Any = call.loss
+    t = loss.tensors(*saved)
+    with torch.no_grad():
+        s = loss.saved(*loss.to_save(t, call.forward(t)))
+    if graph:
+        return loss.gradient(dloss, s, call.options, call.needed)[: loss.one_visit]  # type: ignore[no-any-return]
+    return loss.backward(dloss, s, call.options, call.needed, None)[: loss.one_visit]  # type: ignore[no-any-return]
 
 
 def _overwritten(logits: Tensor, dloss: Tensor) -> Tensor:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from . import losses
 from .arguments import autocast_is_active, is_int64, tensors_misfit
-from .calls import THEIRS, kind_of, recall
+from .calls import THEIRS, recall
 from .loss import COMPUTE
+from .operation import apply_again
 from .routing import route, tiny
-from .serving import again, by_kernels, by_torch, scripted_as_torchs
+from .serving import by_kernels, by_torch, scripted_as_torchs
 
 
 def softmax(input: Tensor, dim: int | None = None, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
@@ -62,10 +63,9 @@ def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None,
     """softmax or log_softmax."""
     if tiny(input, loss.worth):
         return theirs()
-    kind = kind_of(loss.name, (input,), (dim, dtype))
-    call = recall(kind)
+    kind, call = recall(loss.name, (input,), (dim, dtype))
     if call is not None:
-        return theirs() if call is THEIRS else again(call, (_cast(input, dtype),))
+        return theirs() if call is THEIRS else apply_again(call, (_cast(input, dtype),))
     way = route(_softmax_misfit(input, dim, dtype), input, loss.worth)
     if way.path == "torch" or dim is None:
         return by_torch(way, theirs, theirs(), kind)

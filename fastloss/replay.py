@@ -11,6 +11,7 @@ kind of call may be made, and a loss may be rounded at the end; a call that comp
 
 import ctypes
 import threading
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from .storage import extent
 
 _ALIGNED = 64  # bytes
 _CPU = torch.device("cpu")
+_C_TYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
 Found = tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]
 
@@ -30,21 +32,19 @@ Found = tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]
 class Step(NamedTuple):
     """One launch."""
 
-    region: Any
-    version: tuple[Any, ...]
-    tasks: int
-    block: Any  # a ctypes array of words
-    words: bytes
+    run: Callable[[int], None]  # with the address of an argument block
+    words: "array[int]"  # of that block
+    flag: int  # which of them is not 0 afterwards if something is wrong with the numbers in the tensors
     addresses: tuple[tuple[int, int, int], ...]  # a word, which of the tensors it points into, and how far
 
 
 class Program(NamedTuple):
     """Gradients and results of one kind of call, from its tensors. Addresses point into: the tensors given, those made, the scratch."""
 
-    given: tuple[int, ...]  # bytes from the first element to the end of the last, of each tensor; -1 for None
-    made: tuple[tuple[tuple[int, ...], tuple[int, ...], torch.dtype] | None, ...]  # shape, strides, dtype
+    given: tuple[tuple[int, int], ...]  # of each tensor: bytes of an element, and from the first element to the end of the last
+    made: tuple[Tensor | None, ...]  # tensors like them, without memory
     gradients: int  # the first so many of those made
-    fills: tuple[tuple[int, float], ...]  # which of those made, and with what, before the launches
+    fills: tuple[tuple[int, int, Any, float], ...]  # before the launches: single numbers, where, of what C type, and which
     scratch: int  # bytes
     steps: tuple[Step, ...]
     rounded: tuple[tuple[int, int], ...]  # which of those made is, in the end, the float32 number so far into the scratch
@@ -53,24 +53,26 @@ class Program(NamedTuple):
     def run(self, t: Sequence[Tensor | None]) -> Found | None:
         """None if something is wrong with the numbers in the tensors, or with their memory; the call as it was recorded then says what."""
         bases = []
-        for tensor, size in zip(t, self.given, strict=True):
+        for tensor, (itemsize, size) in zip(t, self.given, strict=True):
             if tensor is None:
                 bases.append(0)
                 continue
-            if tensor.storage_offset() * tensor.element_size() + size > tensor.untyped_storage().nbytes():
+            if tensor.storage_offset() * itemsize + size > tensor.untyped_storage().nbytes():
                 return None
             bases.append(tensor.data_ptr())
-        made = [None if m is None else torch.empty_strided(m[0], m[1], dtype=m[2], device=_CPU) for m in self.made]
-        for which, number in self.fills:
-            made[which].fill_(number)  # type: ignore[union-attr]
-        bases += [0 if tensor is None else tensor.data_ptr() for tensor in made]
+        made = [None if like is None else torch.empty_like(like) for like in self.made]
+        for tensor in made:
+            bases.append(0 if tensor is None else tensor.data_ptr())
         scratch = _take_scratch(self.scratch)
         bases.append(scratch.data_ptr())
-        for step in self.steps:
-            block = step.block.from_buffer_copy(step.words)
-            for word, base, distance in step.addresses:
+        for base, distance, kind, number in self.fills:
+            kind.from_address(bases[base] + distance).value = number
+        for run, words, flag, addresses in self.steps:
+            block = words[:]
+            for word, base, distance in addresses:
                 block[word] = bases[base] + distance
-            if step.region.run(step.version, step.tasks, block):
+            run(block.buffer_info()[0])
+            if block[flag]:
                 return None
         for which, distance in self.rounded:
             number = ctypes.c_float.from_address(bases[-1] + distance).value
@@ -79,8 +81,8 @@ class Program(NamedTuple):
         return tuple(made[: self.gradients]), tuple(made[self.gradients :])  # type: ignore[arg-type]
 
 
-def record(call: Callable[[], Found], t: Sequence[Tensor | None]) -> tuple[Found, Program | None]:
-    """What the call finds, and its program if it can have one."""
+def record(call: Callable[[], Found], t: Sequence[Tensor | None], results: int | None = None) -> tuple[Found, Program | None]:
+    """What the call finds, and its program if it can have one: of the gradients and the first so many results, of all if None."""
     from .kernels.cpu.launch import recorded
 
     launches: list[Any] = []
@@ -91,7 +93,8 @@ def record(call: Callable[[], Found], t: Sequence[Tensor | None]) -> tuple[Found
             found = call()
     finally:
         recorded.launches = None
-    return found, None if watch.computes else _program(t, *found, launches, watch)
+    gradients, everything = found
+    return found, None if watch.computes else _program(t, gradients, everything[:results], launches, watch)
 
 
 class _Watch(TorchDispatchMode):
@@ -144,6 +147,7 @@ def _program(
     t: Sequence[Tensor | None], gradients: tuple[Tensor | None, ...], results: tuple[Tensor, ...], launches: list[Any], watch: _Watch
 ) -> Program | None:
     from .kernels.cpu.arguments import tensors_in
+    from .kernels.cpu.launch import FLAG
 
     made = (*gradients, *results)
     fresh = {_place(tensor) for tensor in watch.fresh}
@@ -154,12 +158,6 @@ def _program(
         if _place(tensor) in bases or (i >= len(t) and _place(tensor) not in fresh):
             return None  # nobody could tell whose address a word is
         bases[_place(tensor)] = i, tensor.data_ptr()
-    fills = []
-    for filled, number in watch.fills:
-        which = _which(made, filled)
-        if which is None:
-            return None
-        fills.append((which, number))
     scratch, last = 0, len(t) + len(made)
     constants, steps = [], []
     for launch in launches:
@@ -176,8 +174,14 @@ def _program(
                 scratch += -(-tensor.untyped_storage().nbytes() // _ALIGNED) * _ALIGNED
             base, start = bases[place]
             addresses.append((word, base, tensor.data_ptr() - start))
-        block = ctypes.c_int64 * (len(launch.words) // 8)
-        steps.append(Step(launch.region, launch.version, launch.tasks, block, launch.words, tuple(addresses)))
+        steps.append(Step(launch.region.bound(launch.version, launch.tasks), array("q", launch.words), FLAG, tuple(addresses)))
+    fills = []
+    for filled, number in watch.fills:
+        if filled.numel() != 1 or filled.dtype not in _C_TYPES:
+            return None
+        if _place(filled) in bases:  # else no launch looks at it, nor anybody else
+            base, start = bases[_place(filled)]
+            fills.append((base, filled.data_ptr() - start, _C_TYPES[filled.dtype], number))
     rounded = []
     for to, source, when in watch.copies:
         which = _which(made, to)
@@ -185,9 +189,12 @@ def _program(
         if which is None or base != last or when < len(launches):
             return None
         rounded.append((which, source.data_ptr() - start))
+    likes = tuple(None if tensor is None else _without_memory(tensor) for tensor in made)
+    if any(like is not None and torch.empty_like(like).stride() != like.stride() for like in likes):
+        return None
     return Program(
-        tuple(-1 if tensor is None else extent(tensor) * tensor.element_size() for tensor in t),
-        tuple(None if tensor is None else (tuple(tensor.shape), tensor.stride(), tensor.dtype) for tensor in made),
+        tuple((0, 0) if tensor is None else (tensor.element_size(), extent(tensor) * tensor.element_size()) for tensor in t),
+        likes,
         len(gradients),
         tuple(fills),
         scratch,
@@ -195,6 +202,13 @@ def _program(
         tuple(rounded),
         tuple(constants),
     )
+
+
+def _without_memory(t: Tensor) -> Tensor:
+    """For torch.empty_like, which takes less time than torch.empty_strided."""
+    like = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=_CPU)
+    like.untyped_storage().resize_(0)
+    return like
 
 
 def _which(made: Sequence[Tensor | None], whole: Tensor) -> int | None:

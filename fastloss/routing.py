@@ -29,6 +29,7 @@ class _Explained(BaseException):
 
 
 _explaining: ContextVar[bool] = ContextVar("fastloss_explaining", default=False)
+_asking: list[None] = []  # not empty if any thread asks: for who has no time to look into a ContextVar
 
 
 def explain(function: Any, *args: Any, **kwargs: Any) -> Route:
@@ -41,19 +42,16 @@ def explain(function: Any, *args: Any, **kwargs: Any) -> Route:
     Raises TypeError if the call never reaches fastloss.
     """
     token = _explaining.set(True)
+    _asking.append(None)
     try:
         function(*args, **kwargs)
     except _Explained as explained:
         route: Route = explained.args[0]
         return route
     finally:
+        _asking.pop()
         _explaining.reset(token)
     raise TypeError(f"explain: {function!r} did not call a fastloss function")
-
-
-def explaining() -> bool:
-    """Whether a call is only asked where it would go."""
-    return _explaining.get()
 
 
 @contextmanager
@@ -66,19 +64,33 @@ def noted(note: str) -> Iterator[None]:
         raise _Explained(found._replace(reason=found.reason + note)) from None
 
 
+def watched() -> bool:
+    """Whether somebody wants to see a call as it is: a compiler, a mode, a forward-mode level; or only asks where it would go."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._is_torch_function_mode_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.autograd.forward_ad._current_level >= 0
+        or bool(_asking)
+    )
+
+
 def tiny(input: Any, worth: Worth = ALL) -> bool:
     """Whether torch is to serve a call at once, because of its size alone. Decided first: the other questions cost more than the loss, and
     each one that a compiler sees is a guard, which costs every call of what it compiled."""
-    # nothing is asked of a subclass or a nested tensor, which may have no size, nor while a mode is watching
-    if (type(input) is not Tensor and type(input) is not torch.nn.Parameter) or input.is_nested:
+    # a mode would see the question; a subclass may have no size
+    if type(input) is not Tensor and type(input) is not torch.nn.Parameter:
         return False
     if torch.compiler.is_compiling():
-        return backends.get_backend() == "auto" and _surely_few(input, worth)
+        return not input.is_nested and backends.get_backend() == "auto" and _surely_few(input, worth)
+    if torch._C._is_torch_function_mode_enabled():
+        return False
+    numel, measure = input.numel(), config.min_numel
     return (
-        not torch._C._is_torch_function_mode_enabled()
-        and input.numel() < _least(input, worth)
+        numel < worth.most * measure
+        and (numel < worth.least * measure or (not input.is_nested and numel < _least(input, worth)))
         and backends.get_backend() == "auto"
-        and not _explaining.get()
+        and not _asking
     )
 
 

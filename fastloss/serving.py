@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .arguments import autocast_is_active, reduction_misfit, tensors_misfit
-from .calls import THEIRS, Call, Kind, kind_of, recall, remember
+from .calls import THEIRS, Call, Kind, recall, remember
 from .loss import Loss, each
 from .operation import apply, apply_again
 from .ops import OPS
@@ -22,10 +22,9 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
     dtype of the result; `deprecated` are size_average and reduce."""
     if tiny(tensors[0], loss.worth):
         return theirs()
-    kind = kind_of(loss.name, tensors, (*options, *deprecated))
-    call = recall(kind)
+    kind, call = recall(loss.name, tensors, (*options, *deprecated))
     if call is not None:
-        return theirs() if call is THEIRS else again(call, tensors)
+        return theirs() if call is THEIRS else apply_again(call, tensors)  # type: ignore[no-any-return]
     t: Any = loss.tensors(*tensors)
     o: Any = None
     misfit = tensors_misfit(*tensors[: loss.required], optional=tensors[loss.required :])
@@ -35,12 +34,6 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor
         misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o) or loss.mixture_misfit(t)
     way = route(misfit, tensors[0], loss.worth)
     result: Tensor = by_torch(way, theirs, theirs(), kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
-    return result
-
-
-def again(call: Call, tensors: Any) -> Tensor:
-    """The result of a call of a kind that was remembered."""
-    result: Tensor = apply_again(call, call.loss.tensors(*tensors))
     return result
 
 
@@ -55,7 +48,7 @@ def by_torch(way: Route, theirs: Any, result: Tensor, kind: Kind | None) -> Tens
 def by_kernels(way: Route, loss: AnyLoss, t: Any, o: Any, kind: Kind | None = None, inplace_backward: bool = False) -> Any:
     """The answer of a loss to arguments that fit, a tuple if it has several."""
     if way.path == "kernel":
-        return apply(remember(kind, Call(loss, o, t)), t, inplace_backward)
+        return apply(remember(kind, Call(loss, o, t), t), t, inplace_backward)
     results = each(OPS[loss.name].forward(*t, *o))
     return results[0] if loss.answers == 1 else results[: loss.answers]
 

@@ -3,17 +3,19 @@
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import pytest
 import torch
+import torch.fx.experimental.proxy_tensor
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastloss
-from fastloss import calls, contract
-from fastloss.kernels.cpu.launch import Region
+from fastloss import calls, contract, routing
 
 N, C = 48, 40
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -22,9 +24,14 @@ Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
 @pytest.fixture(autouse=True)
 def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(contract, "watch", None)  # every launch would be looked at, and so none made from memory
-    calls._remembered.clear()
+    forget()
     yield
+    forget()
+
+
+def forget() -> None:
     calls._remembered.clear()
+    calls._recent.cache_clear()
 
 
 def indices(g: torch.Generator, *shape: int) -> Tensor:
@@ -83,13 +90,12 @@ def found(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[
 
 def computed_anew(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastloss.serving.kind_of", lambda *_: None)
-        patch.setattr("fastloss.functional.kind_of", lambda *_: None)
+        patch.setattr("fastloss.routing.watched", lambda: True)
         return found(function, tensors)
 
 
 def programs() -> list[Any]:
-    return [program for call in calls._remembered.values() for program in (call.programs or {}).values()]
+    return [program for call in calls._remembered.values() for program in call.programs.values()]
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -144,7 +150,7 @@ def test_tensors_that_share_memory() -> None:
     """As every other time, and as the first time, when nobody can tell whose address is whose."""
     loss = fastloss.binary_cross_entropy_with_logits
     for first_shared in (False, True):
-        calls._remembered.clear()
+        forget()
         for shared in (first_shared, not first_shared) * 3:
             both = torch.rand(2 * N, C)
             x, y = both[:N], both[N:] if shared else torch.rand(N, C)
@@ -193,6 +199,75 @@ def test_who_else_must_see_the_call() -> None:
     assert fastloss.explain(fastloss.cross_entropy, x, y).path == "kernel"
 
 
+def test_a_guard_knows_what_only_looks_alike() -> None:
+    """The cheap question whether a call is of a kind that came last: torch's guard, and whether somebody is watching."""
+    x, y, absent = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), calls._ABSENT[2]
+    fits = calls._guard([x, y, absent])
+    assert fits is not None, "every supported torch has it"
+    assert fits(torch.randn(4, 5), torch.ones(4, dtype=torch.int64), absent)
+    others = {
+        "shape": torch.randn(5, 5),
+        "strides": torch.randn(5, 4).t(),
+        "dtype": x.double(),
+        "wants a gradient": x.clone().requires_grad_(),
+        "type": torch.nn.Parameter(x, requires_grad=False),
+        "subclass": x.as_subclass(type("Sub", (Tensor,), {})),
+        "device": x.to("meta"),
+        "layout": x.to_sparse(),
+        "compressed layout": x.to_sparse_csr(),
+        "opaque layout": x.to_mkldnn(),
+        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "negative view": torch._neg_view(x),
+        "zero": torch._efficientzerotensor((4, 5)),
+        "not a tensor": [1, 2],
+    }
+    with torch.inference_mode():
+        others["of inference mode"] = torch.randn(4, 5)
+    assert [name for name, other in others.items() if fits(other, y, absent)] == []
+    assert calls._askable((torch.nested.nested_tensor([x, x[:2]]), y, None)) == []  # the guard would end the process
+    assert calls._askable(([1, 2], y, None)) == []
+    assert not fits(x, y, None)
+    assert not fits(x, y, torch.empty(0))
+    seen: dict[str, bool] = {}
+
+    def look(name: str, v: Any = x) -> Any:
+        seen[name] = fits(v, y, absent) and not routing.watched()
+        return v
+
+    batch = torch.randn(3, 4, 5)
+    torch.func.vmap(lambda v: look("of a batch", v))(batch)
+    torch.func.vmap(lambda v: (look("beside a batch"), v)[1])(batch)
+    torch.func.grad(lambda v: look("of grad", v).sum())(x)
+    torch.func.grad(lambda v: (look("beside grad"), v.sum())[1])(x)
+    torch.fx.experimental.proxy_tensor.make_fx(lambda v: look("of make_fx", v))(x)
+    torch.jit.trace(lambda v: look("of jit.trace", v), (x,), check_trace=False)
+    with FakeTensorMode():
+        look("fake mode")
+    with torch.autocast("cpu"):
+        look("autocast")
+    with torch.inference_mode():
+        look("inference mode")
+    with torch.autograd.forward_ad.dual_level():
+        look("forward mode")
+    with torch.device("cpu"):
+        look("default device")
+    assert [name for name, looked in seen.items() if looked] == []
+    look("nothing")
+    assert seen["nothing"]
+
+
+def test_calls_under_autocast_are_remembered() -> None:
+    x, y = torch.randn(N, C).bfloat16(), torch.randint(C, (N,))
+    losses = []
+    for _ in range(4):
+        with torch.autocast("cpu", torch.bfloat16):
+            losses.append(fastloss.cross_entropy(x, y))
+    assert programs()
+    assert all(program is not None for program in programs())
+    assert {loss.dtype for loss in losses} == {torch.float32}
+    assert len({float(loss) for loss in losses}) == 1
+
+
 def test_what_was_decided_is_decided_again_under_other_settings() -> None:
     x, y = torch.randn(N, C), torch.randint(C, (N,))
     for _ in range(3):
@@ -205,6 +280,90 @@ def test_what_was_decided_is_decided_again_under_other_settings() -> None:
             fastloss.cross_entropy(x, y, reduce=True, size_average=True)
     with pytest.raises(fastloss.BackendError), fastloss.use_backend("numba"):
         fastloss.cross_entropy(x, y, reduce=True, size_average=True)
+
+
+VISITED = [name for name in CALLS if name not in {"none", "softmax", "nll_loss", *NEEDS_TORCH}]  # their gradients come with the loss
+
+
+def visited(name: str) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+    """A loss that was made by a program, its logits, and what it was made of."""
+    function, inputs = CALLS[name]
+    x, *others = inputs(torch.Generator().manual_seed(0))
+    for _ in range(3):
+        leaf = x.detach().requires_grad_()
+        logits = leaf * 1
+        loss = function(logits, *others)
+        assert loss.grad_fn is not None
+    assert loss.grad_fn.name() == "_VisitBackward"
+    return loss, logits, (x, *others)
+
+
+def anew(name: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+    """The same as if nothing were remembered."""
+    x = tensors[0].detach().requires_grad_()
+    logits = x * 1
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fastloss.routing.watched", lambda: True)
+        return CALLS[name][0](logits, *tensors[1:]), logits
+
+
+@pytest.mark.parametrize("name", VISITED)
+def test_a_visit_under_any_upstream_gradient(name: str) -> None:
+    loss, logits, tensors = visited(name)
+    other, others_logits = anew(name, tensors)
+    for number in (1.0, -0.3, 1.0):
+        upstream = torch.full_like(loss, number)
+        found = torch.autograd.grad(loss, logits, upstream, retain_graph=True)[0]
+        expected = torch.autograd.grad(other, others_logits, upstream, retain_graph=True)[0]
+        assert torch.equal(found, expected)
+        found.fill_(7)  # each backward has a gradient of its own
+    both = torch.stack([torch.ones_like(loss), torch.full_like(loss, 2.0)])
+    found = torch.autograd.grad(loss, logits, both, is_grads_batched=True)[0]
+    assert torch.equal(found, torch.autograd.grad(other, others_logits, both, is_grads_batched=True)[0])
+
+
+@pytest.mark.parametrize("name", VISITED)
+def test_a_second_derivative_of_a_visit(name: str) -> None:
+    loss, logits, tensors = visited(name)
+    found = []
+    for value, x in ((loss, logits), anew(name, tensors)):
+        (gradient,) = torch.autograd.grad(value, x, create_graph=True)
+        found.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    assert torch.equal(*found)
+
+
+def test_arithmetic_on_a_visit() -> None:
+    loss, logits, _ = visited("mean")
+    assert not loss._is_view()
+    before = float(loss.detach())
+    loss += 1
+    assert float(loss.detach()) == before + 1
+    loss.backward()
+    loss, logits, _ = visited("mean")
+    logits.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_visit_holds_nothing_after_its_backward() -> None:
+    loss, logits, _ = visited("mean")
+    storage = weakref.ref(logits.untyped_storage())
+    loss.backward()
+    del logits
+    assert storage() is None
+    loss, *_ = visited("mean")
+    gradient = weakref.ref(loss.grad_fn.foresight._gradients[0][0])  # type: ignore[union-attr]
+    del loss
+    assert gradient() is None, "a cycle"
+
+
+def test_gradients_of_probabilities_too() -> None:
+    """Not every gradient comes with the loss."""
+    for _ in range(4):
+        x, q = torch.randn(N, C, requires_grad=True), torch.softmax(torch.randn(N, C), 1).requires_grad_()
+        found = torch.autograd.grad(fastloss.cross_entropy(x, q), (x, q))
+        for ours, theirs in zip(found, torch.autograd.grad(torch.nn.functional.cross_entropy(x, q), (x, q)), strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 def test_another_upstream_gradient() -> None:
@@ -237,27 +396,30 @@ def test_many_threads() -> None:
     assert max(wrong) < 1e-5
 
 
-def test_a_call_in_the_middle_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_call_in_the_middle_of_another() -> None:
     """By a finalizer or a signal handler between two launches: neither has the other's scratch."""
     function, inputs = CALLS["many tasks"]
     outer, inner = (inputs(torch.Generator().manual_seed(seed)) for seed in (1, 2))
     expected = [computed_anew(function, tensors) for tensors in (outer, inner)]
     for _ in range(3):
         found(function, outer)
-    launch, running, seen = Region.run, [False], []
+    running, seen = [False], []
 
-    def run(*arguments: Any) -> bool:
-        raised = launch(*arguments)
+    def interrupted(run: Callable[[int], None], block: int) -> None:
+        run(block)
         if not running[0]:
             running[0] = True
             with torch.enable_grad():  # not as in the forward around it
                 seen.append(found(function, inner))
             running[0] = False
-        return raised
 
-    monkeypatch.setattr(Region, "run", run)
+    for call in calls._remembered.values():
+        for which, program in call.programs.items():
+            assert program is not None
+            steps = tuple(step._replace(run=partial(interrupted, step.run)) for step in program.steps)
+            call.programs[which] = program._replace(steps=steps)
     mine = found(function, outer)
-    assert len(seen) > 5
+    assert len(seen) > 1
     for ours, anew in [(mine, expected[0]), *((other, expected[1]) for other in seen)]:
         assert all(torch.equal(a, b) for a, b in zip(ours, anew, strict=True))
 

@@ -75,7 +75,7 @@ def test_rows_of_16_classes_have_the_whole_limit(monkeypatch: pytest.MonkeyPatch
 
 
 def test_a_step_and_a_forward_alone_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, forward, _ = losses.cross_entropy.worth
+    step, forward = losses.cross_entropy.worth.step, losses.cross_entropy.worth.forward
     assert step < forward
     monkeypatch.setattr(fastloss.config, "min_numel", int(2 * 15 * 16 / (step + forward)))
     logits, target = torch.randn(15, 16), torch.zeros(15, dtype=torch.int64)
@@ -248,12 +248,12 @@ LAYERS = {
         "vocab_parallel",
     },
     "dtensors": {"routing", "serving", "vocab_parallel"},
-    "functional": {"arguments", "backends", "calls", "composed", "dtensors", "loss", "losses", "routing", "serving"},
+    "functional": {"arguments", "backends", "calls", "composed", "dtensors", "loss", "losses", "operation", "routing", "serving"},
     "linear": {"arguments", "chunks", "composed", "config", "loss", "losses", "routing", "serving", "statistics"},
     "sparse_targets": {"arguments", "composed", "losses", "rows", "serving"},
     "statistics": {"arguments", "composed", "losses", "routing", "serving", "sharded"},
     "vocab_parallel": {"arguments", "backends", "loss", "losses", "routing", "serving", "sharded"},
-    "probabilities": {"arguments", "calls", "loss", "losses", "routing", "serving"},
+    "probabilities": {"arguments", "calls", "loss", "losses", "operation", "routing", "serving"},
     "modules": {"functional", "linear", "probabilities", "sparse_targets"},
 }
 # they are the other loss, of logits that they make, or of some of them

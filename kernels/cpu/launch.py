@@ -7,6 +7,7 @@ import ctypes
 import hashlib
 import signal
 import threading
+from array import array
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -24,8 +25,8 @@ from .arguments import HEADER, Arguments, packer, word
 from .cache import compiled
 from .teams import team
 
-# Words at the start of a launch's argument block
-_TASKS, _NEXT, _FLAG, _WORKERS = range(HEADER)
+# Words at the start of a launch's argument block; FLAG is not 0 if something is wrong
+_TASKS, _NEXT, FLAG, _WORKERS = range(HEADER)
 _I64 = ir.IntType(64)
 
 
@@ -67,7 +68,7 @@ def raise_flag(typingctx: Any, block: Any) -> Any:
     """Tell the launcher that something is wrong; exceptions cannot leave compiled code that a team called."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        builder.store(ir.Constant(_I64, 1), word(builder, args[0], _FLAG))
+        builder.store(ir.Constant(_I64, 1), word(builder, args[0], FLAG))
         return context.get_dummy_value()
 
     return types.void(block), codegen
@@ -148,20 +149,18 @@ class Region:
     def __call__(self, tasks: int, arguments: Any) -> bool:
         """Run all tasks and wait. True if one of them raised the flag."""
         version, words = self._pack(tasks, arguments)
-        block = (ctypes.c_int64 * (len(words) // 8)).from_buffer_copy(words)
         if recorded.launches is not None:
             recorded.launches.append(Launch(self, version, tasks, arguments, words))
-        return self.run(version, tasks, block)
+        block = array("q", words)
+        self.bound(version, tasks)(block.buffer_info()[0])
+        return block[FLAG] != 0
 
-    def run(self, version: tuple[Any, ...], tasks: int, block: Any) -> bool:
-        """The same for a packed block."""
+    def bound(self, version: tuple[Any, ...], tasks: int) -> Callable[[int], None]:
+        """A function of the address of a packed block that runs all tasks and waits. Another number of threads wants another."""
         function, on_this_thread = self._compiled.get(version) or self.compile(*version)
         threads = min(tasks // team().share, torch.get_num_threads()) if tasks > 1 else 1
-        if threads > 1:
-            team().run(function.address, ctypes.addressof(block), threads)
-        else:
-            on_this_thread(ctypes.addressof(block))
-        return block[_FLAG] != 0
+        run, address = team().run, function.address
+        return (lambda block: run(address, block, threads)) if threads > 1 else on_this_thread
 
 
 def region(block: Any) -> Callable[[Callable[[Any], None]], Region]:

@@ -116,7 +116,7 @@ _PLAIN = (_C.DispatchKeySet(_C.DispatchKey.CPU) | _C.DispatchKeySet(_C.DispatchK
 
 def _hidden(function: Any) -> Any:
     """From Dynamo, where it is watching a backward that a compiled function started: it is to see ops, not what is in them."""
-    return torch._disable_dynamo(lambda *arguments: function(*arguments))
+    return torch._disable_dynamo(lambda *arguments: function(*arguments))  # type: ignore[attr-defined]
 
 
 class _Arguments:
@@ -126,8 +126,11 @@ class _Arguments:
         self.loss = loss
         self.tensors, self.saved = len(fields(loss.tensors)), len(fields(loss.saved))
         self.upstream = ["dloss"] if loss.answers == 1 else [f"d{field}" for field in fields(loss.results)[: loss.answers]]
-        self._results_again = Repeated(self._results, self.tensors)
-        self._gradients_again = Repeated(self._gradients, loss.answers + self.saved)
+        self._results_again: Any = self._results
+        self._gradients_again: Any = self._gradients
+        if "group" not in fields(loss.options):  # what ranks say to one another is no launch
+            self._results_again = Repeated(self._results, self.tensors)
+            self._gradients_again = Repeated(self._gradients, loss.answers + self.saved)
 
     def of_forward(self, arguments: Any) -> tuple[Any, Any]:
         return self.loss.tensors(*arguments[: self.tensors]), self.loss.options(*arguments[self.tensors :])

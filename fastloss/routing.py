@@ -164,4 +164,4 @@ def _surely_few(logits: Tensor, worth: Worth) -> bool:
     return bool(statically_known_true(logits.numel() < least))
 
 
-_SIZES_CAN_BE_ASKED = torch.__version__ >= (2, 8)  # by what is being compiled, without a guard
+_SIZES_CAN_BE_ASKED = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 8)  # by what is being compiled, without a guard

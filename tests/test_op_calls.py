@@ -196,3 +196,17 @@ def test_kinds_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(2, 20):
         OPS["softmax"].forward(torch.randn(n, C), 1, torch.float32, torch.float32)
         assert len(op_calls._remembered) <= 4
+
+
+def test_what_ranks_say_to_one_another_is_said_every_time() -> None:
+    """A group of one rank now may be another group later, of the same name."""
+    distributed = pytest.importorskip("torch.distributed")
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        loss = losses.vocab_parallel_token_statistics
+        o = loss.options(1, -100, 1.0, "entropy lse", distributed.group.WORLD.group_name)
+        for _ in range(3):
+            OPS[loss.name].forward(torch.randn(N, C), torch.zeros(N, dtype=torch.int64), *o)
+    finally:
+        distributed.destroy_process_group()
+    assert not op_calls._remembered

@@ -21,9 +21,10 @@ from .loss import Loss
 Kind = tuple[Any, ...]
 
 _MOST_KINDS, _MOST_PROGRAMS, _MOST_RECENT = 1 << 10, 8, 4  # remembered; programs of a kind differ in the upstream gradient that is foreseen
-_PLAIN = _C._dispatch_keys(torch.empty(0, device="cpu"))  # of a tensor that is nothing but numbers in memory
-_INCLUDED, _EXCLUDED = _C._dispatch_tls_local_include_set(), _C._dispatch_tls_local_exclude_set()  # by no mode
-_UNDER_AUTOCAST = _EXCLUDED.remove(_C.DispatchKey.AutocastCPU)
+# Sets of dispatch keys, as numbers: torch 2.6 cannot compare them
+_PLAIN = _C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()  # of a tensor that is nothing but numbers in memory
+_INCLUDED, _EXCLUDED = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_tls_local_exclude_set().raw_repr()  # by no mode
+_UNDER_AUTOCAST = _C._dispatch_tls_local_exclude_set().remove(_C.DispatchKey.AutocastCPU).raw_repr()
 _OPTIONS = {type(None), bool, int, float, str, torch.dtype}
 _FORWARD = "forward"
 
@@ -104,19 +105,19 @@ def remember(kind: Kind | None, call: Call, t: tuple[Tensor | None, ...] = ()) -
 
 def _kind_of(tensors: tuple[Any, ...], options: tuple[Any, ...], rest: tuple[Any, ...]) -> Kind | None:
     """The kind of a call on CPU; None where more matters than that: a subclass, a transform, a compiler, a mode other than autocast."""
-    autocast = _C._dispatch_tls_local_exclude_set() == _UNDER_AUTOCAST
+    excluded = _C._dispatch_tls_local_exclude_set().raw_repr()
     if (
-        _C._dispatch_tls_local_include_set() != _INCLUDED
-        or not (autocast or _C._dispatch_tls_local_exclude_set() == _EXCLUDED)
+        excluded not in (_EXCLUDED, _UNDER_AUTOCAST)
+        or _C._dispatch_tls_local_include_set().raw_repr() != _INCLUDED
         or _C._get_tracing_state() is not None
     ):
         return None
-    found: list[Any] = [autocast]
+    found: list[Any] = [excluded]
     for t in tensors:
         if t is None:
             found.append(None)
             continue
-        if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or _C._dispatch_keys(t) != _PLAIN:
+        if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or _C._dispatch_keys(t).raw_repr() != _PLAIN:
             return None
         found += t.shape, t.stride(), t.dtype, t.requires_grad
     return *found, options, tuple(map(type, options)), rest  # 1 is True and 1.0, but not as an option

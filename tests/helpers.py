@@ -4,6 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,6 +14,9 @@ import fastloss
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 REDUCTIONS = ("none", "mean", "sum")
 Tensors = dict[str, Tensor | None]
+foreseen = pytest.mark.skipif(
+    torch.__version__ < (2, 8), reason="no foresight before torch 2.8: it cannot say whether saved tensors are hooked"
+)
 
 
 def on_device(cpu: float, cuda: float) -> float:

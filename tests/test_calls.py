@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.fx.experimental.proxy_tensor
+from helpers import foreseen
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -307,6 +308,7 @@ def anew(name: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return CALLS[name][0](logits, *tensors[1:]), logits
 
 
+@foreseen
 @pytest.mark.parametrize("name", VISITED)
 def test_a_visit_under_any_upstream_gradient(name: str) -> None:
     loss, logits, tensors = visited(name)
@@ -322,6 +324,7 @@ def test_a_visit_under_any_upstream_gradient(name: str) -> None:
     assert torch.equal(found, torch.autograd.grad(other, others_logits, both, is_grads_batched=True)[0])
 
 
+@foreseen
 @pytest.mark.parametrize("name", VISITED)
 def test_a_second_derivative_of_a_visit(name: str) -> None:
     loss, logits, tensors = visited(name)
@@ -332,6 +335,7 @@ def test_a_second_derivative_of_a_visit(name: str) -> None:
     assert torch.equal(*found)
 
 
+@foreseen
 def test_arithmetic_on_a_visit() -> None:
     loss, logits, _ = visited("mean")
     assert not loss._is_view()
@@ -345,6 +349,7 @@ def test_arithmetic_on_a_visit() -> None:
         loss.backward()
 
 
+@foreseen
 def test_a_visit_holds_nothing_after_its_backward() -> None:
     loss, logits, _ = visited("mean")
     storage = weakref.ref(logits.untyped_storage())

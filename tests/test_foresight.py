@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import DTYPES, LAYOUTS
+from helpers import DTYPES, LAYOUTS, foreseen
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
@@ -26,9 +26,6 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "focal": ("sigmoid_focal_loss", {"gamma": 2.5}),
 }
 ONE_VISIT = [loss for loss in losses.LOSSES if loss.one_visit]
-foreseen = pytest.mark.skipif(
-    torch.__version__ < (2, 8), reason="no foresight before torch 2.8: it cannot say whether saved tensors are hooked"
-)
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,7 @@ from torch import _C, Tensor
 
 from . import backends, config, contract, replay, routing
 from .foresight import Subject, subject_of
+from .guards import askable, guard
 from .loss import Loss
 
 Kind = tuple[Any, ...]
@@ -81,7 +82,7 @@ def recall(function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) ->
     modes = torch.is_grad_enabled(), torch.get_num_threads(), backends.get_backend(), contract.watch
     settings = *modes, config.min_numel, config.pool_min_bytes
     recent = _recent(function, *settings, *options)
-    if recent.guarded and (everything := _askable(tensors)):
+    if recent.guarded and (everything := askable(tensors)):
         for fits, kind, call in recent.guarded:
             if fits(*everything):
                 return kind, call
@@ -138,7 +139,7 @@ class _Recent:
     def came_again(self, kind: Kind, call: Call, tensors: tuple[Any, ...]) -> None:
         """Guard a kind that comes often. Where every call is of another kind, guards would be made for nothing."""
         seen, self.seen = self.seen, (kind, *self.seen[: _MOST_RECENT - 1])
-        fits = _guard(_askable(tensors)) if kind in seen else None
+        fits = guard(askable(tensors)) if kind in seen else None
         if fits is not None:
             self.guarded = (fits, kind, call), *self.guarded[: _MOST_RECENT - 1]
 
@@ -146,36 +147,3 @@ class _Recent:
 @lru_cache(_MOST_KINDS, typed=True)
 def _recent(*function_settings_and_options: Any) -> _Recent:
     return _Recent()
-
-
-class _Absent(Tensor):
-    """What nobody else passes."""
-
-
-# a guard wants tensors, each another
-_ABSENT: tuple[Tensor, ...] = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
-
-
-def _askable(tensors: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors, and one for each that is absent; none at all if one of them has no shape, which would end the process."""
-    found = []
-    for t, absent in zip(tensors, _ABSENT, strict=False):
-        if t is None:
-            found.append(absent)
-        elif (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_nested:
-            found.append(t)
-        else:
-            return []
-    return found
-
-
-def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
-    """Whether tensors have the types, shapes, strides, dtypes and dispatch keys of these under the modes of this thread, and want gradients
-    as they do, by torch's own function for compiled programs; None if this torch has no such function."""
-    try:
-        made: Any = _C._dynamo.guards.TensorGuards
-    except AttributeError:
-        return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    fits: Callable[..., bool] = made(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    return fits

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import _C, Tensor
+from torch import Tensor
 
 from . import config, contract, replay
+from .guards import guard
 
 Kind = tuple[Any, ...]
 
@@ -55,7 +56,7 @@ class Repeated:
         if program is _SEEN:
             found, program = replay.record(lambda: self.find(*arguments), tensors)
             _remembered[kind] = program
-            fits = None if program is None else _guard(present)
+            fits = None if program is None else guard(present)
             if program is not None and fits is not None:
                 _guarded[self] = (_Guarded(asked, fits, program), *_guarded.get(self, ())[: _MOST_GUARDED - 1])
             return found
@@ -66,15 +67,3 @@ class Repeated:
             _remembered[kind] = _SEEN
             return found
         return (program and program.run(tensors)) or self.find(*arguments)
-
-
-def _guard(tensors: list[Tensor]) -> Callable[..., bool] | None:
-    """Whether tensors have the types, shapes, strides, dtypes and dispatch keys of these, and want gradients as they do; None if this torch
-    cannot ask so."""
-    try:
-        guards: Any = _C._dynamo.guards.TensorGuards
-    except AttributeError:
-        return None
-    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
-    fits: Callable[..., bool] = guards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
-    return fits

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastloss
-from fastloss import calls, contract, routing
+from fastloss import calls, contract, guards, routing
 
 N, C = 48, 40
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -202,8 +202,8 @@ def test_who_else_must_see_the_call() -> None:
 
 def test_a_guard_knows_what_only_looks_alike() -> None:
     """The cheap question whether a call is of a kind that came last: torch's guard, and whether somebody is watching."""
-    x, y, absent = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), calls._ABSENT[2]
-    fits = calls._guard([x, y, absent])
+    x, y, absent = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), guards._ABSENT[2]
+    fits = guards.guard([x, y, absent])
     assert fits is not None, "every supported torch has it"
     assert fits(torch.randn(4, 5), torch.ones(4, dtype=torch.int64), absent)
     others = {
@@ -225,8 +225,8 @@ def test_a_guard_knows_what_only_looks_alike() -> None:
     with torch.inference_mode():
         others["of inference mode"] = torch.randn(4, 5)
     assert [name for name, other in others.items() if fits(other, y, absent)] == []
-    assert calls._askable((torch.nested.nested_tensor([x, x[:2]]), y, None)) == []  # the guard would end the process
-    assert calls._askable(([1, 2], y, None)) == []
+    assert guards.askable((torch.nested.nested_tensor([x, x[:2]]), y, None)) == []  # the guard would end the process
+    assert guards.askable(([1, 2], y, None)) == []
     assert not fits(x, y, None)
     assert not fits(x, y, torch.empty(0))
     seen: dict[str, bool] = {}

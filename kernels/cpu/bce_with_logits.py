@@ -13,14 +13,27 @@ from numba import njit
 from torch import Tensor
 
 from .arguments import Float64, Floats, Known, Stored, arguments
-from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .elements import (
+    Elements,
+    Line,
+    Strides,
+    elements,
+    in_use,
+    last_piece,
+    line_at,
+    load_along,
+    piece_of,
+    prefetch_along,
+    store_along,
+    value_along,
+)
 from .inline import INLINE
 from .launch import next_task, region
-from .math import exp, log1p
-from .memory import load, store, stream, to_alignment
+from .math import add_log1p, exp_for
+from .memory import load_one, store, stream, to_alignment
 from .reduction import sum_rows
 from .rows import bypass_caches, to_first_vector, whole_vectors
-from .simd import fma, lane_sum, lanes_of, select, splat, widen
+from .simd import bits, fma, lane_sum, lanes_of, minus_magnitude, select, splat, times_sign, widen
 
 
 class Inputs(NamedTuple):
@@ -106,23 +119,34 @@ def bce_with_logits_sum_backward(
 
 
 @njit(**INLINE)
-def loss_of(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
-    """w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x))."""
-    negative = 1.0 - y
-    high = negative * x
-    # 0 * high: an infinite x makes the loss NaN where torch's does
-    linear = select(x > 0.0, high, fma(high, 0.0, 0.0 - pos_weight * y * x))
-    softplus = log1p(exp(select(x > 0.0, 0.0 - x, x)))
-    return weight * fma(fma(pos_weight, y, negative), softplus, linear)
+def far_exp(at: Any, x: Any) -> Any:
+    """exp(-|x|), of numbers as exact as those behind this pointer."""
+    return exp_for(at, minus_magnitude(x))
 
 
 @njit(**INLINE)
-def _slope(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
-    e = exp(select(x > 0.0, 0.0 - x, x))
-    large = 1.0 / (e + 1.0)
-    small = e * large
-    positive = x > 0.0
-    return weight * ((1.0 - y) * select(positive, large, small) - pos_weight * y * select(positive, small, large))
+def _sides(x: Any, y: Any, v: Any) -> Any:
+    """On the side of 0 where x is: the slope of the loss far out, 1 - y or -v y; and the factor of softplus, 1 - y + v y."""
+    positive, negative = 1.0 - y, v * y
+    # exactly 1 without pos_weight, also if y is no probability: the loops that leave it out then give the same bits
+    factor = select(v == 1.0, 1.0, fma(v, y, positive))
+    return select(bits(x) < 0, 0.0 - negative, positive), factor
+
+
+@njit(**INLINE)
+def loss_of(at: Any, x: Any, y: Any, v: Any) -> Any:
+    """far x + factor log1p(exp(-|x|)): `_sides`."""
+    far, factor = _sides(x, y, v)
+    nan = select(bits(x) < 0, x * 0.0, 0.0)  # torch's loss of -inf
+    return fma(far, x, add_log1p(at, factor, far_exp(at, x), nan))
+
+
+@njit(**INLINE)
+def _gradient_of(at: Any, x: Any, y: Any, v: Any, g: Any) -> Any:
+    """g (far - sign(x) factor s(-|x|))."""
+    far, factor = _sides(x, y, v)
+    e = far_exp(at, x)
+    return fma(times_sign(factor * e, x), (0.0 - g) / (e + 1.0), g * far)
 
 
 @njit(**INLINE)
@@ -136,9 +160,9 @@ def _lines(inputs: Any, piece: Any) -> Any:
 
 
 @njit(**INLINE)
-def _one_weight(e: Any, v_step: Any) -> Any:
-    """Logits and targets side by side and one weight for all, with steps that the compiler knows: see `rows.whole_vectors`."""
-    return Lines(Line(e.x.at, 1), Line(e.y.at, 1), Line(e.w.at, 0), Line(e.v.at, v_step))
+def _side_by_side(e: Any, w: Any, v: Any) -> Any:
+    """Logits and targets side by side, with steps that the compiler knows: see `rows.whole_vectors`. Weights are lines, or numbers."""
+    return Lines(Line(e.x.at, 1), Line(e.y.at, 1), w, v)
 
 
 @njit(**INLINE)
@@ -149,12 +173,14 @@ def _prefetch(e: Any, k: Any) -> None:
 
 @njit(**INLINE)
 def _loss_at(e: Any, k: Any, n: Any) -> Any:
-    return loss_of(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
+    x, y = load_along(e.x, k, n), load_along(e.y, k, n)
+    return value_along(e.w, k, n) * loss_of(e.x.at, x, y, value_along(e.v, k, n))
 
 
 @njit(**INLINE)
-def _slope_at(e: Any, k: Any, n: Any) -> Any:
-    return _slope(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
+def _gradient_at(e: Any, g: Any, k: Any, n: Any) -> Any:
+    x, y = load_along(e.x, k, n), load_along(e.y, k, n)
+    return _gradient_of(e.x.at, x, y, value_along(e.v, k, n), value_along(g, k, n) * value_along(e.w, k, n))
 
 
 @region(Forward)
@@ -166,7 +192,8 @@ def _forward(block: Any) -> None:
             piece = piece_of(number, a.way)
             e, out = _lines(a.inputs, piece), line_at(a.loss, a.loss_strides, piece)
             if e.x.step == e.y.step == out.step == 1 and e.w.step == e.v.step == 0:
-                _losses_of_piece(_one_weight(e, 0), Line(out.at, 1), piece.size)
+                near = _side_by_side(e, load_one(e.w.at, 0), load_one(e.v.at, 0))
+                _losses_of_piece(near, Line(out.at, 1), piece.size)
             else:
                 _losses_of_piece(e, out, piece.size)
         task = next_task(block)
@@ -181,25 +208,29 @@ def _losses_of_piece(e: Any, out: Any, size: Any) -> None:
 
 @njit(**INLINE)
 def _total_of_piece(e: Any, size: Any) -> Any:
-    if e.x.step == e.y.step == 1 and e.w.step == e.v.step == 0:
-        return _sum_of_piece(_one_weight(e, 0), size)
-    if e.x.step == e.y.step == e.v.step == 1 and e.w.step == 0:
-        return _sum_of_piece(_one_weight(e, 1), size)
+    if e.x.step == e.y.step == 1 and e.w.step == 0:
+        if e.v.step == 1:
+            return load_one(e.w.at, 0) * _sum_of_piece(_side_by_side(e, 1.0, Line(e.v.at, 1)), size)
+        if e.v.step == 0 and load_one(e.v.at, 0) == 1.0:
+            return load_one(e.w.at, 0) * _sum_of_piece(_side_by_side(e, 1.0, 1.0), size)
+        if e.v.step == 0:
+            return load_one(e.w.at, 0) * _sum_of_piece(_side_by_side(e, 1.0, load_one(e.v.at, 0)), size)
     return _sum_of_piece(e, size)
 
 
 @njit(**INLINE)
 def _sum_of_piece(e: Any, size: Any) -> Any:
     lanes = lanes_of(e.x.at)
-    subtotal, whole = widen(splat(0.0, e.x.at)), size // (4 * lanes) * (4 * lanes)
-    for k in range(0, whole, 4 * lanes):
-        four = splat(0.0, e.x.at)
-        for i in range(k, k + 4 * lanes, lanes):
+    subtotal, whole = widen(splat(0.0, e.x.at)), size // (8 * lanes) * (8 * lanes)
+    for k in range(0, whole, 8 * lanes):
+        eight = splat(0.0, e.x.at)
+        for i in range(k, k + 8 * lanes, 2 * lanes):
             _prefetch(e, i)
-            four = four + _loss_at(e, i, lanes)
-        subtotal = subtotal + widen(four)
+            _prefetch(e, i + lanes)
+            eight = eight + (_loss_at(e, i, lanes) + _loss_at(e, i + lanes, lanes))
+        subtotal = subtotal + widen(eight)
     for k in range(whole, size, lanes):
-        subtotal = subtotal + widen(_loss_at(e, k, size - k))
+        subtotal = subtotal + widen(in_use(_loss_at(e, k, size - k), size - k))
     return lane_sum(subtotal)
 
 
@@ -220,26 +251,33 @@ def _gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> 
     consecutive = e.x.step == e.y.step == dx.step == 1 and e.w.step == g.step == 0
     k, n = 0, to_first_vector(dx.at, size, past_caches)
     while k < size:
-        stop = whole_vectors(k, n, size, lanes) if consecutive else k
-        if stop > k and e.v.step == 0:
-            _slopes_of_piece(_one_weight(e, 0), g, dx, k, stop, past_caches)
-            k, n = stop, size - stop
-        elif stop > k and e.v.step == 1:
-            _slopes_of_piece(_one_weight(e, 1), g, dx, k, stop, past_caches)
+        stop = whole_vectors(k, n, size, lanes) if consecutive and e.v.step < 2 else k
+        if stop > k:
+            _gradients_of_weight(e, load_one(g.at, 0) * load_one(e.w.at, 0), dx, k, stop, past_caches)
             k, n = stop, size - stop
         else:
             _prefetch(e, k)
-            store_along(dx, k, n, load_along(g, k, n) * _slope_at(e, k, n))
+            store_along(dx, k, n, _gradient_at(e, g, k, n))
             k, n = k + n, min(lanes, size - k - n)
 
 
 @njit(**INLINE)
-def _slopes_of_piece(e: Any, g: Any, dx: Any, first: Any, last: Any, past_caches: Any) -> None:
-    """Whole vectors of logits, targets and gradients that lie side by side, with one weight for all."""
+def _gradients_of_weight(e: Any, g: Any, dx: Any, first: Any, last: Any, past_caches: Any) -> None:
+    """Whole vectors of logits, targets and gradients that lie side by side, with one g for all."""
+    if e.v.step == 1:
+        _gradients_of_vectors(_side_by_side(e, 1.0, Line(e.v.at, 1)), g, dx, first, last, past_caches)
+    elif load_one(e.v.at, 0) == 1.0:
+        _gradients_of_vectors(_side_by_side(e, 1.0, 1.0), g, dx, first, last, past_caches)
+    else:
+        _gradients_of_vectors(_side_by_side(e, 1.0, load_one(e.v.at, 0)), g, dx, first, last, past_caches)
+
+
+@njit(**INLINE)
+def _gradients_of_vectors(e: Any, g: Any, dx: Any, first: Any, last: Any, past_caches: Any) -> None:
     lanes = lanes_of(e.x.at)
     for k in range(first, last, lanes):
         _prefetch(e, k)
-        stream(dx.at, k, load(g.at, 0, 0, lanes, 0.0) * _slope_at(e, k, lanes), past_caches)
+        stream(dx.at, k, _gradient_at(e, g, k, lanes), past_caches)
 
 
 @region(Backward)
@@ -255,22 +293,33 @@ def _backward(block: Any) -> None:
 
 
 @njit(**INLINE)
-def _sum_and_slopes_of_piece(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> Any:
+def _sum_and_gradient_of_weight(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> Any:
+    if e.v.step == 1:
+        return _sum_and_gradient_of_piece(_side_by_side(e, 1.0, Line(e.v.at, 1)), g, dx, size, past_caches)
+    if load_one(e.v.at, 0) == 1.0:
+        return _sum_and_gradient_of_piece(_side_by_side(e, 1.0, 1.0), g, dx, size, past_caches)
+    return _sum_and_gradient_of_piece(_side_by_side(e, 1.0, load_one(e.v.at, 0)), g, dx, size, past_caches)
+
+
+@njit(**INLINE)
+def _sum_and_gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> Any:
     """`_sum_of_piece`, and the gradient on the way: the compiler sees that both need the same exp."""
     lanes = lanes_of(e.x.at)
-    subtotal, whole = widen(splat(0.0, e.x.at)), size // (4 * lanes) * (4 * lanes)
-    dloss = load(g.at, 0, 0, lanes, 0.0)
-    for k in range(0, whole, 4 * lanes):
-        four = splat(0.0, e.x.at)
-        for i in range(k, k + 4 * lanes, lanes):
+    subtotal, whole = widen(splat(0.0, e.x.at)), size // (8 * lanes) * (8 * lanes)
+    for k in range(0, whole, 8 * lanes):
+        eight = splat(0.0, e.x.at)
+        for i in range(k, k + 8 * lanes, 2 * lanes):
             _prefetch(e, i)
-            four = four + _loss_at(e, i, lanes)
-            stream(dx.at, i, dloss * _slope_at(e, i, lanes), past_caches)
-        subtotal = subtotal + widen(four)
+            _prefetch(e, i + lanes)
+            two = _loss_at(e, i, lanes)
+            stream(dx.at, i, _gradient_at(e, g, i, lanes), past_caches)
+            eight = eight + (two + _loss_at(e, i + lanes, lanes))
+            stream(dx.at, i + lanes, _gradient_at(e, g, i + lanes, lanes), past_caches)
+        subtotal = subtotal + widen(eight)
     for k in range(whole, size, lanes):
         n = size - k
-        subtotal = subtotal + widen(_loss_at(e, k, n))
-        store(dx.at, k, 1, n, dloss * _slope_at(e, k, n))
+        subtotal = subtotal + widen(in_use(_loss_at(e, k, n), n))
+        store(dx.at, k, 1, n, _gradient_at(e, g, k, n))
     return lane_sum(subtotal)
 
 
@@ -282,12 +331,10 @@ def _sum_backward(block: Any) -> None:
         for number in range(task * a.way.grain, last_piece(task, a.way)):
             piece = piece_of(number, a.way)
             e, g, dx = _lines(a.inputs, piece), line_at(a.dloss, a.dloss_strides, piece), line_at(a.dlogits, a.dstrides, piece)
-            consecutive = e.x.step == e.y.step == dx.step == 1 and e.w.step == g.step == 0
-            aligned = a.past_caches == 0 or to_alignment(dx.at) == 0
-            if consecutive and aligned and e.v.step == 0:
-                a.partial[number] = _sum_and_slopes_of_piece(_one_weight(e, 0), g, dx, piece.size, a.past_caches)
-            elif consecutive and aligned and e.v.step == 1:
-                a.partial[number] = _sum_and_slopes_of_piece(_one_weight(e, 1), g, dx, piece.size, a.past_caches)
+            consecutive = e.x.step == e.y.step == dx.step == 1 and e.w.step == g.step == 0 and e.v.step < 2
+            if consecutive and (a.past_caches == 0 or to_alignment(dx.at) == 0):
+                w = load_one(e.w.at, 0)
+                a.partial[number] = w * _sum_and_gradient_of_weight(e, load_one(g.at, 0) * w, dx, piece.size, a.past_caches)
             else:  # one after the other: the second finds the piece in the caches
                 a.partial[number] = _total_of_piece(e, piece.size)
                 _gradient_of_piece(e, g, dx, piece.size, a.past_caches)

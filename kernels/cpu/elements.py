@@ -7,11 +7,14 @@ from typing import Annotated, Any, NamedTuple
 
 import torch
 from numba import njit
+from numba.core import types
+from numba.extending import overload
 from torch import Tensor
 
 from .inline import INLINE
 from .memory import load, offset, prefetch, store
 from .rows import AHEAD
+from .simd import lane_numbers, select
 
 PIECE = 8192  # numbers in a piece
 TASK_NUMEL = (1 << 13, 1 << 15)  # elements in a task, at least and at most: see `rows.TASK_NUMEL`
@@ -80,9 +83,25 @@ def load_along(x: Any, k: Any, n: Any) -> Any:
     return load(x.at, k * x.step, x.step, n, 0.0)
 
 
+def value_along(x: Any, k: Any, n: Any) -> Any:
+    """`load_along`, or the number itself if x is one that all elements share."""
+    raise NotImplementedError("compiled code only")
+
+
+@overload(value_along, jit_options=INLINE)
+def _typed_value_along(x, k, n):  # type: ignore[no-untyped-def]
+    return (lambda x, k, n: x) if isinstance(x, types.Float) else (lambda x, k, n: load_along(x, k, n))
+
+
 @njit(**INLINE)
 def store_along(x: Any, k: Any, n: Any, value: Any) -> None:
     store(x.at, k * x.step, x.step, n, value)
+
+
+@njit(**INLINE)
+def in_use(losses: Any, n: Any) -> Any:
+    """The first n lanes; 0 in those that are left, whose numbers have a loss, too."""
+    return select(lane_numbers(losses) < n, losses, 0.0)
 
 
 @njit(**INLINE)

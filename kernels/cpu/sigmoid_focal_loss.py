@@ -14,15 +14,15 @@ from torch import Tensor
 
 from ..groups import Focus
 from .arguments import Float64, Floats, Stored, arguments
-from .bce_with_logits import loss_of
-from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .bce_with_logits import far_exp, loss_of
+from .elements import Elements, Line, Strides, elements, in_use, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
 from .inline import INLINE
 from .launch import next_task, region
 from .math import exp, log
 from .memory import load, store, stream, to_alignment
 from .reduction import sum_rows
 from .rows import bypass_caches, to_first_vector, whole_vectors
-from .simd import lane_numbers, lane_sum, lanes_of, select, splat, widen
+from .simd import lane_sum, lanes_of, select, splat, widen
 
 _SMALLEST = 2.0**-126  # a normal number: below, q^fraction is taken as 0
 
@@ -101,9 +101,9 @@ def _inputs(logits: Tensor, target: Tensor, focus: Focus) -> Inputs:
 
 
 @njit(**INLINE)
-def _wrong(x: Any, y: Any) -> Any:
+def _wrong(at: Any, x: Any, y: Any) -> Any:
     """q, s(x) and s(-x)."""
-    e = exp(select(x > 0.0, 0.0 - x, x))
+    e = far_exp(at, x)
     large = 1.0 / (e + 1.0)
     small = e * large
     s, rest = select(x > 0.0, large, small), select(x > 0.0, small, large)
@@ -129,15 +129,15 @@ def _weight(y: Any, focus: Any) -> Any:
 
 
 @njit(**INLINE)
-def _loss(x: Any, y: Any, focus: Any) -> Any:
-    q, _s, _rest = _wrong(x, y)
-    return _weight(y, focus) * _power(q, focus.gamma) * loss_of(x, y, 1.0, 1.0)
+def _loss(at: Any, x: Any, y: Any, focus: Any) -> Any:
+    q, _s, _rest = _wrong(at, x, y)
+    return _weight(y, focus) * _power(q, focus.gamma) * loss_of(at, x, y, 1.0)
 
 
 @njit(**INLINE)
-def _loss_and_slope(x: Any, y: Any, focus: Any) -> Any:
-    q, s, rest = _wrong(x, y)
-    bce, steep = loss_of(x, y, 1.0, 1.0), _weight(y, focus) * _power(q, focus.gamma)
+def _loss_and_slope(at: Any, x: Any, y: Any, focus: Any) -> Any:
+    q, s, rest = _wrong(at, x, y)
+    bce, steep = loss_of(at, x, y, 1.0), _weight(y, focus) * _power(q, focus.gamma)
     steeper = focus.gamma * (1.0 - y - y) * select(q > 0.0, s * rest / q, 0.0) * bce
     return steep * bce, steep * ((1.0 - y) * s - y * rest + steeper)
 
@@ -170,14 +170,8 @@ def _forward(block: Any) -> None:
             for k in range(0, piece.size, lanes_of(e.x.at)):
                 n = piece.size - k
                 _prefetch(e, k)
-                store_along(loss, k, n, _loss(load_along(e.x, k, n), load_along(e.y, k, n), a.inputs.focus))
+                store_along(loss, k, n, _loss(e.x.at, load_along(e.x, k, n), load_along(e.y, k, n), a.inputs.focus))
         task = next_task(block)
-
-
-@njit(**INLINE)
-def _losses_that_count(losses: Any, n: Any) -> Any:
-    """The lanes that are left hold x = y = 0, which has a loss."""
-    return select(lane_numbers(losses) < n, losses, 0.0)
 
 
 @njit(**INLINE)
@@ -186,8 +180,8 @@ def _total_of_piece(e: Any, size: Any, focus: Any) -> Any:
     for k in range(0, size, lanes_of(e.x.at)):
         n = size - k
         _prefetch(e, k)
-        loss = _loss(load_along(e.x, k, n), load_along(e.y, k, n), focus)
-        subtotal = subtotal + widen(_losses_that_count(loss, n))
+        loss = _loss(e.x.at, load_along(e.x, k, n), load_along(e.y, k, n), focus)
+        subtotal = subtotal + widen(in_use(loss, n))
     return lane_sum(subtotal)
 
 
@@ -213,12 +207,12 @@ def _gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, focus: Any, past_cach
             near, dloss = _side_by_side(e), load(g.at, 0, 0, lanes, 0.0)
             for i in range(k, stop, lanes):
                 _prefetch(near, i)
-                _loss, slope = _loss_and_slope(load_along(near.x, i, lanes), load_along(near.y, i, lanes), focus)
+                _loss, slope = _loss_and_slope(near.x.at, load_along(near.x, i, lanes), load_along(near.y, i, lanes), focus)
                 stream(dx.at, i, dloss * slope, past_caches)
             k, n = stop, size - stop
         else:
             _prefetch(e, k)
-            _loss, slope = _loss_and_slope(load_along(e.x, k, n), load_along(e.y, k, n), focus)
+            _loss, slope = _loss_and_slope(e.x.at, load_along(e.x, k, n), load_along(e.y, k, n), focus)
             store_along(dx, k, n, load_along(g, k, n) * slope)
             k, n = k + n, min(lanes, size - k - n)
 
@@ -243,13 +237,13 @@ def _sum_and_gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, focus: Any, p
     dloss = load(g.at, 0, 0, lanes, 0.0)
     for k in range(0, whole, lanes):
         _prefetch(e, k)
-        loss, slope = _loss_and_slope(load_along(e.x, k, lanes), load_along(e.y, k, lanes), focus)
+        loss, slope = _loss_and_slope(e.x.at, load_along(e.x, k, lanes), load_along(e.y, k, lanes), focus)
         subtotal = subtotal + widen(loss)
         stream(dx.at, k, dloss * slope, past_caches)
     if whole < size:
         n = size - whole
-        loss, slope = _loss_and_slope(load_along(e.x, whole, n), load_along(e.y, whole, n), focus)
-        subtotal = subtotal + widen(_losses_that_count(loss, n))
+        loss, slope = _loss_and_slope(e.x.at, load_along(e.x, whole, n), load_along(e.y, whole, n), focus)
+        subtotal = subtotal + widen(in_use(loss, n))
         store(dx.at, whole, 1, n, dloss * slope)
     return lane_sum(subtotal)
 

@@ -1,6 +1,6 @@
 """How the elementwise losses go over tensors [A, B, P]: all of one shape, each with its own strides (0 where it is broadcast).
 
-A *piece* is a stretch of at most PIECE numbers along P; a task is some pieces. Lanes lie along P.
+A *piece* is a stretch of numbers along P, at most as long as the tensor's size says; a task is some pieces. Lanes lie along P.
 """
 
 from typing import Annotated, Any, NamedTuple
@@ -16,8 +16,10 @@ from .memory import load, offset, prefetch, store
 from .rows import AHEAD
 from .simd import lane_numbers, select
 
-PIECE = 8192  # numbers in a piece
-TASK_NUMEL = (1 << 13, 1 << 15)  # elements in a task, at least and at most: see `rows.TASK_NUMEL`
+PIECES = (1 << 11, 1 << 13)  # numbers in a piece, at most: of a small tensor, so that threads can share it, and of others
+SMALL_NUMEL = 1 << 18
+ALONE_NUMEL = 1 << 13  # up to here one thread does all: see `rows.TASK_NUMEL`
+TASK_NUMEL = (1 << 11, 1 << 15)  # elements in a task, at least and at most
 
 
 Strides = Annotated[tuple[int, ...], 3]  # of a tensor [A, B, P], in elements
@@ -29,6 +31,7 @@ class Elements(NamedTuple):
     a: int
     b: int
     p: int
+    piece: int  # how long one is, at most; the number of threads must not be asked here
     pieces: int
     grain: int  # pieces in a task
 
@@ -39,9 +42,12 @@ class Elements(NamedTuple):
 
 def elements(tensor: Tensor) -> Elements:
     a, b, p = tensor.shape
-    pieces, numel = a * b * -(-p // PIECE), max(1, min(p, PIECE))
+    piece = PIECES[0] if tensor.numel() < SMALL_NUMEL else PIECES[1]
+    pieces, numel = a * b * -(-p // piece), max(1, min(p, piece))
+    if tensor.numel() < ALONE_NUMEL:
+        return Elements(a, b, p, piece, pieces, max(1, pieces))
     share = pieces // (4 * torch.get_num_threads())  # pieces in a task if every thread is to get four
-    return Elements(a, b, p, pieces, max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share)))
+    return Elements(a, b, p, piece, pieces, max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share)))
 
 
 class Piece(NamedTuple):
@@ -66,9 +72,9 @@ def last_piece(task: Any, way: Any) -> Any:
 
 @njit(**INLINE)
 def piece_of(number: Any, way: Any) -> Any:
-    pieces = (way.p + PIECE - 1) // PIECE
-    row, first = number // pieces, number % pieces * PIECE
-    return Piece(row // way.b, row % way.b, first, min(PIECE, way.p - first))
+    pieces = (way.p + way.piece - 1) // way.piece
+    row, first = number // pieces, number % pieces * way.piece
+    return Piece(row // way.b, row % way.b, first, min(way.piece, way.p - first))
 
 
 @njit(**INLINE)

@@ -32,8 +32,8 @@ class ElementKernels(Protocol):
     def bce_with_logits_forward(self, logits: Elements, target: Floats, weight: Floats, pos_weight: Floats, loss: FloatResults) -> None:
         """loss = w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x)), softplus(-x) = log1p(exp(-|x|)) + max(-x, 0)."""
 
-    def bce_with_logits_sum(self, logits: Elements, target: Floats, weight: Floats, pos_weight: Floats, total: Total) -> None:
-        """total [1] = the sum of these losses, in one fixed order."""
+    def bce_with_logits_sum(self, logits: Elements, target: Floats, weight: Floats, pos_weight: Floats, count: int, total: Total) -> None:
+        """total [1] = the sum of these losses, in one fixed order, over `count`."""
 
     def bce_with_logits_backward(
         self,
@@ -53,6 +53,7 @@ class ElementKernels(Protocol):
         weight: Floats,
         pos_weight: Floats,
         dloss: Floats,
+        count: int,
         total: Total,
         dlogits: Gradient,
     ) -> None:
@@ -61,14 +62,14 @@ class ElementKernels(Protocol):
     def binary_cross_entropy_forward(self, prob: Elements, target: Floats, weight: Floats, loss: FloatResults) -> None:
         """loss = -w (y max(log p, -100) + (1 - y) max(log(1 - p), -100))."""
 
-    def binary_cross_entropy_sum(self, prob: Elements, target: Floats, weight: Floats, total: Total) -> None:
-        """total [1] = the sum of these losses, in one fixed order."""
+    def binary_cross_entropy_sum(self, prob: Elements, target: Floats, weight: Floats, count: int, total: Total) -> None:
+        """total [1] = the sum of these losses, in one fixed order, over `count`."""
 
     def binary_cross_entropy_backward(self, prob: Elements, target: Floats, weight: Floats, dloss: Floats, dprob: Gradient) -> None:
         """dprob = dloss w (p - y) / max((1 - p) p, 1e-12)."""
 
     def binary_cross_entropy_sum_backward(
-        self, prob: Elements, target: Floats, weight: Floats, dloss: Floats, total: Total, dprob: Gradient
+        self, prob: Elements, target: Floats, weight: Floats, dloss: Floats, count: int, total: Total, dprob: Gradient
     ) -> None:
         """What sum and backward compute, in one visit where that can be."""
 
@@ -76,13 +77,13 @@ class ElementKernels(Protocol):
         """loss = a q^gamma bce, a = positive y + negative (1 - y), q = y sigmoid(-x) + (1 - y) sigmoid(x),
         bce = (1 - y) x + softplus(-x)."""
 
-    def sigmoid_focal_loss_sum(self, logits: Elements, target: Floats, focus: Focus, total: Total) -> None:
-        """total [1] = the sum of these losses, in one fixed order."""
+    def sigmoid_focal_loss_sum(self, logits: Elements, target: Floats, focus: Focus, count: int, total: Total) -> None:
+        """total [1] = the sum of these losses, in one fixed order, over `count`."""
 
     def sigmoid_focal_loss_backward(self, logits: Elements, target: Floats, focus: Focus, dloss: Floats, dlogits: Gradient) -> None:
         """dlogits = dloss a q^gamma ((sigmoid(x) - y) + gamma (1 - 2 y) sigmoid(x) sigmoid(-x) / q bce)."""
 
     def sigmoid_focal_loss_sum_backward(
-        self, logits: Elements, target: Floats, focus: Focus, dloss: Floats, total: Total, dlogits: Gradient
+        self, logits: Elements, target: Floats, focus: Focus, dloss: Floats, count: int, total: Total, dlogits: Gradient
     ) -> None:
         """What sum and backward compute, in one visit where that can be."""

@@ -6,7 +6,6 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from .backends import kernels_for
 from .loss import COMPUTE, Spec, compute_dtype
 from .rows import ones, quotient
 from .storage import present
@@ -89,16 +88,17 @@ def gradient_ahead(dloss: float, reduction: str, dtype: torch.dtype, first: Tens
     return (number / first.numel() if reduction == "mean" else number).expand(first.shape)
 
 
-def place_of_sum(loss: Tensor, reduction: str, first: Tensor) -> Tensor:
-    """Where the kernels write the sum of the losses: the loss itself, if that is what it will be."""
+def count_of(first: Tensor, reduction: str) -> int:
+    """What the sum of the losses is divided by."""
+    return first.numel() if reduction == "mean" else 1
+
+
+def place_of_total(loss: Tensor, first: Tensor) -> Tensor:
+    """Where the kernels write the loss: itself, unless it is to be rounded."""
     compute = compute_dtype(first)
-    return loss if reduction == "sum" and loss.dtype is compute else torch.empty((), dtype=compute, device=loss.device)
+    return loss if loss.dtype is compute else torch.empty((), dtype=compute, device=loss.device)
 
 
-def reduce_elements(total: Tensor, count: int, reduction: str, loss: Tensor) -> None:
-    """Write the loss, from the sum of the losses of `count` elements."""
-    if reduction == "mean":
-        whole, total = total, loss if loss.dtype is total.dtype else torch.empty_like(total)
-        kernels_for(whole).divide(whole, torch.full((), count, dtype=whole.dtype, device=whole.device), total)
+def put_total(total: Tensor, loss: Tensor) -> None:
     if total is not loss:
         loss.copy_(total)

@@ -105,8 +105,8 @@ def arguments_of(launcher: str) -> dict[str, Any]:
         made = {**MADE, "_Floats": MADE["_Elements"], **results}
     else:
         made = MADE
-    numbers: dict[str, Any] = {"ignore_index": -100, "keep": 0.9, "smoothing": Smoothing(0.9, 0.02), "focus": Focus(0.3, 0.7, 2.0)}
-    numbers |= {"logit_scale": 0.7, "answers": Answers(*(None,) * 5), "slope": Slope(None, None, None)}
+    numbers: dict[str, Any] = {"ignore_index": -100, "keep": 0.9, "count": 2, "smoothing": Smoothing(0.9, 0.02)}
+    numbers |= {"focus": Focus(0.3, 0.7, 2.0), "logit_scale": 0.7, "answers": Answers(*(None,) * 5), "slope": Slope(None, None, None)}
     numbers |= {"rows": Rows(None, None, None, None), "reduction": Reduction(1.0, torch.empty(()), torch.empty(()))}
     numbers |= {"foreseen": Foreseen(torch.ones(2), torch.empty(()), torch.empty(()))} if launcher.startswith("foreseen") else {}
     arguments = {name: numbers[name] if name in numbers else made[type(kind_of(hint)).__name__]() for name, hint in hints.items()}
@@ -248,6 +248,7 @@ def test_every_tensor_of_every_launcher_has_a_kind() -> None:
         parameters = inspect.signature(getattr(launchers.Kernels, launcher)).parameters
         assert {name.partition(".")[0] for name in kinds_of(launcher)} == set(parameters) - {
             "self",
+            "count",
             "focus",
             "ignore_index",
             "keep",

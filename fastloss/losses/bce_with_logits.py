@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, computed, element_gradient, gradient_ahead, loss_spec, place_of_sum, reduce_elements
+from ..elements import as_elements, computed, count_of, element_gradient, gradient_ahead, loss_spec, place_of_total, put_total
 from ..loss import Loss, Spec, Worth, reduced
 from ..memory import empty_like
 from ..rows import settle
@@ -56,20 +56,20 @@ class BCEWithLogits(Loss[Tensors, Options, Saved]):
             kernels_for(x).bce_with_logits_forward(x, y, computed(w, x), computed(pos, x), written)
             return (settle(loss, written),)
         x, y, w, pos = as_elements(*t)
-        total = place_of_sum(loss, o.reduction, t.input)
-        kernels_for(x).bce_with_logits_sum(x, y, computed(w, x), computed(pos, x), total)
-        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        count, total = count_of(t.input, o.reduction), place_of_total(loss, t.input)
+        kernels_for(x).bce_with_logits_sum(x, y, computed(w, x), computed(pos, x), count, total)
+        put_total(total, loss)
         return (loss,)
 
     def forward_backward(
         self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         (loss,), dinput = self.allocate(t, o), empty_like(t.input)
-        total = place_of_sum(loss, o.reduction, t.input)
+        count, total = count_of(t.input, o.reduction), place_of_total(loss, t.input)
         x, y, w, pos, written = as_elements(*t, dinput)
         g = gradient_ahead(dloss, o.reduction, o.dtype, x)
-        kernels_for(x).bce_with_logits_sum_backward(x, y, computed(w, x), computed(pos, x), g, total, written)
-        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        kernels_for(x).bce_with_logits_sum_backward(x, y, computed(w, x), computed(pos, x), g, count, total, written)
+        put_total(total, loss)
         return (settle(dinput, written),), (loss,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..arguments import autocast_is_active, dtype_misfit, elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, computed, element_gradient, gradient_ahead, loss_spec, place_of_sum, reduce_elements
+from ..elements import as_elements, computed, count_of, element_gradient, gradient_ahead, loss_spec, place_of_total, put_total
 from ..loss import Loss, Spec, Worth, compute_dtype, reduced
 from ..memory import empty_like
 from ..rows import settle
@@ -61,20 +61,20 @@ class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
             kernels_for(p).binary_cross_entropy_forward(p, y, computed(w, p), written)
             return (settle(loss, written),)
         p, y, w = as_elements(*t)
-        total = place_of_sum(loss, o.reduction, t.input)
-        kernels_for(p).binary_cross_entropy_sum(p, y, computed(w, p), total)
-        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        count, total = count_of(t.input, o.reduction), place_of_total(loss, t.input)
+        kernels_for(p).binary_cross_entropy_sum(p, y, computed(w, p), count, total)
+        put_total(total, loss)
         return (loss,)
 
     def forward_backward(
         self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         (loss,), dinput = self.allocate(t, o), empty_like(t.input)
-        total = place_of_sum(loss, o.reduction, t.input)
+        count, total = count_of(t.input, o.reduction), place_of_total(loss, t.input)
         p, y, w, written = as_elements(*t, dinput)
         g = gradient_ahead(dloss, o.reduction, o.dtype, p)
-        kernels_for(p).binary_cross_entropy_sum_backward(p, y, computed(w, p), g, total, written)
-        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        kernels_for(p).binary_cross_entropy_sum_backward(p, y, computed(w, p), g, count, total, written)
+        put_total(total, loss)
         return (settle(dinput, written),), (loss,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:

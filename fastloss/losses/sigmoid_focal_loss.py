@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..arguments import elementwise_misfit
 from ..backends import kernels_for
-from ..elements import as_elements, element_gradient, gradient_ahead, loss_spec, place_of_sum, reduce_elements
+from ..elements import as_elements, count_of, element_gradient, gradient_ahead, loss_spec, place_of_total, put_total
 from ..kernels.groups import Focus
 from ..loss import Loss, Spec, Worth, reduced
 from ..memory import empty_like
@@ -65,20 +65,20 @@ class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
             kernels_for(x).sigmoid_focal_loss_forward(x, y, _focus(o), written)
             return (settle(loss, written),)
         x, y = as_elements(*t)
-        total = place_of_sum(loss, o.reduction, t.input)
-        kernels_for(x).sigmoid_focal_loss_sum(x, y, _focus(o), total)
-        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        count, total = count_of(t.input, o.reduction), place_of_total(loss, t.input)
+        kernels_for(x).sigmoid_focal_loss_sum(x, y, _focus(o), count, total)
+        put_total(total, loss)
         return (loss,)
 
     def forward_backward(
         self, dloss: float, t: Tensors, o: Options, needed: tuple[bool, ...]
     ) -> tuple[tuple[Tensor | None, ...], tuple[Tensor, ...]]:
         (loss,), dinput = self.allocate(t, o), empty_like(t.input)
-        total = place_of_sum(loss, o.reduction, t.input)
+        count, total = count_of(t.input, o.reduction), place_of_total(loss, t.input)
         x, y, written = as_elements(*t, dinput)
         g = gradient_ahead(dloss, o.reduction, o.dtype, x)
-        kernels_for(x).sigmoid_focal_loss_sum_backward(x, y, _focus(o), g, total, written)
-        reduce_elements(total, t.input.numel(), o.reduction, loss)
+        kernels_for(x).sigmoid_focal_loss_sum_backward(x, y, _focus(o), g, count, total, written)
+        put_total(total, loss)
         return (settle(dinput, written),), (loss,)
 
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:

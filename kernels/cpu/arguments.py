@@ -30,7 +30,7 @@ Float32 = Annotated[Tensor, "float32"]
 Known = Annotated[int, "known"]  # a number that takes few values: the region is compiled for each
 # and `Computed`; `int`; `float`, computed with as the logits are; Annotated[tuple[int, ...], how many]; other blocks
 
-HEADER = 4  # words before the arguments: see `launch`
+HEADER = 5  # words before the arguments: see `launch`
 STORAGE = {torch.float32: llvm.float32, torch.float64: llvm.float64, torch.float16: llvm.float16, torch.bfloat16: llvm.bfloat16}
 COMPUTED = {torch.float32: torch.float32, torch.float64: torch.float64, torch.float16: torch.float32, torch.bfloat16: torch.float32}
 _I64 = ir.IntType(64)

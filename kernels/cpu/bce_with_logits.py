@@ -8,19 +8,18 @@ Both are written so that no tail is lost to cancellation: the small one of s(x),
 
 from typing import Any, NamedTuple
 
-import torch
 from numba import njit
 from torch import Tensor
 
-from .arguments import Float64, Floats, Known, Stored, arguments
-from .elements import Elements, Line, Strides, elements, last_piece, line_at, load_along, piece_of, prefetch_along, store_along
+from .arguments import Floats, Stored
+from .elements import Line, Strides, line_at, load_along, value_along
+from .elementwise import ANYHOW, SIDE_BY_SIDE, elementwise
 from .inline import INLINE
-from .launch import next_task, region
-from .math import exp, log1p
-from .memory import load, store, stream, to_alignment
-from .reduction import sum_rows
-from .rows import bypass_caches, to_first_vector, whole_vectors
-from .simd import fma, lane_sum, lanes_of, select, splat, widen
+from .math import add_log1p, exp_for
+from .memory import load_one
+from .simd import bits, fma, minus_magnitude, select, times_sign
+
+EACH = SIDE_BY_SIDE + 1  # and pos_weight, too, where it has a number for each element
 
 
 class Inputs(NamedTuple):
@@ -32,30 +31,6 @@ class Inputs(NamedTuple):
     weight_strides: Strides
     pos_weight: Floats
     pos_weight_strides: Strides
-
-
-class Forward(NamedTuple):
-    inputs: Inputs
-    loss: Floats
-    loss_strides: Strides
-    way: Elements
-
-
-class Sum(NamedTuple):
-    inputs: Inputs
-    partial: Float64  # a sum for each piece
-    way: Elements
-
-
-class Backward(NamedTuple):
-    inputs: Inputs
-    dloss: Floats
-    dloss_strides: Strides
-    dlogits: Stored
-    dstrides: Strides
-    partial: Float64 | None  # as in `Sum`, where both are wanted
-    past_caches: Known
-    way: Elements
 
 
 class Lines(NamedTuple):
@@ -72,57 +47,63 @@ def _inputs(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) 
     return Inputs(logits, strides[0], target, strides[1], weight, strides[2], pos_weight, strides[3])
 
 
+def _layout(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor) -> int:
+    step = pos_weight.stride(2)
+    near = logits.stride(2) == target.stride(2) == 1 and weight.stride(2) == 0 and step < 2
+    return (EACH if step else SIDE_BY_SIDE) if near else ANYHOW
+
+
 def bce_with_logits_forward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, loss: Tensor) -> None:
-    way = elements(logits)
-    inputs = _inputs(logits, target, weight, pos_weight)
-    _forward(way.tasks, Forward(inputs=inputs, loss=loss, loss_strides=loss.stride(), way=way))
+    tensors = logits, target, weight, pos_weight
+    _regions.losses(_inputs(*tensors), _layout(*tensors), loss)
 
 
-def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, total: Tensor) -> None:
-    way = elements(logits)
-    partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
-    _sum(way.tasks, Sum(inputs=_inputs(logits, target, weight, pos_weight), partial=partial, way=way))
-    sum_rows(partial, total)
+def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, count: int, total: Tensor) -> None:
+    tensors = logits, target, weight, pos_weight
+    _regions.total(_inputs(*tensors), _layout(*tensors), count, total)
 
 
 def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor) -> None:
-    way = elements(logits)
-    _backward(way.tasks, Backward(
-        inputs=_inputs(logits, target, weight, pos_weight), dloss=dloss, dloss_strides=dloss.stride(),
-        dlogits=dlogits, dstrides=dlogits.stride(), partial=None, past_caches=bypass_caches(logits, dlogits), way=way,
-    ))  # fmt: skip
+    tensors = logits, target, weight, pos_weight
+    _regions.gradients(_inputs(*tensors), _layout(*tensors), dloss, dlogits)
 
 
 def bce_with_logits_sum_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, total: Tensor, dlogits: Tensor
+    logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, count: int, total: Tensor, dlogits: Tensor
 ) -> None:
-    way = elements(logits)
-    partial = torch.empty(way.pieces, dtype=torch.float64, device="cpu")
-    _sum_backward(way.tasks, Backward(
-        inputs=_inputs(logits, target, weight, pos_weight), dloss=dloss, dloss_strides=dloss.stride(),
-        dlogits=dlogits, dstrides=dlogits.stride(), partial=partial, past_caches=bypass_caches(logits, dlogits), way=way,
-    ))  # fmt: skip
-    sum_rows(partial, total)
+    tensors = logits, target, weight, pos_weight
+    _regions.total_and_gradients(_inputs(*tensors), _layout(*tensors), dloss, count, total, dlogits)
 
 
 @njit(**INLINE)
-def loss_of(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
-    """w ((1 - y) x + (1 + (pos_weight - 1) y) softplus(-x))."""
-    negative = 1.0 - y
-    high = negative * x
-    # 0 * high: an infinite x makes the loss NaN where torch's does
-    linear = select(x > 0.0, high, fma(high, 0.0, 0.0 - pos_weight * y * x))
-    softplus = log1p(exp(select(x > 0.0, 0.0 - x, x)))
-    return weight * fma(fma(pos_weight, y, negative), softplus, linear)
+def far_exp(at: Any, x: Any) -> Any:
+    """exp(-|x|), of numbers as exact as those behind this pointer."""
+    return exp_for(at, minus_magnitude(x))
 
 
 @njit(**INLINE)
-def _slope(x: Any, y: Any, weight: Any, pos_weight: Any) -> Any:
-    e = exp(select(x > 0.0, 0.0 - x, x))
-    large = 1.0 / (e + 1.0)
-    small = e * large
-    positive = x > 0.0
-    return weight * ((1.0 - y) * select(positive, large, small) - pos_weight * y * select(positive, small, large))
+def _sides(x: Any, y: Any, v: Any) -> Any:
+    """On the side of 0 where x is: the slope of the loss far out, 1 - y or -v y; and the factor of softplus, 1 - y + v y."""
+    positive, negative = 1.0 - y, v * y
+    # exactly 1 without pos_weight, also if y is no probability: the loops that leave it out then give the same bits
+    factor = select(v == 1.0, 1.0, fma(v, y, positive))
+    return select(bits(x) < 0, 0.0 - negative, positive), factor
+
+
+@njit(**INLINE)
+def loss_of(at: Any, x: Any, y: Any, v: Any) -> Any:
+    """far x + factor log1p(exp(-|x|)): `_sides`."""
+    far, factor = _sides(x, y, v)
+    nan = select(bits(x) < 0, x * 0.0, 0.0)  # torch's loss of -inf
+    return fma(far, x, add_log1p(at, factor, far_exp(at, x), nan))
+
+
+@njit(**INLINE)
+def _gradient_of(at: Any, x: Any, y: Any, v: Any, g: Any) -> Any:
+    """g (far - sign(x) factor s(-|x|))."""
+    far, factor = _sides(x, y, v)
+    e = far_exp(at, x)
+    return fma(times_sign(factor * e, x), (0.0 - g) / (e + 1.0), g * far)
 
 
 @njit(**INLINE)
@@ -136,159 +117,27 @@ def _lines(inputs: Any, piece: Any) -> Any:
 
 
 @njit(**INLINE)
-def _one_weight(e: Any, v_step: Any) -> Any:
-    """Logits and targets side by side and one weight for all, with steps that the compiler knows: see `rows.whole_vectors`."""
-    return Lines(Line(e.x.at, 1), Line(e.y.at, 1), Line(e.w.at, 0), Line(e.v.at, v_step))
-
-
-@njit(**INLINE)
-def _prefetch(e: Any, k: Any) -> None:
-    prefetch_along(e.x, k)
-    prefetch_along(e.y, k)
+def _nearest(e: Any, layout: Any, visit: Any, rest: Any) -> Any:
+    x, y, w = Line(e.x.at, 1), Line(e.y.at, 1), load_one(e.w.at, 0)
+    if layout == EACH:
+        return visit(Lines(x, y, w, Line(e.v.at, 1)), rest)
+    v = load_one(e.v.at, 0)
+    if w == 1.0 and v == 1.0:  # as where there are no weights: a loop without them
+        return visit(Lines(x, y, 1.0, 1.0), rest)
+    return visit(Lines(x, y, w, v), rest)
 
 
 @njit(**INLINE)
 def _loss_at(e: Any, k: Any, n: Any) -> Any:
-    return loss_of(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
+    x, y = load_along(e.x, k, n), load_along(e.y, k, n)
+    return value_along(e.w, k, n) * loss_of(e.x.at, x, y, value_along(e.v, k, n))
 
 
 @njit(**INLINE)
-def _slope_at(e: Any, k: Any, n: Any) -> Any:
-    return _slope(load_along(e.x, k, n), load_along(e.y, k, n), load_along(e.w, k, n), load_along(e.v, k, n))
+def _gradient_at(e: Any, g: Any, k: Any, n: Any) -> Any:
+    x, y = load_along(e.x, k, n), load_along(e.y, k, n)
+    return _gradient_of(e.x.at, x, y, value_along(e.v, k, n), value_along(g, k, n) * value_along(e.w, k, n))
 
 
-@region(Forward)
-def _forward(block: Any) -> None:
-    a = arguments(block)
-    task = next_task(block)
-    while task >= 0:
-        for number in range(task * a.way.grain, last_piece(task, a.way)):
-            piece = piece_of(number, a.way)
-            e, out = _lines(a.inputs, piece), line_at(a.loss, a.loss_strides, piece)
-            if e.x.step == e.y.step == out.step == 1 and e.w.step == e.v.step == 0:
-                _losses_of_piece(_one_weight(e, 0), Line(out.at, 1), piece.size)
-            else:
-                _losses_of_piece(e, out, piece.size)
-        task = next_task(block)
-
-
-@njit(**INLINE)
-def _losses_of_piece(e: Any, out: Any, size: Any) -> None:
-    for k in range(0, size, lanes_of(e.x.at)):
-        _prefetch(e, k)
-        store_along(out, k, size - k, _loss_at(e, k, size - k))
-
-
-@njit(**INLINE)
-def _total_of_piece(e: Any, size: Any) -> Any:
-    if e.x.step == e.y.step == 1 and e.w.step == e.v.step == 0:
-        return _sum_of_piece(_one_weight(e, 0), size)
-    if e.x.step == e.y.step == e.v.step == 1 and e.w.step == 0:
-        return _sum_of_piece(_one_weight(e, 1), size)
-    return _sum_of_piece(e, size)
-
-
-@njit(**INLINE)
-def _sum_of_piece(e: Any, size: Any) -> Any:
-    lanes = lanes_of(e.x.at)
-    subtotal, whole = widen(splat(0.0, e.x.at)), size // (4 * lanes) * (4 * lanes)
-    for k in range(0, whole, 4 * lanes):
-        four = splat(0.0, e.x.at)
-        for i in range(k, k + 4 * lanes, lanes):
-            _prefetch(e, i)
-            four = four + _loss_at(e, i, lanes)
-        subtotal = subtotal + widen(four)
-    for k in range(whole, size, lanes):
-        subtotal = subtotal + widen(_loss_at(e, k, size - k))
-    return lane_sum(subtotal)
-
-
-@region(Sum)
-def _sum(block: Any) -> None:
-    a = arguments(block)
-    task = next_task(block)
-    while task >= 0:
-        for number in range(task * a.way.grain, last_piece(task, a.way)):
-            piece = piece_of(number, a.way)
-            a.partial[number] = _total_of_piece(_lines(a.inputs, piece), piece.size)
-        task = next_task(block)
-
-
-@njit(**INLINE)
-def _gradient_of_piece(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> None:
-    lanes = lanes_of(e.x.at)
-    consecutive = e.x.step == e.y.step == dx.step == 1 and e.w.step == g.step == 0
-    k, n = 0, to_first_vector(dx.at, size, past_caches)
-    while k < size:
-        stop = whole_vectors(k, n, size, lanes) if consecutive else k
-        if stop > k and e.v.step == 0:
-            _slopes_of_piece(_one_weight(e, 0), g, dx, k, stop, past_caches)
-            k, n = stop, size - stop
-        elif stop > k and e.v.step == 1:
-            _slopes_of_piece(_one_weight(e, 1), g, dx, k, stop, past_caches)
-            k, n = stop, size - stop
-        else:
-            _prefetch(e, k)
-            store_along(dx, k, n, load_along(g, k, n) * _slope_at(e, k, n))
-            k, n = k + n, min(lanes, size - k - n)
-
-
-@njit(**INLINE)
-def _slopes_of_piece(e: Any, g: Any, dx: Any, first: Any, last: Any, past_caches: Any) -> None:
-    """Whole vectors of logits, targets and gradients that lie side by side, with one weight for all."""
-    lanes = lanes_of(e.x.at)
-    for k in range(first, last, lanes):
-        _prefetch(e, k)
-        stream(dx.at, k, load(g.at, 0, 0, lanes, 0.0) * _slope_at(e, k, lanes), past_caches)
-
-
-@region(Backward)
-def _backward(block: Any) -> None:
-    a = arguments(block)
-    task = next_task(block)
-    while task >= 0:
-        for number in range(task * a.way.grain, last_piece(task, a.way)):
-            piece = piece_of(number, a.way)
-            g, dx = line_at(a.dloss, a.dloss_strides, piece), line_at(a.dlogits, a.dstrides, piece)
-            _gradient_of_piece(_lines(a.inputs, piece), g, dx, piece.size, a.past_caches)
-        task = next_task(block)
-
-
-@njit(**INLINE)
-def _sum_and_slopes_of_piece(e: Any, g: Any, dx: Any, size: Any, past_caches: Any) -> Any:
-    """`_sum_of_piece`, and the gradient on the way: the compiler sees that both need the same exp."""
-    lanes = lanes_of(e.x.at)
-    subtotal, whole = widen(splat(0.0, e.x.at)), size // (4 * lanes) * (4 * lanes)
-    dloss = load(g.at, 0, 0, lanes, 0.0)
-    for k in range(0, whole, 4 * lanes):
-        four = splat(0.0, e.x.at)
-        for i in range(k, k + 4 * lanes, lanes):
-            _prefetch(e, i)
-            four = four + _loss_at(e, i, lanes)
-            stream(dx.at, i, dloss * _slope_at(e, i, lanes), past_caches)
-        subtotal = subtotal + widen(four)
-    for k in range(whole, size, lanes):
-        n = size - k
-        subtotal = subtotal + widen(_loss_at(e, k, n))
-        store(dx.at, k, 1, n, dloss * _slope_at(e, k, n))
-    return lane_sum(subtotal)
-
-
-@region(Backward)
-def _sum_backward(block: Any) -> None:
-    a = arguments(block)
-    task = next_task(block)
-    while task >= 0:
-        for number in range(task * a.way.grain, last_piece(task, a.way)):
-            piece = piece_of(number, a.way)
-            e, g, dx = _lines(a.inputs, piece), line_at(a.dloss, a.dloss_strides, piece), line_at(a.dlogits, a.dstrides, piece)
-            consecutive = e.x.step == e.y.step == dx.step == 1 and e.w.step == g.step == 0
-            aligned = a.past_caches == 0 or to_alignment(dx.at) == 0
-            if consecutive and aligned and e.v.step == 0:
-                a.partial[number] = _sum_and_slopes_of_piece(_one_weight(e, 0), g, dx, piece.size, a.past_caches)
-            elif consecutive and aligned and e.v.step == 1:
-                a.partial[number] = _sum_and_slopes_of_piece(_one_weight(e, 1), g, dx, piece.size, a.past_caches)
-            else:  # one after the other: the second finds the piece in the caches
-                a.partial[number] = _total_of_piece(e, piece.size)
-                _gradient_of_piece(e, g, dx, piece.size, a.past_caches)
-        task = next_task(block)
+_regions = elementwise((Inputs, Lines), _lines, _nearest, _loss_at, _gradient_at)
+_forward, _sum, _backward, _sum_backward = _regions

@@ -26,7 +26,7 @@ from .cache import compiled
 from .teams import team
 
 # Words at the start of a launch's argument block; FLAG is not 0 if something is wrong
-_TASKS, _NEXT, FLAG, _WORKERS = range(HEADER)
+_TASKS, _NEXT, FLAG, _WORKERS, _DONE = range(HEADER)
 _I64 = ir.IntType(64)
 
 
@@ -51,6 +51,17 @@ def next_task(typingctx: Any, block: Any) -> Any:
         return builder.select(left, task, ir.Constant(_I64, -1))
 
     return types.int64(block), codegen
+
+
+@intrinsic
+def last_task(typingctx: Any, block: Any) -> Any:
+    """Whether all tasks are done, now that one more is; true once, and what they all have written can be read then. Ask after each."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        done = builder.atomic_rmw("add", word(builder, args[0], _DONE), ir.Constant(_I64, 1), "acq_rel")
+        return builder.icmp_signed("==", builder.add(done, ir.Constant(_I64, 1)), builder.load(word(builder, args[0], _TASKS)))
+
+    return types.boolean(block), codegen
 
 
 @intrinsic

@@ -24,7 +24,6 @@ LN2_HIGH32, LN2_LOW32 = f32(0.693359375), f32(-2.12194440e-4)
 LN2_HIGH64, LN2_LOW64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 # adding 1.5 * 2**(bits of the fraction) rounds to an integer n and leaves it in the low bits; with the bias of exponents added, these are
 # the exponent of 2**n
-MAGIC32 = f32(1.5 * 2**23)
 BIASED32, BIASED64 = f32(1.5 * 2**23 + 127), 1.5 * 2.0**52 + 1023
 SQRT_HALF32, SQRT_HALF64 = 0x3F3504F3, 0x3FE6A09E667F3BCD  # bit patterns of sqrt(1/2)
 
@@ -44,8 +43,8 @@ def log(x: Any) -> Any:
     raise NotImplementedError("compiled code only")
 
 
-def log1p(x: Any) -> Any:
-    """log(1 + x) for 0 <= x <= 1, with all its digits for tiny x too. NaN for NaN."""
+def add_log1p(pointer: Any, factor: Any, x: Any, a: Any) -> Any:
+    """a + factor log(1 + x) for 0 <= x <= 1, the logarithm as exact as the numbers behind this pointer deserve: to 2e-7 for 16-bit ones."""
     raise NotImplementedError("compiled code only")
 
 
@@ -66,14 +65,14 @@ def _exp32(x: Any) -> Any:
 
 @njit(**INLINE)
 def _exp_for_half(x: Any) -> Any:
-    # as _exp32, with ln 2 in one part and e**r = 1 + r q(r) to 1.6e-7; the low bits of a NaN are 0, so it stays one
-    shifted = fma(x, f32(LOG2E), MAGIC32)
-    r = fma(shifted - MAGIC32, f32(-LN2), x)
+    # as _exp32, with ln 2 in one part and e**r = 1 + r q(r) to 1.6e-7
+    shifted = fma(x, f32(LOG2E), BIASED32)
+    r = fma(shifted - BIASED32, f32(-LN2), x)
     q = fma(r, f32(8.363173075e-3), f32(4.187564445e-2))
     q = fma(r, q, f32(1.666657703e-1))
     q = fma(r, q, f32(4.999937214e-1))
     p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    return from_bits(select(x < f32(-87.3), np.int32(0), bits(p) + (bits(shifted) << np.int32(23))))
+    return select(x < f32(-87.3), f32(0.0), p * from_bits(bits(shifted) << np.int32(23)))
 
 
 @njit(**INLINE)
@@ -132,8 +131,8 @@ def _log64(x: Any) -> Any:
 
 
 @njit(**INLINE)
-def _log1p32(x: Any) -> Any:
-    # x p(x), relative error 5e-9 on [0, 1]
+def _add_log1p32(factor: Any, x: Any, a: Any) -> Any:
+    # log(1 + x) = x p(x), relative error 5e-9 on [0, 1]
     p = fma(x, f32(-3.176057018e-3), f32(1.954252726e-2))
     p = fma(x, p, f32(-5.637361283e-2))
     p = fma(x, p, f32(1.05436238e-1))
@@ -142,14 +141,27 @@ def _log1p32(x: Any) -> Any:
     p = fma(x, p, f32(-2.495161626e-1))
     p = fma(x, p, f32(3.33297105e-1))
     p = fma(x, p, f32(-4.999989265e-1))
-    return x * fma(x, p, f32(1.0))
+    return fma(factor * x, fma(x, p, f32(1.0)), a)
 
 
 @njit(**INLINE)
-def _log1p64(x: Any) -> Any:
+def _add_log1p_for_half(factor: Any, x: Any, a: Any) -> Any:
+    # as _add_log1p32, to 2e-7
+    p = fma(x, f32(-8.539244582e-3), f32(4.408975343e-2))
+    p = fma(x, p, f32(-1.076818755e-1))
+    p = fma(x, p, f32(1.774525263e-1))
+    p = fma(x, p, f32(-2.449546723e-1))
+    p = fma(x, p, f32(3.327548081e-1))
+    p = fma(x, p, f32(-4.999740552e-1))
+    p = fma(x, p, f32(9.999998057e-1))
+    return fma(factor * x, p, a)
+
+
+@njit(**INLINE)
+def _add_log1p64(factor: Any, x: Any, a: Any) -> Any:
     # log(u) for u = fl(1 + x), plus what that rounding lost
     u = x + 1.0
-    return _log64(u) + (x - (u - 1.0)) / u
+    return fma(factor, _log64(u) + (x - (u - 1.0)) / u, a)
 
 
 def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Callable[..., Any]) -> None:
@@ -164,7 +176,6 @@ def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Call
 
 _choose(exp, _exp32, _exp64)
 _choose(log, _log32, _log64)
-_choose(log1p, _log1p32, _log1p64)
 
 
 @overload(exp_for, jit_options=INLINE)
@@ -173,3 +184,12 @@ def _typed_exp_for(pointer, x):  # type: ignore[no-untyped-def]
         return None
     chosen = _exp_for_half if pointer.dtype in (float16, bfloat16) else _exp32 if x.scalar == float32 else _exp64
     return lambda pointer, x: chosen(x)
+
+
+@overload(add_log1p, jit_options=INLINE)
+def _typed_add_log1p(pointer, factor, x, a):  # type: ignore[no-untyped-def]
+    if not isinstance(pointer, types.CPointer) or not isinstance(x, Vector):
+        return None
+    half = pointer.dtype in (float16, bfloat16)
+    chosen = _add_log1p_for_half if half else _add_log1p32 if x.scalar == float32 else _add_log1p64
+    return lambda pointer, factor, x, a: chosen(factor, x, a)

@@ -17,7 +17,7 @@ from .elements import _at, _elements_of, _load_at, _number_at
 from .launch import launch
 from .math import _far_exp, _log1p
 from .plan import Elements, ElementsPlan, ElementStrides, elements
-from .reduction import sum_rows
+from .reduction import sum_over
 
 
 class Inputs(NamedTuple):
@@ -65,12 +65,12 @@ def bce_with_logits_forward(logits: Tensor, target: Tensor, weight: Tensor, pos_
     launch(_bce_with_logits_forward, e.programs, 4, logits, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
-def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, total: Tensor) -> None:
+def bce_with_logits_sum(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, count: int, total: Tensor) -> None:
     e = elements(logits.shape, logits.stride(), target.stride(), weight.stride(), pos_weight.stride())
     partial = torch.empty(e.programs, dtype=torch.float64, device=logits.device)
     a = Sum(inputs=_inputs(logits, target, weight, pos_weight, e), partial=partial, way=e.way)
     launch(_bce_with_logits_sum, e.programs, 4, logits, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
-    sum_rows(partial, total)
+    sum_over(partial, count, total)
 
 
 def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, dlogits: Tensor) -> None:
@@ -83,10 +83,10 @@ def bce_with_logits_backward(logits: Tensor, target: Tensor, weight: Tensor, pos
 
 
 def bce_with_logits_sum_backward(
-    logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, total: Tensor, dlogits: Tensor
+    logits: Tensor, target: Tensor, weight: Tensor, pos_weight: Tensor, dloss: Tensor, count: int, total: Tensor, dlogits: Tensor
 ) -> None:
     """In two visits: only plain cross-entropy has a kernel for one."""
-    bce_with_logits_sum(logits, target, weight, pos_weight, total)
+    bce_with_logits_sum(logits, target, weight, pos_weight, count, total)
     bce_with_logits_backward(logits, target, weight, pos_weight, dloss, dlogits)
 
 

@@ -14,7 +14,7 @@ from .elements import _at, _elements_of, _load_at, _number_at
 from .launch import launch
 from .math import _log_of_rest
 from .plan import Elements, ElementsPlan, ElementStrides, elements
-from .reduction import sum_rows
+from .reduction import sum_over
 
 
 class Inputs(NamedTuple):
@@ -60,12 +60,12 @@ def binary_cross_entropy_forward(prob: Tensor, target: Tensor, weight: Tensor, l
     launch(_binary_cross_entropy_forward, e.programs, 4, prob, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
-def binary_cross_entropy_sum(prob: Tensor, target: Tensor, weight: Tensor, total: Tensor) -> None:
+def binary_cross_entropy_sum(prob: Tensor, target: Tensor, weight: Tensor, count: int, total: Tensor) -> None:
     e = elements(prob.shape, prob.stride(), target.stride(), weight.stride())
     partial = torch.empty(e.programs, dtype=torch.float64, device=prob.device)
     a = Sum(inputs=_inputs(prob, target, weight, e), partial=partial, way=e.way)
     launch(_binary_cross_entropy_sum, e.programs, 4, prob, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
-    sum_rows(partial, total)
+    sum_over(partial, count, total)
 
 
 def binary_cross_entropy_backward(prob: Tensor, target: Tensor, weight: Tensor, dloss: Tensor, dprob: Tensor) -> None:
@@ -76,9 +76,11 @@ def binary_cross_entropy_backward(prob: Tensor, target: Tensor, weight: Tensor, 
     launch(_binary_cross_entropy_backward, e.programs, 4, prob, a, BLOCK_B=e.BLOCK_B, BLOCK_P=e.BLOCK_P)
 
 
-def binary_cross_entropy_sum_backward(prob: Tensor, target: Tensor, weight: Tensor, dloss: Tensor, total: Tensor, dprob: Tensor) -> None:
+def binary_cross_entropy_sum_backward(
+    prob: Tensor, target: Tensor, weight: Tensor, dloss: Tensor, count: int, total: Tensor, dprob: Tensor
+) -> None:
     """In two visits: only plain cross-entropy has a kernel for one."""
-    binary_cross_entropy_sum(prob, target, weight, total)
+    binary_cross_entropy_sum(prob, target, weight, count, total)
     binary_cross_entropy_backward(prob, target, weight, dloss, dprob)
 
 

@@ -24,6 +24,13 @@ def sum_rows(values: Tensor, total: Tensor) -> None:
     launch(_sum, 1, _WARPS, values, values, total, size, size, BLOCK=_BLOCK)
 
 
+def sum_over(values: Tensor, count: int, total: Tensor) -> None:
+    """The sum of values over a number that the host knows."""
+    sum_rows(values, total)
+    if count != 1:
+        torch.div(total, count, out=total)
+
+
 def mean_of_rows(values: Tensor, weights: Tensor, divisor: Tensor, mean: Tensor) -> None:
     """The sums as in `sum_rows`, both at once."""
     size = values.numel()

@@ -19,7 +19,7 @@ from .elements import _at, _elements_of, _load_at, _number_at
 from .launch import device_of, launch
 from .math import _exp, _far_exp, fp64
 from .plan import Elements, ElementsPlan, ElementStrides, elements, warps
-from .reduction import sum_rows
+from .reduction import sum_over
 
 THREADS = 256  # twice those of the other elementwise kernels: with 16 elements each, float64 would not fit in registers
 _SMALLEST = tl.constexpr(2.0**-126)  # a normal number: below, q^fraction is taken as 0
@@ -66,12 +66,12 @@ def sigmoid_focal_loss_forward(logits: Tensor, target: Tensor, focus: Focus, los
     _launch(_sigmoid_focal_loss_forward, e, a, focus)
 
 
-def sigmoid_focal_loss_sum(logits: Tensor, target: Tensor, focus: Focus, total: Tensor) -> None:
+def sigmoid_focal_loss_sum(logits: Tensor, target: Tensor, focus: Focus, count: int, total: Tensor) -> None:
     e = elements(logits.shape, logits.stride(), target.stride())
     partial = torch.empty(e.programs, dtype=torch.float64, device=logits.device)
     a = Sum(inputs=_inputs(logits, target, e), partial=partial, way=e.way)
     _launch(_sigmoid_focal_loss_sum, e, a, focus)
-    sum_rows(partial, total)
+    sum_over(partial, count, total)
 
 
 def sigmoid_focal_loss_backward(logits: Tensor, target: Tensor, focus: Focus, dloss: Tensor, dlogits: Tensor) -> None:
@@ -82,9 +82,11 @@ def sigmoid_focal_loss_backward(logits: Tensor, target: Tensor, focus: Focus, dl
     _launch(_sigmoid_focal_loss_backward, e, a, focus)
 
 
-def sigmoid_focal_loss_sum_backward(logits: Tensor, target: Tensor, focus: Focus, dloss: Tensor, total: Tensor, dlogits: Tensor) -> None:
+def sigmoid_focal_loss_sum_backward(
+    logits: Tensor, target: Tensor, focus: Focus, dloss: Tensor, count: int, total: Tensor, dlogits: Tensor
+) -> None:
     """In two visits: only plain cross-entropy has a kernel for one."""
-    sigmoid_focal_loss_sum(logits, target, focus, total)
+    sigmoid_focal_loss_sum(logits, target, focus, count, total)
     sigmoid_focal_loss_backward(logits, target, focus, dloss, dlogits)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastloss.kernels.groups import Focus, Rows, Smoothing
 
+COUNT = 3  # that sums over elements are divided by
 MARGIN = 64  # poisoned elements on both sides of an output
 # |error| <= RELATIVE |truth| + ABSOLUTE * the largest number that entered it
 RELATIVE = {torch.float64: 1e-13, torch.float32: 4e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-10}
@@ -307,12 +308,12 @@ def bce_with_logits(k: Any, x: Tensor, y: Tensor, w: Tensor, pos_weight: Tensor,
     loss, total = poisoned(x, dtype or real(x.dtype)), poisoned(x.new_empty(1), real(x.dtype))
     k.bce_with_logits_forward(x, y, w, pos_weight, loss)
     assert_close(loss, want, scale=x64.abs().max().item(), what="loss")
-    k.bce_with_logits_sum(x, y, w, pos_weight, total)
-    assert_close(total[0], want.sum(), scale=want.abs().sum().item(), what="total")
+    k.bce_with_logits_sum(x, y, w, pos_weight, COUNT, total)
+    assert_close(total[0], want.sum() / COUNT, scale=want.abs().sum().item() / COUNT, what="total")
     dloss, dlogits = torch.randn_like(x, dtype=total.dtype), poisoned(x)
     k.bce_with_logits_backward(x, y, w, pos_weight, dloss, dlogits)
     again = poisoned(total), poisoned(x)
-    k.bce_with_logits_sum_backward(x, y, w, pos_weight, dloss, *again)
+    k.bce_with_logits_sum_backward(x, y, w, pos_weight, dloss, COUNT, *again)
     assert_same((total, dlogits), again)
     want = dloss.double() * w64 * ((1 - y64) - (1 + (pw - 1) * y64) * torch.sigmoid(-x64))
     assert_close(dlogits, want, scale=8.0, what="dlogits")
@@ -357,12 +358,12 @@ def binary_cross_entropy(k: Any, p: Tensor, y: Tensor, w: Tensor) -> None:
     loss, total = poisoned(p, real(p.dtype)), poisoned(p.new_empty(1), real(p.dtype))
     k.binary_cross_entropy_forward(p, y, w, loss)
     assert_close(loss, want, what="loss")
-    k.binary_cross_entropy_sum(p, y, w, total)
-    assert_close(total[0], want.sum(), scale=want.abs().sum().item(), what="total")
+    k.binary_cross_entropy_sum(p, y, w, COUNT, total)
+    assert_close(total[0], want.sum() / COUNT, scale=want.abs().sum().item() / COUNT, what="total")
     dloss, dprob = torch.randn_like(loss), poisoned(p)
     k.binary_cross_entropy_backward(p, y, w, dloss, dprob)
     again = poisoned(total), poisoned(p)
-    k.binary_cross_entropy_sum_backward(p, y, w, dloss, *again)
+    k.binary_cross_entropy_sum_backward(p, y, w, dloss, COUNT, *again)
     assert_same((total, dprob), again)
     want = dloss.double() * w64 * (p64 - y64) / ((1 - p64) * p64).clamp(min=1e-12)
     finite = torch.finfo(p.dtype).max
@@ -381,12 +382,12 @@ def sigmoid_focal_loss(k: Any, x: Tensor, y: Tensor, alpha: float, gamma: float)
     loss, total = poisoned(x, real(x.dtype)), poisoned(x.new_empty(1), real(x.dtype))
     k.sigmoid_focal_loss_forward(x, y, focus, loss)
     assert_close(loss, want.detach(), scale=x.abs().max().item(), what="loss")
-    k.sigmoid_focal_loss_sum(x, y, focus, total)
-    assert_close(total[0], want.detach().sum(), scale=want.detach().abs().sum().item(), what="total")
+    k.sigmoid_focal_loss_sum(x, y, focus, COUNT, total)
+    assert_close(total[0], want.detach().sum() / COUNT, scale=want.detach().abs().sum().item() / COUNT, what="total")
     dloss, dlogits = torch.randn_like(loss), poisoned(x)
     k.sigmoid_focal_loss_backward(x, y, focus, dloss, dlogits)
     again = poisoned(total), poisoned(x)
-    k.sigmoid_focal_loss_sum_backward(x, y, focus, dloss, *again)
+    k.sigmoid_focal_loss_sum_backward(x, y, focus, dloss, COUNT, *again)
     assert_same((total, dlogits), again)
     (slope,) = torch.autograd.grad(want, x64, dloss.double())
     assert_close(dlogits, slope, scale=8.0 * (1 + gamma), what="dlogits")

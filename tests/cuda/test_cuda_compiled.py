@@ -70,14 +70,14 @@ def launch_elements(dtype: torch.dtype) -> None:
     x, w = torch.empty(1, 64, 4096, dtype=dtype), torch.ones(1, 1, 1, dtype=real).expand(1, 64, 4096)
     loss, total = torch.empty(1, 64, 4096, dtype=real), torch.empty(1, dtype=real)
     k.bce_with_logits_forward(x, x, w, w, loss)
-    k.bce_with_logits_sum(x, x, w, w, total)
+    k.bce_with_logits_sum(x, x, w, w, 1, total)
     k.bce_with_logits_backward(x, x, w, w, loss, x)
     k.binary_cross_entropy_forward(x, x, w, loss)
-    k.binary_cross_entropy_sum(x, x, w, total)
+    k.binary_cross_entropy_sum(x, x, w, 1, total)
     k.binary_cross_entropy_backward(x, x, w, loss, x)
     focus = Focus(0.25, 0.75, 2.0)
     k.sigmoid_focal_loss_forward(x, x, focus, loss)
-    k.sigmoid_focal_loss_sum(x, x, focus, total)
+    k.sigmoid_focal_loss_sum(x, x, focus, 1, total)
     k.sigmoid_focal_loss_backward(x, x, focus, loss, x)
 
 

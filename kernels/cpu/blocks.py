@@ -100,7 +100,7 @@ def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     keep_top(terms, top)
     total, c = splat(0.0, x.at), first
     while c + 4 * lanes <= last:
-        total = total + four_terms(x, top, c, lanes, terms, c - first)
+        total = total + four_terms(x, top, c, terms, c - first)
         c += 4 * lanes
     return top, sum_with_rest(x, top, total, first, c, last, terms)
 
@@ -147,38 +147,35 @@ def _to_term(x: Any, terms: Any, at: Any, top: Any) -> Any:
 
 
 @njit(**INLINE)
-def four_terms(x: Any, top: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
-    """The terms of four vectors of n lanes from class c on, written to `terms` from element `at` on, and their sum."""
+def four_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
+    """The terms of four vectors of one row from class c on, written to `terms` from element `at` on, and their sum."""
+    two = two_terms(x, top, c, terms, at)
+    return two + two_terms(x, top, c + 2 * lanes_of(x.at), terms, at + 2 * lanes_of(x.at))
+
+
+@njit(**INLINE)
+def two_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
+    """The same of two, which are stored before others are loaded. No compiler may do that for us, and AVX2 has registers for two."""
     lanes = lanes_of(x.at)
-    step = 1 if x.tile > 1 else lanes
-    if x.tile == 1:
-        ahead = c * x.class_ + BLOCK * lanes
-        prefetch(x.at, ahead)
-        prefetch(x.at, ahead + lanes)
-        prefetch(x.at, ahead + 2 * lanes)
-        prefetch(x.at, ahead + 3 * lanes)
-    e0 = exp_for(x.at, load_at(x, c, n, -np.inf) - top)
-    e1 = exp_for(x.at, load_at(x, c + step, n, -np.inf) - top)
+    ahead = c * x.class_ + BLOCK * lanes
+    prefetch(x.at, ahead)
+    prefetch(x.at, ahead + lanes)
+    e0 = exp_for(x.at, load_at(x, c, lanes, -np.inf) - top)
+    e1 = exp_for(x.at, load_at(x, c + lanes, lanes, -np.inf) - top)
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
-    two = e0 + e1  # stored before the others are loaded, which no compiler may do for us: AVX2 has registers for two
-    e2 = exp_for(x.at, load_at(x, c + 2 * step, n, -np.inf) - top)
-    e3 = exp_for(x.at, load_at(x, c + 3 * step, n, -np.inf) - top)
-    store(terms, at + 2 * lanes, 1, lanes, e2)
-    store(terms, at + 3 * lanes, 1, lanes, e3)
-    return two + (e2 + e3)
+    return e0 + e1
 
 
 @njit(**INLINE)
 def sum_with_rest(x: Any, top: Any, total: Any, first: Any, c: Any, last: Any, terms: Any) -> Any:
-    """`total` with the terms of classes c .. last - 1, fewer than four vectors."""
+    """`total` of one row with the terms of classes c .. last - 1, fewer than four vectors."""
     lanes = lanes_of(x.at)
-    step = 1 if x.tile > 1 else lanes
     while c < last:
-        e = exp_for(x.at, load_at(x, c, x.rows if x.tile > 1 else last - c, -np.inf) - top)
-        store(terms, (c - first) // step * lanes, 1, lanes, e)
-        total, c = total + e, c + step
-    return total if x.tile > 1 else splat(lane_sum(total), x.at)
+        e = exp_for(x.at, load_at(x, c, last - c, -np.inf) - top)
+        store(terms, c - first, 1, lanes, e)
+        total, c = total + e, c + lanes
+    return splat(lane_sum(total), x.at)
 
 
 @njit(**INLINE)

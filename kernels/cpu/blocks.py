@@ -149,22 +149,22 @@ def _to_term(x: Any, terms: Any, at: Any, top: Any) -> Any:
 @njit(**INLINE)
 def four_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
     """The terms of four vectors of one row from class c on, written to `terms` from element `at` on, and their sum."""
-    two = two_terms(x, top, c, terms, at)
-    return two + two_terms(x, top, c + 2 * lanes_of(x.at), terms, at + 2 * lanes_of(x.at))
-
-
-@njit(**INLINE)
-def two_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
-    """The same of two, which are stored before others are loaded. No compiler may do that for us, and AVX2 has registers for two."""
     lanes = lanes_of(x.at)
     ahead = c * x.class_ + BLOCK * lanes
     prefetch(x.at, ahead)
     prefetch(x.at, ahead + lanes)
+    prefetch(x.at, ahead + 2 * lanes)
+    prefetch(x.at, ahead + 3 * lanes)
     e0 = exp_for(x.at, load_at(x, c, lanes, -np.inf) - top)
     e1 = exp_for(x.at, load_at(x, c + lanes, lanes, -np.inf) - top)
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
-    return e0 + e1
+    two = e0 + e1  # stored before the others are loaded, which no compiler may do for us: AVX2 has registers for two
+    e2 = exp_for(x.at, load_at(x, c + 2 * lanes, lanes, -np.inf) - top)
+    e3 = exp_for(x.at, load_at(x, c + 3 * lanes, lanes, -np.inf) - top)
+    store(terms, at + 2 * lanes, 1, lanes, e2)
+    store(terms, at + 3 * lanes, 1, lanes, e3)
+    return two + (e2 + e3)
 
 
 @njit(**INLINE)

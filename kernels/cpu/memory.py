@@ -269,13 +269,6 @@ def to_alignment(typingctx: Any, pointer: Any) -> Any:
 
 
 @intrinsic
-def is_half(typingctx: Any, pointer: Any) -> Any:
-    """Whether numbers of 16 bits lie there; a compile-time constant."""
-    number = ir.Constant(ir.IntType(1), int(SIZE[pointer.dtype] == 2))
-    return types.boolean(pointer), lambda context, builder, sig, args: number
-
-
-@intrinsic
 def offset(typingctx: Any, pointer: Any, count: Any) -> Any:
     """The pointer `count` elements further on."""
     return pointer(pointer, types.int64), lambda context, builder, sig, args: builder.gep(args[0], [args[1]])

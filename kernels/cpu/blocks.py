@@ -20,11 +20,13 @@ from .math import exp, exp_for
 from .memory import load, offset, prefetch, store
 from .rows import Walk, lanes_for, load_at, one_row, whole_tile
 from .simd import fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
+from .transpose import turn_in
 
 BLOCK = 128  # vectors: 8 KB of float32, so that a block, the next one and its terms fit the first-level cache
 ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its top
 _CPU = torch.device("cpu")
 KEPT_BYTES = 1 << 20  # scratch for a whole row: more would leave the second-level cache
+FEW_TO_TURN = 4  # classes: fewer are gathered
 
 
 def blocks_in(way: Walk, logits: Tensor) -> int:
@@ -94,34 +96,72 @@ def _top(x: Any, first: Any, last: Any) -> Any:
 @njit(**INLINE)
 def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     lanes = lanes_of(x.at)
-    step, n = (1, x.rows) if x.tile > 1 else (lanes, lanes)
     top = _top(x, first, last)
     keep_top(terms, top)
     total, c = splat(0.0, x.at), first
-    while c + 4 * step <= last:
-        total = total + four_terms(x, top, c, n, terms, (c - first) // step * lanes)
-        c += 4 * step
+    while c + 4 * lanes <= last:
+        total = total + four_terms(x, top, c, terms, c - first)
+        c += 4 * lanes
     return top, sum_with_rest(x, top, total, first, c, last, terms)
 
 
 @njit(**INLINE)
-def four_terms(x: Any, top: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
-    """The terms of four vectors of n lanes from class c on, written to `terms` from element `at` on, and their sum."""
+def _statistics_of_tile(x: Any, first: Any, last: Any, terms: Any) -> Any:
+    """Of rows in lanes. Their logits are brought to where their terms will be, once: to reach them takes as long as to work with them."""
     lanes = lanes_of(x.at)
-    step = 1 if x.tile > 1 else lanes
-    if x.tile == 1:
-        ahead = c * x.class_ + BLOCK * lanes
-        prefetch(x.at, ahead)
-        prefetch(x.at, ahead + lanes)
-        prefetch(x.at, ahead + 2 * lanes)
-        prefetch(x.at, ahead + 3 * lanes)
-    e0 = exp_for(x.at, load_at(x, c, n, -np.inf) - top)
-    e1 = exp_for(x.at, load_at(x, c + step, n, -np.inf) - top)
+    vectors = (last - first) * lanes
+    fours = vectors // (4 * lanes) * 4 * lanes
+    if x.class_ == 1 and vectors >= FEW_TO_TURN * lanes:
+        for c in range(first, last, lanes):
+            turn_in(x.at, c, x.lane, x.rows, min(lanes, last - c), terms, (c - first) * lanes)
+    else:
+        for c in range(first, last):
+            store(terms, (c - first) * lanes, 1, lanes, load_at(x, c, x.rows, -np.inf))
+    top, total = lowest(x.at), splat(0.0, x.at)
+    for at in range(0, fours, 4 * lanes):
+        two = larger(_brought(x, terms, at), _brought(x, terms, at + lanes))
+        top = larger(larger(top, two), larger(_brought(x, terms, at + 2 * lanes), _brought(x, terms, at + 3 * lanes)))
+    for at in range(fours, vectors, lanes):
+        top = larger(top, _brought(x, terms, at))
+    keep_top(terms, top)
+    for at in range(0, fours, 4 * lanes):
+        e0, e1 = _to_term(x, terms, at, top), _to_term(x, terms, at + lanes, top)
+        total = total + ((e0 + e1) + (_to_term(x, terms, at + 2 * lanes, top) + _to_term(x, terms, at + 3 * lanes, top)))
+    for at in range(fours, vectors, lanes):
+        total = total + _to_term(x, terms, at, top)
+    return top, total
+
+
+@njit(**INLINE)
+def _brought(x: Any, terms: Any, at: Any) -> Any:
+    """A logit of every row in the lanes, from scratch memory."""
+    return load(terms, at, 1, lanes_of(x.at), 0.0)
+
+
+@njit(**INLINE)
+def _to_term(x: Any, terms: Any, at: Any, top: Any) -> Any:
+    """Its term, put in its place."""
+    e = exp_for(x.at, _brought(x, terms, at) - top)
+    store(terms, at, 1, lanes_of(x.at), e)
+    return e
+
+
+@njit(**INLINE)
+def four_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
+    """The terms of four vectors of one row from class c on, written to `terms` from element `at` on, and their sum."""
+    lanes = lanes_of(x.at)
+    ahead = c * x.class_ + BLOCK * lanes
+    prefetch(x.at, ahead)
+    prefetch(x.at, ahead + lanes)
+    prefetch(x.at, ahead + 2 * lanes)
+    prefetch(x.at, ahead + 3 * lanes)
+    e0 = exp_for(x.at, load_at(x, c, lanes, -np.inf) - top)
+    e1 = exp_for(x.at, load_at(x, c + lanes, lanes, -np.inf) - top)
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
     two = e0 + e1  # stored before the others are loaded, which no compiler may do for us: AVX2 has registers for two
-    e2 = exp_for(x.at, load_at(x, c + 2 * step, n, -np.inf) - top)
-    e3 = exp_for(x.at, load_at(x, c + 3 * step, n, -np.inf) - top)
+    e2 = exp_for(x.at, load_at(x, c + 2 * lanes, lanes, -np.inf) - top)
+    e3 = exp_for(x.at, load_at(x, c + 3 * lanes, lanes, -np.inf) - top)
     store(terms, at + 2 * lanes, 1, lanes, e2)
     store(terms, at + 3 * lanes, 1, lanes, e3)
     return two + (e2 + e3)
@@ -129,14 +169,13 @@ def four_terms(x: Any, top: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
 
 @njit(**INLINE)
 def sum_with_rest(x: Any, top: Any, total: Any, first: Any, c: Any, last: Any, terms: Any) -> Any:
-    """`total` with the terms of classes c .. last - 1, fewer than four vectors."""
+    """`total` of one row with the terms of classes c .. last - 1, fewer than four vectors."""
     lanes = lanes_of(x.at)
-    step = 1 if x.tile > 1 else lanes
     while c < last:
-        e = exp_for(x.at, load_at(x, c, x.rows if x.tile > 1 else last - c, -np.inf) - top)
-        store(terms, (c - first) // step * lanes, 1, lanes, e)
-        total, c = total + e, c + step
-    return total if x.tile > 1 else splat(lane_sum(total), x.at)
+        e = exp_for(x.at, load_at(x, c, last - c, -np.inf) - top)
+        store(terms, c - first, 1, lanes, e)
+        total, c = total + e, c + lanes
+    return splat(lane_sum(total), x.at)
 
 
 @njit(**INLINE)
@@ -145,10 +184,10 @@ def block_statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     one row, in every lane. The terms of the sum are written to `terms`, vector after vector, and `top` behind them."""
     if x.tile == 1 and x.class_ == 1:
         return _statistics(one_row(x.at), first, last, terms)
-    if x.tile > 1 and x.rows == lanes_of(x.at):
-        if x.lane == 1:
-            return _statistics(whole_tile(x, 1), first, last, terms)
-        return _statistics(whole_tile(x, x.lane), first, last, terms)
+    if x.tile > 1:
+        if x.rows == lanes_of(x.at) and x.lane == 1:
+            return _statistics_of_tile(whole_tile(x, 1), first, last, terms)
+        return _statistics_of_tile(x, first, last, terms)
     return _statistics(x, first, last, terms)
 
 

@@ -22,10 +22,6 @@ from .rows import FEW_CLASSES, SHORT_ROW, Strides, Walk, bypass_caches, lanes_at
 from .simd import any_lane, first_lane, lanes_of, select, splat
 from .targets import refuse_out_of_bounds, weights_of
 
-# up to here lanes are rows going forward: for more classes, gathering them costs more than the ends of rows do. Less than FEW_CLASSES,
-# because all that happens once for each row happens here to many rows at once even if they are taken one by one
-FEW_TO_GATHER = 31
-
 
 class Blocks(NamedTuple):
     logits: Stored
@@ -67,7 +63,7 @@ class Backward(NamedTuple):
 
 
 def cross_entropy_forward(logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, loss: Tensor, rows: Rows) -> None:
-    way = walk(logits, FEW_TO_GATHER)
+    way = walk(logits, SHORT_ROW)
     terms, blocks = scratch(1, logits), blocks_apart(way, logits)
     tops = totals = None
     if blocks > 1:

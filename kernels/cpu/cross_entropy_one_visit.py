@@ -13,6 +13,7 @@ from torch import Tensor
 from ..groups import Foreseen, Reduction, Rows
 from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import (
+    FEW_TO_TURN,
     Block,
     all_kept,
     block_of,
@@ -31,7 +32,7 @@ from .blocks import (
     sum_with_rest,
     term,
 )
-from .cross_entropy import FEW_TO_GATHER, cross_entropy_backward, cross_entropy_forward, no_statistics, see_targets, write_losses
+from .cross_entropy import cross_entropy_backward, cross_entropy_forward, no_statistics, see_targets, write_losses
 from .gradient import (
     ABREAST,
     GAPLESS,
@@ -39,6 +40,7 @@ from .gradient import (
     any_near,
     gradient_of_row,
     gradient_of_short_rows,
+    gradient_of_turned_rows,
     layout_of,
     near,
     row_numbers,
@@ -49,7 +51,7 @@ from .launch import next_task, next_worker, raise_flag, region
 from .math import exp
 from .memory import offset, stream, to_alignment
 from .reduction import BLOCK, divide, sum_of, sum_of_weights, sum_rows, sum_weights
-from .rows import Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk
+from .rows import SHORT_ROW, Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk
 from .simd import lanes_of, splat
 from .targets import refuse_out_of_bounds
 
@@ -80,7 +82,7 @@ class ForwardBackward(NamedTuple):
 def cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> None:
-    way = walk(logits, FEW_TO_GATHER)
+    way = walk(logits, SHORT_ROW)
     if blocks_apart(way, logits) > 1:
         cross_entropy_forward(logits, target, weight, ignore_index, loss, rows)
         cross_entropy_backward(logits, target, ignore_index, rows, dloss, dlogits)
@@ -107,7 +109,7 @@ def cross_entropy_repair(
 def reduced_cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: Reduction, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> None:
-    way, mean = walk(logits, FEW_TO_GATHER), reduction.divisor.numel() > 0
+    way, mean = walk(logits, SHORT_ROW), reduction.divisor.numel() > 0
     if way.tasks == 1 and loss.numel() <= BLOCK and blocks_apart(way, logits) == 1:
         # so little that one thread does all: launches and sums apart would take longer than the rows
         dloss = torch.empty(1, dtype=loss.dtype, device=loss.device)
@@ -220,7 +222,7 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_ter
         if k > first:
             store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
         while c + 4 * lanes <= last and k + 4 * lanes <= last:
-            here_total = here_total + four_terms(x, here_top, c, lanes, mine, c - first)
+            here_total = here_total + four_terms(x, here_top, c, mine, c - first)
             if any_near(r, dx, k):
                 for i in range(k, k + 4 * lanes, lanes):
                     stream(dx.at, i, near(x, other, i, lanes, factor, r), past_caches)
@@ -229,7 +231,7 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_ter
                     stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
             c, k = c + 4 * lanes, k + 4 * lanes
         if c + 4 * lanes <= last:  # k was ahead by less than a vector
-            here_total, c = here_total + four_terms(x, here_top, c, lanes, mine, c - first), c + 4 * lanes
+            here_total, c = here_total + four_terms(x, here_top, c, mine, c - first), c + 4 * lanes
         here_total = sum_with_rest(x, here_top, here_total, first, c, last, mine)
         while k < last:
             n = min(lanes, last - k)
@@ -272,8 +274,10 @@ def _forward_backward(block: Any) -> None:
             r = row_numbers(a, a.rows.row_weight, x, t.row)
             if x.tile == 1 and r.y_row == a.ignore_index:
                 write_zeros(dx, 0, classes, a.past_caches)
-            elif a.layout == GAPLESS:
+            elif a.layout == GAPLESS and classes < FEW_TO_TURN:
                 gradient_of_short_rows(x, dx, classes, r)
+            elif x.tile > 1 and a.layout != ABREAST and dx.class_ == 1 and classes <= block_size(terms, x.tile):
+                gradient_of_turned_rows(dx, classes, terms, r)
             else:
                 gradient_of_row(x, dx, 0, classes, classes, terms, keep, r, a.past_caches)
         write_losses(a, begin, end)

@@ -12,6 +12,7 @@ from .memory import load, load_classes, offset, store, stream, to_alignment
 from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, first_vector, load_numbers, one_row, store_at, whole_tile
 from .simd import lane_numbers, lanes_of, pick, select, splat
 from .targets import less_at
+from .transpose import turn_out
 
 GAPLESS, ABREAST = 1, 2  # see `layout_of`
 
@@ -185,6 +186,17 @@ def write_zeros(dx: Any, first: Any, last: Any, past_caches: Any) -> None:
     while c < last:
         store_at(dx, c, n, splat(0.0, dx.at))
         c, n = advance(dx, c, n, last)
+
+
+@njit(**INLINE)
+def gradient_of_turned_rows(dx: Any, classes: Any, terms: Any, r: Any) -> None:
+    """Rows in lanes whose classes lie side by side, few enough for one block; their terms are in `terms`, and are overwritten."""
+    lanes = lanes_of(dx.at)
+    for c in range(classes):
+        d = load(terms, c * lanes, 1, lanes, 0.0) * r.scale
+        store(terms, c * lanes, 1, lanes, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0))
+    for c in range(0, classes, lanes):
+        turn_out(terms, c * lanes, dx.at, c, dx.lane, dx.rows, min(lanes, classes - c))
 
 
 @njit(**INLINE)

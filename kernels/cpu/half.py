@@ -5,17 +5,15 @@ process ends. So LLVM is asked first, and what it would call a function for is d
 """
 
 import re
-from collections.abc import Callable
 from functools import cache, partial
 
 from llvmlite import binding, ir
 from numba.core import types
-from numba.core.registry import cpu_target
 
 from .llvm import BFloat, bfloat16, constant, float16
+from .target import Conversion, assembly
 
 _I16, _I32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
-_Conversion = Callable[[ir.IRBuilder, ir.Value], ir.Value]
 _CALLS = re.compile(r"__\w*(trunc|extend|f2h|h2f)\w*")  # __truncsfbf2, __gnu_h2f_ieee and the like
 
 
@@ -42,28 +40,13 @@ def narrow(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Va
 def instructions() -> frozenset[str]:
     """What Numba's target, which need not be this CPU, has instructions for."""
     floats, halves = ir.VectorType(_FLOAT, 16), ir.VectorType(_I16, 16)
-    conversions: dict[str, tuple[_Conversion, ir.VectorType]] = {
+    conversions: dict[str, tuple[Conversion, ir.VectorType]] = {
         "widen float16": (_extend, halves),
         "narrow float16": (_truncate_to_float16, floats),
     }
     if binding.llvm_version_info[0] >= 20:  # LLVM 15, which older Numba has, lacks it on every target
         conversions["narrow bfloat16"] = _truncate_to_bfloat16, floats
-    return frozenset(name for name, (convert, source) in conversions.items() if not _CALLS.search(_assembly(convert, source)))
-
-
-def _assembly(convert: _Conversion, source: ir.VectorType) -> str:
-    """What LLVM makes of a conversion for Numba's target."""
-    triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()
-    module = ir.Module()
-    module.triple = triple
-    byte = ir.IntType(8).as_pointer()
-    function = ir.Function(module, ir.FunctionType(ir.VoidType(), [byte, byte]), "convert")
-    builder = ir.IRBuilder(function.append_basic_block())
-    value = convert(builder, builder.load(builder.bitcast(function.args[0], source.as_pointer()), align=1))
-    builder.store(value, builder.bitcast(function.args[1], value.type.as_pointer()), align=1)
-    builder.ret_void()
-    machine = binding.Target.from_triple(triple).create_target_machine(cpu=cpu, features=features)
-    return str(machine.emit_assembly(binding.parse_assembly(str(module))))
+    return frozenset(name for name, (convert, source) in conversions.items() if not _CALLS.search(assembly(convert, source)))
 
 
 # ---------------------------------------------------------------- by instruction

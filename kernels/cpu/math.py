@@ -8,13 +8,15 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from llvmlite import ir
 from numba import njit
 from numba.core import types
-from numba.extending import overload
+from numba.extending import intrinsic, overload
 
 from .inline import INLINE
-from .llvm import Vector, bfloat16, float16, float32
+from .llvm import Vector, bfloat16, call, constant, float16, float32, spread
 from .simd import bits, fma, from_bits, select, splat, to_float
+from .target import has_512_bits
 
 f32 = np.float32
 LOG2E = 1.4426950408889634
@@ -59,8 +61,7 @@ def _exp32(x: Any) -> Any:
     q = fma(r, q, f32(1.666657685e-1))
     q = fma(r, q, f32(0.5))
     p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    # times 2**n, not n added to the exponent's bits: a NaN then stays one without a select of its own, which AVX2 has in two instructions
-    return select(x < f32(-87.3), f32(0.0), p * from_bits(bits(shifted) << np.int32(23)))
+    return times_two_to(p, shifted, BIASED32, x < f32(-87.3))
 
 
 @njit(**INLINE)
@@ -72,7 +73,7 @@ def _exp_for_half(x: Any) -> Any:
     q = fma(r, q, f32(1.666657703e-1))
     q = fma(r, q, f32(4.999937214e-1))
     p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    return select(x < f32(-87.3), f32(0.0), p * from_bits(bits(shifted) << np.int32(23)))
+    return times_two_to(p, shifted, BIASED32, x < f32(-87.3))
 
 
 @njit(**INLINE)
@@ -91,7 +92,7 @@ def _exp64(x: Any) -> Any:
     q = fma(r, q, 1.6666666666666671008e-1)
     q = fma(r, q, 0.5)
     p = fma(r, fma(r, q, 1.0), 1.0)
-    return select(x < -708.3, 0.0, p * from_bits(bits(shifted) << np.int64(52)))
+    return times_two_to(p, shifted, BIASED64, x < -708.3)
 
 
 @njit(**INLINE)
@@ -162,6 +163,29 @@ def _add_log1p64(factor: Any, x: Any, a: Any) -> Any:
     # log(u) for u = fl(1 + x), plus what that rounding lost
     u = x + 1.0
     return fma(factor, _log64(u) + (x - (u - 1.0)) / u, a)
+
+
+@intrinsic
+def times_two_to(typingctx: Any, a: Any, shifted: Any, zero: Any, nothing: Any) -> Any:
+    """a 2**n, where `shifted` is n + `zero` and has the exponent of 2**n in its low bits; 0 where the mask `nothing` is set.
+
+    A product, not n added to the bits of a: a NaN then stays one without a select of its own, which AVX2 has in two instructions.
+    """
+    names = {types.float32: "llvm.x86.avx512.mask.scalef.ps.512", types.float64: "llvm.x86.avx512.mask.scalef.pd.512"}
+    width, fraction = a.scalar.bitwidth, {types.float32: 23, types.float64: 52}[a.scalar]
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        value, shifted, zero, nothing = args
+        lanes, zeros = value.type.count, ir.Constant(value.type, None)
+        if has_512_bits():  # vscalef does all of it in one instruction
+            n = builder.fsub(shifted, spread(builder, zero, lanes))
+            something, as_rounded_now = builder.bitcast(builder.not_(nothing), ir.IntType(lanes)), ir.Constant(ir.IntType(32), 4)
+            return call(builder, names[a.scalar], value.type, [value, n, zeros, something, as_rounded_now])
+        exponents = builder.bitcast(shifted, ir.VectorType(ir.IntType(width), lanes))
+        power = builder.bitcast(builder.shl(exponents, constant(width, lanes, lambda lane: fraction)), value.type)
+        return builder.select(nothing, zeros, builder.fmul(value, power))
+
+    return a(a, a, a.scalar, nothing), codegen
 
 
 def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Callable[..., Any]) -> None:

@@ -17,7 +17,7 @@ from .memory import load, offset, store, to_alignment
 from .simd import lanes_of
 
 FEW_CLASSES = 48  # up to here lanes are rows
-SHORT_ROW = 64  # up to here a gradient is faster over several rows at once, if they lie without gaps
+SHORT_ROW = 64  # up to here they are where cross-entropy turns rows about, or goes over a gradient without gaps as it lies in memory
 MOST_IN_LANES = (1 << 31) - 1  # a class number has 32 bits where lanes are rows, and one number is for all that are no class
 TASK_NUMEL = (1 << 14, 1 << 16)  # logits in a task, at least and at most: 3 to 15 microseconds; less is not worth waking a thread
 AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from .storage import extent
 
 _ALIGNED = 64  # bytes
+_MOST_FILLED = 2  # numbers
 _CPU = torch.device("cpu")
 _C_TYPES = {torch.float32: ctypes.c_float, torch.float64: ctypes.c_double}
 
@@ -44,7 +45,7 @@ class Program(NamedTuple):
     given: tuple[tuple[int, int], ...]  # of each tensor: bytes of an element, and from the first element to the end of the last
     made: tuple[Tensor | None, ...]  # tensors like them, without memory
     gradients: int  # the first so many of those made
-    fills: tuple[tuple[int, int, Any, float], ...]  # before the launches: single numbers, where, of what C type, and which
+    fills: tuple[tuple[int, int, Any, list[float]], ...]  # before the launches: where, of what C type, and with what numbers
     scratch: int  # bytes
     steps: tuple[Step, ...]
     rounded: tuple[tuple[int, int], ...]  # which of those made is, in the end, the float32 number so far into the scratch
@@ -65,8 +66,8 @@ class Program(NamedTuple):
             bases.append(0 if tensor is None else tensor.data_ptr())
         scratch = _take_scratch(self.scratch)
         bases.append(scratch.data_ptr())
-        for base, distance, kind, number in self.fills:
-            kind.from_address(bases[base] + distance).value = number
+        for base, distance, kind, numbers in self.fills:
+            kind.from_address(bases[base] + distance)[:] = numbers
         for run, words, flag, addresses in self.steps:
             block = words[:]
             for word, base, distance in addresses:
@@ -177,11 +178,12 @@ def _program(
         steps.append(Step(launch.region.bound(launch.version, launch.tasks), array("q", launch.words), FLAG, tuple(addresses)))
     fills = []
     for filled, number in watch.fills:
-        if filled.numel() != 1 or filled.dtype not in _C_TYPES:
+        count = filled.numel()
+        if count > _MOST_FILLED or not filled.is_contiguous() or filled.dtype not in _C_TYPES:
             return None
         if _place(filled) in bases:  # else no launch looks at it, nor anybody else
             base, start = bases[_place(filled)]
-            fills.append((base, filled.data_ptr() - start, _C_TYPES[filled.dtype], number))
+            fills.append((base, filled.data_ptr() - start, _C_TYPES[filled.dtype] * count, [number] * count))
     rounded = []
     for to, source, when in watch.copies:
         which = _which(made, to)

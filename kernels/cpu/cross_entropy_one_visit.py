@@ -47,7 +47,7 @@ from .gradient import (
     write_zeros,
 )
 from .inline import INLINE
-from .launch import next_task, next_worker, raise_flag, region
+from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp
 from .memory import offset, stream, to_alignment
 from .reduction import BLOCK, divide, sum_of, sum_of_weights, sum_rows, sum_weights
@@ -75,7 +75,7 @@ class ForwardBackward(NamedTuple):
     kept: int  # blocks that there is room for in `terms`
     past_caches: Known
     way: Walk
-    alone: int  # 0: `dloss` holds what it should. Else this launch does the reduction too: SUM or MEAN
+    alone: int  # 0: `dloss` holds what it should. Else this launch reduces too, by SUM or MEAN, and makes dloss[0] of dloss[1]
     reduction: Reduction
 
 
@@ -110,9 +110,9 @@ def reduced_cross_entropy_forward_backward(
     logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, reduction: Reduction, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> None:
     way, mean = walk(logits, SHORT_ROW), reduction.divisor.numel() > 0
-    if way.tasks == 1 and loss.numel() <= BLOCK and blocks_apart(way, logits) == 1:
-        # so little that one thread does all: launches and sums apart would take longer than the rows
-        dloss = torch.empty(1, dtype=loss.dtype, device=loss.device)
+    if loss.numel() <= BLOCK and blocks_apart(way, logits) == 1:
+        # so few that every thread may sum their weights, and the last one their losses: launches apart would cost more
+        dloss = torch.full((2,), reduction.dloss, dtype=loss.dtype, device=loss.device)
         a = _arguments(way, logits, target, weight, ignore_index, dloss, loss, rows, dlogits)
         _visit(a._replace(dloss_stride=0, alone=MEAN if mean else SUM, reduction=reduction))
         return
@@ -148,11 +148,10 @@ def _visit(a: ForwardBackward) -> None:
 
 @njit(**INLINE)
 def _before_all_rows(a: Any) -> None:
-    """The upstream gradient of every row, in one place."""
-    a.dloss[0] = a.reduction.dloss
+    """The upstream gradient of every row, in one place, where all threads write the same numbers."""
     if a.alone == MEAN:
         a.reduction.divisor[0] = sum_of_weights(a, a.way.classes, 0, a.way.batch * a.way.positions)
-        a.dloss[0] = a.dloss[0] / a.reduction.divisor[0]
+        a.dloss[0] = a.dloss[1] / a.reduction.divisor[0]
 
 
 @njit(**INLINE)
@@ -196,13 +195,13 @@ def _rows_in_turn(block: Any) -> None:
                 before, before_dx, mine, theirs = row, dx, theirs, mine
             b, p = (b, p + 1) if p + 1 < way.positions else (b + 1, 0)
         write_losses(a, begin, end)
+        if last_task(block) and a.alone:
+            _after_all_rows(a)
         task = next_task(block)
     if before >= 0:
         dx_before = one_row(before_dx)
         r = row_numbers(a, a.rows.row_weight, dx_before, before)
         gradient_of_row(dx_before, dx_before, 0, classes, classes, theirs, 1, r, a.past_caches)
-    if a.alone:
-        _after_all_rows(a)
 
 
 @njit(**INLINE)
@@ -281,6 +280,6 @@ def _forward_backward(block: Any) -> None:
             else:
                 gradient_of_row(x, dx, 0, classes, classes, terms, keep, r, a.past_caches)
         write_losses(a, begin, end)
+        if last_task(block) and a.alone:
+            _after_all_rows(a)
         task = next_task(block)
-    if a.alone:
-        _after_all_rows(a)

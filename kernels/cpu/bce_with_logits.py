@@ -2,8 +2,8 @@
 
     loss = w ((1 - y) x + (1 + (v - 1) y) softplus(-x))      dlogits = dloss w ((1 - y) s(x) - v y s(-x))
 
-Both are written so that no tail is lost to cancellation: the small one of s(x), s(-x) is computed as such, and for x < 0 the loss is
-(1 + (v - 1) y) log1p(exp(x)) - v y x.
+Both are written so that no tail is lost to cancellation. With e = exp(-|x|), c = 1 - y + v y, and far = 1 - y on the side of x > 0, -v y
+on the other, the loss is w (far x + c log1p(e)), its slope w (far - sign(x) c e / (1 + e)).
 """
 
 from typing import Any, NamedTuple

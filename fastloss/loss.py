@@ -20,15 +20,13 @@ def compute_dtype(tensor: Tensor) -> torch.dtype:
     return COMPUTE[tensor.dtype]
 
 
-class Worth:
+class Worth(NamedTuple):
     """From how many logits on the kernels are worth a call, in shares of `config.min_numel`. Measured (docs/when.md)."""
 
-    __slots__ = ("few", "forward", "least", "most", "step")
-
-    def __init__(self, step: float = 1.0, forward: float = 1.0, few: float = 0.125) -> None:
-        self.step, self.forward = step, forward  # with a gradient, and without
-        self.few = few  # times these for rows of fewer than 16 classes: torch vectorises over 16, and is ten times slower below
-        self.least, self.most = min(step, forward) * min(few, 1.0), max(step, forward) * max(few, 1.0)  # whatever the call is
+    step: float = 1.0  # with a gradient
+    forward: float = 1.0  # without
+    few: float = 0.125  # times these for rows of fewer than 16 classes, at most 1: torch vectorises over 16, and is ten times slower below
+    half: float = 1.4  # times these for 16-bit logits, at least 1: torch moves half the bytes, our calls cost what they cost
 
 
 class Spec(NamedTuple):

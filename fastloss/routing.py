@@ -1,5 +1,6 @@
 """Who serves a call: our kernels in eager mode, our registered op where a compiler is watching, or torch; and the reason in words."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -85,10 +86,10 @@ def tiny(input: Any, worth: Worth = ALL) -> bool:
         return not input.is_nested and backends.get_backend() == "auto" and _surely_few(input, worth)
     if torch._C._is_torch_function_mode_enabled():
         return False
-    numel, measure = input.numel(), config.min_numel
+    numel, usually = input.numel(), _share(input, worth) * config.min_numel
     return (
-        numel < worth.most * measure
-        and (numel < worth.least * measure or (not input.is_nested and numel < _least(input, worth)))
+        numel < usually * worth.half
+        and (numel < usually * worth.few or input.is_nested or numel < _least(input, worth))
         and backends.get_backend() == "auto"
         and not _asking
     )
@@ -133,12 +134,18 @@ def _eager(misfit: str | None, logits: Any, worth: Worth) -> Route:
     return Route(name, "kernel", f"{logits.dtype} on {logits.device.type}")
 
 
+def _share(logits: Tensor, worth: Worth) -> float:
+    return worth.step if logits.requires_grad and torch.is_grad_enabled() else worth.forward
+
+
 def _least(logits: Tensor, worth: Worth) -> int:
     """How many logits make a kernel worth its call."""
-    share = worth.step if logits.requires_grad and torch.is_grad_enabled() else worth.forward
+    share = _share(logits, worth)
     if logits.dim() > 1 and logits.shape[1] < 16:
         share *= worth.few
-    return int(share * config.min_numel)
+    if logits.element_size() == 2:
+        share *= worth.half
+    return math.ceil(share * config.min_numel)
 
 
 def _compiled(misfit: str | None, logits: Any, worth: Worth) -> Route:
@@ -159,7 +166,7 @@ def _surely_few(logits: Tensor, worth: Worth) -> bool:
         return False
     from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-    share = worth.step if logits.requires_grad and torch.is_grad_enabled() else worth.forward
+    share = _share(logits, worth)
     least = max(1.0, share) * config.min_numel if share else 0  # where torch has no such function, no call is small
     return bool(statically_known_true(logits.numel() < least))
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 import fastloss
-from fastloss import losses
+from fastloss import losses, routing
 
 X, Y = torch.randn(6, 5), torch.tensor([0, 1, 2, 3, 4, 0])
 PACKAGE = Path(fastloss.__file__).parent
@@ -74,8 +74,33 @@ def test_rows_of_16_classes_have_the_whole_limit(monkeypatch: pytest.MonkeyPatch
     assert fastloss.explain(fastloss.cross_entropy, sixteen, torch.zeros(15, dtype=torch.int64)).path == "torch"
 
 
+def test_half_precision_has_a_higher_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    worth = losses.cross_entropy.worth
+    assert worth.half > 1
+    monkeypatch.setattr(fastloss.config, "min_numel", int(240 / worth.forward / (1 + worth.half) * 2))
+    logits, target = torch.randn(15, 16), torch.zeros(15, dtype=torch.int64)
+    assert fastloss.explain(fastloss.cross_entropy, logits, target).path == "kernel"
+    assert fastloss.explain(fastloss.cross_entropy, logits.bfloat16(), target).path == "torch"
+    assert fastloss.explain(fastloss.cross_entropy, logits.bfloat16()[:, :15], target).path == "kernel"  # few classes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [15, 16])
+@pytest.mark.parametrize("wanted", [True, False])
+def test_the_first_look_at_a_size_decides_as_the_last(
+    monkeypatch: pytest.MonkeyPatch, wanted: bool, classes: int, dtype: torch.dtype
+) -> None:
+    """`tiny` takes short cuts."""
+    monkeypatch.setattr(fastloss.config, "min_numel", 4000)
+    worth = losses.cross_entropy.worth
+    for rows in range(1, 200):
+        logits = torch.randn(rows, classes).to(dtype).requires_grad_(wanted)
+        found = fastloss.explain(fastloss.cross_entropy, logits, torch.zeros(rows, dtype=torch.int64))
+        assert routing.tiny(logits, worth) == (found.path == "torch")
+
+
 def test_a_step_and_a_forward_alone_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, forward = losses.cross_entropy.worth.step, losses.cross_entropy.worth.forward
+    step, forward, *_ = losses.cross_entropy.worth
     assert step < forward
     monkeypatch.setattr(fastloss.config, "min_numel", int(2 * 15 * 16 / (step + forward)))
     logits, target = torch.randn(15, 16), torch.zeros(15, dtype=torch.int64)

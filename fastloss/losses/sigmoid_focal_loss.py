@@ -41,7 +41,7 @@ Saved = Tensors
 class SigmoidFocalLoss(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
     typed_by = 0, 1
-    worth = Worth(0.125, 0.125, few=1.0)  # the composition is many operations
+    worth = Worth(0.001, 0.001, few=1.0)  # the composition is many operations
     one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:

@@ -32,7 +32,7 @@ class Softmax(Loss[Tensors, Options, Saved]):
     """p = exp(input) / sum of exp(input), or its logarithm."""
 
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    worth = Worth(3.0, 2.0, few=1 / 64)
+    worth = Worth(3.0, 1.2, few=1 / 64)
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if not 0 <= o.dim < t.input.dim():

@@ -256,7 +256,7 @@ LAYERS = {
     "guards": set(),
     "calls": {"backends", "config", "contract", "foresight", "guards", "loss", "replay", "routing"},
     "operation": {"arguments", "calls", "foresight", "loss"},
-    "op_calls": {"config", "contract", "replay"},
+    "op_calls": {"guards", "config", "contract", "replay"},
     "ops": {"loss", "losses", "op_calls", "replay", "storage"},
     "routing": {"backends", "config", "loss"},
     "serving": {"arguments", "calls", "config", "loss", "operation", "ops", "routing"},

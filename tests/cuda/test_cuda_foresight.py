@@ -75,10 +75,11 @@ def test_the_gradient_has_the_bits_of_a_backward(launched: list[str], classes: i
         launched.clear()
         upstream = torch.tensor(number, dtype=loss.dtype)
         (first,) = torch.autograd.grad(loss, logits, upstream, retain_graph=True)
-        assert launched == ["cross_entropy_repair"]
+        shares = ["divide"] if logits.is_cpu and reduction == "mean" else []  # torch divides elsewhere: `rows.row_gradient`
+        assert launched == [*shares, "cross_entropy_repair"]
         before = first.clone()
         (second,) = torch.autograd.grad(loss, logits, upstream)
-        assert launched == ["cross_entropy_repair", "cross_entropy_backward"]
+        assert launched == [*shares, "cross_entropy_repair", *shares, "cross_entropy_backward"]
         torch.testing.assert_close(first, second, rtol=0, atol=0, equal_nan=True)
         assert torch.equal(first.signbit(), second.signbit())
         torch.testing.assert_close(first, before, rtol=0, atol=0, equal_nan=True)  # nothing of it was lent twice

@@ -100,7 +100,8 @@ def _plain_arguments(classes: int) -> dict[str, Any]:
     groups: tuple[Any, ...] = (Rows, Answers, Slope, Reduction, Foreseen)
     rows, answers, slope, reduction, foreseen = (group(*(None,) * len(group._fields)) for group in groups)
     return {
-        "ignore_index": -100, "keep": 0.9, "logit_scale": 1.0, "count": classes, "smoothing": Smoothing(0.9, 0.1 / classes), "focus": Focus(0.25, 0.75, 2.0),
+        "ignore_index": -100, "keep": 0.9, "logit_scale": 1.0, "count": classes,
+        "smoothing": Smoothing(0.9, 0.1 / classes), "focus": Focus(0.25, 0.75, 2.0),
         "rows": rows, "answers": answers, "slope": slope, "reduction": reduction._replace(dloss=1.0),
         "foreseen": foreseen,
     }  # fmt: skip

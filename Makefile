@@ -26,7 +26,7 @@ gpu: ## all there is to learn from a GPU in nine minutes, with $(PYTHON) as it i
 	$(PYTHON) bench/gpu_day.py --out $(OUT)/gpu
 
 # in two halves of about the same length, side by side; the guard pages come last: by then the other half has compiled most of what they call
-ONE_HALF := tests/cuda $(wildcard tests/test_[a-bd-fu-z]*.py) $(addprefix tests/test_,concurrency.py gpu_day.py guard_pages.py)
+ONE_HALF := tests/cuda $(wildcard tests/test_[a-bd-fu-z]*.py) $(addprefix tests/test_,gpu_day.py guard_pages.py)
 
 test: $(VENV)/.dev ## all tests but the long ones
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-one-half test-other-half

@@ -99,7 +99,7 @@ def remember(kind: Kind | None, call: Call, t: tuple[Tensor | None, ...] = ()) -
         if len(_remembered) >= _MOST_KINDS:
             _remembered.clear()
         _remembered[kind] = call
-        # a program holds its scratch; what is watched is to be launched as it is the first time
+        # the gradients of a program are not from the pool; what is watched is to be launched as it is the first time
         call.recorded = bool(t) and t[0] is not None and t[0].nbytes < config.pool_min_bytes and contract.watch is None
     return call
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastloss
-from fastloss import calls, contract, guards, routing
+from fastloss import calls, contract, guards, losses, routing
 
 N, C = 48, 40
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -227,6 +227,7 @@ def test_a_guard_knows_what_only_looks_alike() -> None:
     assert [name for name, other in others.items() if fits(other, y, absent)] == []
     assert guards.askable((torch.nested.nested_tensor([x, x[:2]]), y, None)) == []  # the guard would end the process
     assert guards.askable(([1, 2], y, None)) == []
+    assert max(len(loss.tensors._fields) for loss in losses.LOSSES) <= len(guards._ABSENT), "what has no partner would not be asked"  # type: ignore[attr-defined]
     assert not fits(x, y, None)
     assert not fits(x, y, torch.empty(0))
     seen: dict[str, bool] = {}
@@ -332,6 +333,7 @@ def test_a_second_derivative_of_a_visit(name: str) -> None:
     for value, x in ((loss, logits), anew(name, tensors)):
         (gradient,) = torch.autograd.grad(value, x, create_graph=True)
         found.append(torch.autograd.grad(gradient.square().sum(), x)[0])
+    assert loss.grad_fn.foresight._gradients == []  # type: ignore[union-attr]  # no longer waits: nobody will come for it
     assert torch.equal(*found)
 
 

@@ -19,13 +19,15 @@ from .inline import INLINE
 from .math import exp, exp_for
 from .memory import load, offset, prefetch, store
 from .rows import Walk, lanes_for, load_at, one_row, whole_tile
-from .simd import fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
+from .simd import first_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
 from .transpose import turn_in
 
 BLOCK = 128  # vectors: 8 KB of float32, so that a block, the next one and its terms fit the first-level cache
 ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its top
 _CPU = torch.device("cpu")
 KEPT_BYTES = 1 << 20  # scratch for a whole row: more would leave the second-level cache
+FIRST = 8  # vectors of a block whose largest logit its terms are relative to
+FAR = 24.0  # so much above that, a top takes its place: exp does not overflow, and what is lost below is e**-63 of a row's largest
 FEW_TO_TURN = 4  # classes: fewer are gathered
 
 
@@ -95,14 +97,36 @@ def _top(x: Any, first: Any, last: Any) -> Any:
 
 @njit(**INLINE)
 def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
-    lanes = lanes_of(x.at)
-    top = _top(x, first, last)
-    keep_top(terms, top)
-    total, c = splat(0.0, x.at), first
-    while c + 4 * lanes <= last:
-        total = total + four_terms(x, top, c, terms, c - first)
-        c += 4 * lanes
-    return top, sum_with_rest(x, top, total, first, c, last, terms)
+    lanes, reference, again = lanes_of(x.at), first_reference(x, first, last), True
+    top, total = reference, splat(0.0, x.at)
+    while again:
+        top, total, c = reference, splat(0.0, x.at), first
+        while c + 4 * lanes <= last:
+            four, top = four_terms(x, reference, top, c, terms, c - first)
+            total, c = total + four, c + 4 * lanes
+        top, total = sum_with_rest(x, reference, top, total, first, c, last, terms)
+        keep_reference(terms, reference)
+        again = is_far(top, reference)
+        total = about_top(top, reference, total, last - first)
+        reference = top
+    return top, total
+
+
+@njit(**INLINE)
+def first_reference(x: Any, first: Any, last: Any) -> Any:
+    """What the terms of a block of one row are relative to, unless its top proves to be far from it: the largest of its first logits."""
+    return _top(x, first, min(last, first + FIRST * lanes_of(x.at)))
+
+
+@njit(**INLINE)
+def is_far(top: Any, reference: Any) -> Any:
+    return first_lane(top - reference) > FAR
+
+
+@njit(**INLINE)
+def about_top(top: Any, reference: Any, total: Any, classes: Any) -> Any:
+    """The sum of the terms exp(x - top), of that of terms about `reference`: at least 1, since the top's term is in it as it is here."""
+    return total / exp(top - reference) if classes > FIRST * lanes_of(total) else total
 
 
 @njit(**INLINE)
@@ -123,7 +147,7 @@ def _statistics_of_tile(x: Any, first: Any, last: Any, terms: Any) -> Any:
         top = larger(larger(top, two), larger(_brought(x, terms, at + 2 * lanes), _brought(x, terms, at + 3 * lanes)))
     for at in range(fours, vectors, lanes):
         top = larger(top, _brought(x, terms, at))
-    keep_top(terms, top)
+    keep_reference(terms, top)
     for at in range(0, fours, 4 * lanes):
         e0, e1 = _to_term(x, terms, at, top), _to_term(x, terms, at + lanes, top)
         total = total + ((e0 + e1) + (_to_term(x, terms, at + 2 * lanes, top) + _to_term(x, terms, at + 3 * lanes, top)))
@@ -147,35 +171,39 @@ def _to_term(x: Any, terms: Any, at: Any, top: Any) -> Any:
 
 
 @njit(**INLINE)
-def four_terms(x: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
-    """The terms of four vectors of one row from class c on, written to `terms` from element `at` on, and their sum."""
+def four_terms(x: Any, reference: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
+    """The terms of four vectors of one row from class c on, written to `terms` from element `at` on: their sum, and the larger of `top`
+    and the logits in each lane."""
     lanes = lanes_of(x.at)
     ahead = c * x.class_ + BLOCK * lanes
     prefetch(x.at, ahead)
     prefetch(x.at, ahead + lanes)
     prefetch(x.at, ahead + 2 * lanes)
     prefetch(x.at, ahead + 3 * lanes)
-    e0 = exp_for(x.at, load_at(x, c, lanes, -np.inf) - top)
-    e1 = exp_for(x.at, load_at(x, c + lanes, lanes, -np.inf) - top)
+    x0, x1 = load_at(x, c, lanes, -np.inf), load_at(x, c + lanes, lanes, -np.inf)
+    e0, e1 = exp_for(x.at, x0 - reference), exp_for(x.at, x1 - reference)
+    top = larger(top, larger(x0, x1))
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
     two = e0 + e1  # stored before the others are loaded, which no compiler may do for us: AVX2 has registers for two
-    e2 = exp_for(x.at, load_at(x, c + 2 * lanes, lanes, -np.inf) - top)
-    e3 = exp_for(x.at, load_at(x, c + 3 * lanes, lanes, -np.inf) - top)
+    x2, x3 = load_at(x, c + 2 * lanes, lanes, -np.inf), load_at(x, c + 3 * lanes, lanes, -np.inf)
+    e2, e3 = exp_for(x.at, x2 - reference), exp_for(x.at, x3 - reference)
+    top = larger(top, larger(x2, x3))
     store(terms, at + 2 * lanes, 1, lanes, e2)
     store(terms, at + 3 * lanes, 1, lanes, e3)
-    return two + (e2 + e3)
+    return two + (e2 + e3), top
 
 
 @njit(**INLINE)
-def sum_with_rest(x: Any, top: Any, total: Any, first: Any, c: Any, last: Any, terms: Any) -> Any:
-    """`total` of one row with the terms of classes c .. last - 1, fewer than four vectors."""
+def sum_with_rest(x: Any, reference: Any, top: Any, total: Any, first: Any, c: Any, last: Any, terms: Any) -> Any:
+    """`top` and `total` of one row with classes c .. last - 1, fewer than four vectors, and of all lanes taken together."""
     lanes = lanes_of(x.at)
     while c < last:
-        e = exp_for(x.at, load_at(x, c, last - c, -np.inf) - top)
+        logits = load_at(x, c, last - c, -np.inf)
+        e = exp_for(x.at, logits - reference)
         store(terms, c - first, 1, lanes, e)
-        total, c = total + e, c + lanes
-    return splat(lane_sum(total), x.at)
+        top, total, c = larger(top, logits), total + e, c + lanes
+    return splat(lane_max(top), x.at), splat(lane_sum(total), x.at)
 
 
 @njit(**INLINE)
@@ -228,13 +256,39 @@ def block_top(x: Any, first: Any, last: Any) -> Any:
 
 
 @njit(**INLINE)
-def keep_top(terms: Any, top: Any) -> None:
+def relative(terms: Any, tile: Any, classes: Any) -> Any:
+    """Whether terms are relative to another number than the row's top."""
+    return classes > (BLOCK if tile > 1 else FIRST * lanes_of(terms))
+
+
+@njit(**INLINE)
+def block_reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
+    """What the terms of a block of a row with this top are relative to, from the logits."""
+    if x.tile > 1:
+        return block_top(x, first, last)
+    if x.class_ == 1:
+        return _reference(one_row(x.at), first, last, row_top)
+    return _reference(x, first, last, row_top)
+
+
+@njit(**INLINE)
+def _reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
+    reference = first_reference(x, first, last)
+    if is_far(row_top, reference):
+        top = _top(x, first, last)
+        if is_far(top, reference):
+            return top
+    return reference
+
+
+@njit(**INLINE)
+def keep_reference(terms: Any, top: Any) -> None:
     """Write `top` behind the terms of a block."""
     store(terms, BLOCK * lanes_of(terms), 1, lanes_of(terms), top)
 
 
 @njit(**INLINE)
-def kept_top(terms: Any) -> Any:
+def kept_reference(terms: Any) -> Any:
     """`top` of a block whose terms are in scratch memory."""
     return load(terms, BLOCK * lanes_of(terms), 1, lanes_of(terms), 0.0)
 

@@ -15,18 +15,21 @@ from .arguments import Computed, Int64, Known, Stored, arguments
 from .blocks import (
     FEW_TO_TURN,
     Block,
+    about_top,
     all_kept,
     block_of,
     block_size,
-    block_top,
     blocks_apart,
     blocks_in,
     blocks_kept,
+    first_reference,
     four_terms,
-    keep_top,
-    kept_top,
+    is_far,
+    keep_reference,
+    kept_reference,
     merge,
     real_total,
+    relative,
     row_statistics,
     scratch,
     sum_with_rest,
@@ -207,35 +210,43 @@ def _rows_in_turn(block: Any) -> None:
 @njit(**INLINE)
 def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_terms: Any, r: Any, past_caches: Any) -> Any:
     """`row_statistics` of the row at x, and meanwhile the gradient of the other one at dx, whose terms are in `other_terms`."""
-    lanes, size = lanes_of(x.at), block_size(terms, 1)
+    lanes, size, rescaled = lanes_of(x.at), block_size(terms, 1), relative(terms, 1, classes)
     top, total = no_statistics(x)
     for first in range(0, classes, size):
         last = min(classes, first + size)
         mine, theirs = block_of(terms, first // size), block_of(other_terms, first // size)
-        other = Block(first, last, r.scale, theirs, 1)  # of kept terms the top is not asked for
-        factor = exp(kept_top(theirs) - r.top) * r.scale if classes > size else r.scale
-        here_total, here_top = splat(0.0, x.at), block_top(x, first, last)
-        keep_top(mine, here_top)
-        # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
-        c, k = first, min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
-        if k > first:
-            store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
-        while c + 4 * lanes <= last and k + 4 * lanes <= last:
-            here_total = here_total + four_terms(x, here_top, c, mine, c - first)
-            if any_near(r, dx, k):
-                for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx.at, i, near(x, other, i, lanes, factor, r), past_caches)
-            else:
-                for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
-            c, k = c + 4 * lanes, k + 4 * lanes
-        if c + 4 * lanes <= last:  # k was ahead by less than a vector
-            here_total, c = here_total + four_terms(x, here_top, c, mine, c - first), c + 4 * lanes
-        here_total = sum_with_rest(x, here_top, here_total, first, c, last, mine)
-        while k < last:
-            n = min(lanes, last - k)
-            store_at(dx, k, n, near(x, other, k, n, factor, r))
-            k += n
+        other = Block(first, last, r.scale, theirs, 1)  # of kept terms the reference is not asked for
+        factor = exp(kept_reference(theirs) - r.top) * r.scale if rescaled else r.scale
+        reference, again = first_reference(x, first, last), True
+        here_top, here_total = reference, splat(0.0, x.at)
+        while again:
+            # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
+            here_top, here_total, c = reference, splat(0.0, x.at), first
+            k = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
+            if k > first:
+                store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
+            while c + 4 * lanes <= last and k + 4 * lanes <= last:
+                four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
+                here_total = here_total + four
+                if any_near(r, dx, k):
+                    for i in range(k, k + 4 * lanes, lanes):
+                        stream(dx.at, i, near(x, other, i, lanes, factor, r), past_caches)
+                else:
+                    for i in range(k, k + 4 * lanes, lanes):
+                        stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
+                c, k = c + 4 * lanes, k + 4 * lanes
+            if c + 4 * lanes <= last:  # k was ahead by less than a vector
+                four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
+                here_total, c = here_total + four, c + 4 * lanes
+            here_top, here_total = sum_with_rest(x, reference, here_top, here_total, first, c, last, mine)
+            while k < last:
+                n = min(lanes, last - k)
+                store_at(dx, k, n, near(x, other, k, n, factor, r))
+                k += n
+            keep_reference(mine, reference)
+            again = is_far(here_top, reference)
+            here_total = about_top(here_top, reference, here_total, last - first)
+            reference = here_top
         if first == 0:
             top, total = here_top, here_total
         else:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from numba import njit
 from numba.extending import overload
 
-from .blocks import Block, block_of, block_size, block_top, kept_top, term
+from .blocks import Block, block_of, block_reference, block_size, kept_reference, relative, term
 from .inline import INLINE
 from .math import exp, exp_for
 from .memory import load, load_classes, offset, store, stream, to_alignment
@@ -85,16 +85,16 @@ def gradient_of_row(x: Any, dx: Any, begin: Any, end: Any, classes: Any, terms: 
     size = block_size(terms, x.tile)
     for first in range(begin, end, size):
         last = min(end, first + size)
-        mine, top, factor = terms, r.top, r.scale  # the top of the only block is the row's
+        mine, reference, factor = terms, r.top, r.scale  # the top of all rows in the lanes, if there is but one block
         if kept:
             mine = block_of(terms, first // size)
-        if classes > size:
-            top = kept_top(mine) if kept else block_top(x, first, last)
-            factor = exp(top - r.top) * r.scale
+        if relative(terms, x.tile, classes):
+            reference = kept_reference(mine) if kept else block_reference(x, first, last, r.top)
+            factor = exp(reference - r.top) * r.scale
         if kept:
-            gradient_of_block(x, dx, Block(first, last, top, mine, 1), factor, r, past_caches)
+            gradient_of_block(x, dx, Block(first, last, reference, mine, 1), factor, r, past_caches)
         else:
-            gradient_of_block(x, dx, Block(first, last, top, mine, 0), factor, r, past_caches)
+            gradient_of_block(x, dx, Block(first, last, reference, mine, 0), factor, r, past_caches)
 
 
 @njit(**INLINE)

@@ -19,7 +19,7 @@ from .blocks import (
     block_statistics,
     blocks_in,
     blocks_kept,
-    kept_top,
+    kept_reference,
     row_statistics,
     scratch,
 )
@@ -107,7 +107,7 @@ def _softmax(block: Any) -> None:
                 mine, last = block_of(terms, first // size * keep), min(classes, first + size)
                 if not keep:
                     block_statistics(x, first, last, mine)
-                factor = exp(kept_top(mine) - top) * (1.0 / total)
+                factor = exp(kept_reference(mine) - top) * (1.0 / total)
                 probabilities(out, Block(first, last, factor, mine, 1), factor, a.past_caches)
         task = next_task(block)
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .blocks import BLOCK, Block, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
+from .blocks import BLOCK, Block, block_of, block_reference, block_size, block_statistics, kept_reference, real_total, term
 from .inline import INLINE
 from .math import exp
 from .memory import prefetch, stream
@@ -132,10 +132,10 @@ def weighted_gradient_of_row(x: Any, dx: Any, k: Any, classes: Any, terms: Any, 
         last = min(classes, first + size)
         if kept:
             mine = block_of(terms, first // size)
-            top = kept_top(mine)
+            top = kept_reference(mine)
             _gradient_of_block(x, dx, k, Block(first, last, top, mine, 1), exp(top - r.top) * r.scale, r, past_caches)
         else:
-            top = block_top(x, first, last)
+            top = block_reference(x, first, last, r.top)
             _gradient_of_block(x, dx, k, Block(first, last, top, terms, 0), exp(top - r.top) * r.scale, r, past_caches)
 
 

@@ -115,7 +115,7 @@ def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
 @njit(**INLINE)
 def first_reference(x: Any, first: Any, last: Any) -> Any:
     """What the terms of a block of one row are relative to, unless its top proves to be far from it: the largest of its first logits."""
-    return _top(x, first, min(last, first + FIRST * lanes_of(x.at)))
+    return _top(x, first, first + FIRST * lanes_of(x.at) if last - first == BLOCK * lanes_of(x.at) else last)
 
 
 @njit(**INLINE)
@@ -126,7 +126,7 @@ def is_far(top: Any, reference: Any) -> Any:
 @njit(**INLINE)
 def about_top(top: Any, reference: Any, total: Any, classes: Any) -> Any:
     """The sum of the terms exp(x - top), of that of terms about `reference`: at least 1, since the top's term is in it as it is here."""
-    return total / exp(top - reference) if classes > FIRST * lanes_of(total) else total
+    return total / exp(top - reference) if classes == BLOCK * lanes_of(total) else total
 
 
 @njit(**INLINE)
@@ -258,7 +258,7 @@ def block_top(x: Any, first: Any, last: Any) -> Any:
 @njit(**INLINE)
 def relative(terms: Any, tile: Any, classes: Any) -> Any:
     """Whether terms are relative to another number than the row's top."""
-    return classes > (BLOCK if tile > 1 else FIRST * lanes_of(terms))
+    return classes >= block_size(terms, tile)
 
 
 @njit(**INLINE)

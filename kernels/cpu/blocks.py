@@ -97,18 +97,17 @@ def _top(x: Any, first: Any, last: Any) -> Any:
 
 @njit(**INLINE)
 def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
-    lanes, reference, again = lanes_of(x.at), first_reference(x, first, last), True
-    top, total = reference, splat(0.0, x.at)
+    lanes, reference, again = lanes_of(x.at), first_lane(first_reference(x, first, last)), True
+    top, total = lowest(x.at), splat(0.0, x.at)
     while again:
-        top, total, c = reference, splat(0.0, x.at), first
+        top, total, c = lowest(x.at), splat(0.0, x.at), first
         while c + 4 * lanes <= last:
             four, top = four_terms(x, reference, top, c, terms, c - first)
             total, c = total + four, c + 4 * lanes
         top, total = sum_with_rest(x, reference, top, total, first, c, last, terms)
-        keep_reference(terms, reference)
-        again = is_far(top, reference)
-        total = about_top(top, reference, total, last - first)
-        reference = top
+        keep_reference(terms, splat(reference, x.at))
+        again, total = is_far(first_lane(top), reference), about_top(top, reference, total, last - first)
+        reference = first_lane(top)
     return top, total
 
 
@@ -120,7 +119,7 @@ def first_reference(x: Any, first: Any, last: Any) -> Any:
 
 @njit(**INLINE)
 def is_far(top: Any, reference: Any) -> Any:
-    return first_lane(top - reference) > FAR
+    return top - reference > FAR
 
 
 @njit(**INLINE)
@@ -274,9 +273,9 @@ def block_reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
 @njit(**INLINE)
 def _reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
     reference = first_reference(x, first, last)
-    if is_far(row_top, reference):
+    if is_far(first_lane(row_top), first_lane(reference)):
         top = _top(x, first, last)
-        if is_far(top, reference):
+        if is_far(first_lane(top), first_lane(reference)):
             return top
     return reference
 

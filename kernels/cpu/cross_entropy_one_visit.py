@@ -55,7 +55,7 @@ from .math import exp
 from .memory import offset, stream, to_alignment
 from .reduction import BLOCK, divide, sum_of, sum_of_weights, sum_rows, sum_weights
 from .rows import SHORT_ROW, Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk
-from .simd import lanes_of, splat
+from .simd import first_lane, lanes_of, lowest, splat
 from .targets import refuse_out_of_bounds
 
 SUM, MEAN = 1, 2
@@ -217,11 +217,11 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_ter
         mine, theirs = block_of(terms, first // size), block_of(other_terms, first // size)
         other = Block(first, last, r.scale, theirs, 1)  # of kept terms the reference is not asked for
         factor = exp(kept_reference(theirs) - r.top) * r.scale if rescaled else r.scale
-        reference, again = first_reference(x, first, last), True
-        here_top, here_total = reference, splat(0.0, x.at)
+        reference, again = first_lane(first_reference(x, first, last)), True
+        here_top, here_total = no_statistics(x)
         while again:
             # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
-            here_top, here_total, c = reference, splat(0.0, x.at), first
+            here_top, here_total, c = lowest(x.at), splat(0.0, x.at), first
             k = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
             if k > first:
                 store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
@@ -243,10 +243,9 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_ter
                 n = min(lanes, last - k)
                 store_at(dx, k, n, near(x, other, k, n, factor, r))
                 k += n
-            keep_reference(mine, reference)
-            again = is_far(here_top, reference)
-            here_total = about_top(here_top, reference, here_total, last - first)
-            reference = here_top
+            keep_reference(mine, splat(reference, x.at))
+            again, here_total = is_far(first_lane(here_top), reference), about_top(here_top, reference, here_total, last - first)
+            reference = first_lane(here_top)
         if first == 0:
             top, total = here_top, here_total
         else:

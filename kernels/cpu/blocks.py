@@ -20,13 +20,16 @@ from .math import exp, exp_for
 from .memory import load, offset, prefetch, store
 from .rows import Walk, lanes_for, load_at, one_row, whole_tile
 from .simd import first_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
+from .target import has_512_bits
 from .transpose import turn_in
 
 BLOCK = 128  # vectors: 8 KB of float32, so that a block, the next one and its terms fit the first-level cache
 ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its top
 _CPU = torch.device("cpu")
 KEPT_BYTES = 1 << 20  # scratch for a whole row: more would leave the second-level cache
-FIRST = 8  # vectors of a block whose largest logit its terms are relative to
+# Vectors of a block whose largest logit its terms are relative to. To look for the block's own while its terms are made takes two registers
+# more than AVX2 has: there it is looked for beforehand
+FIRST = 8 if has_512_bits() else BLOCK
 FAR = 24.0  # so much above that, a top takes its place: exp does not overflow, and what is lost below is e**-63 of a row's largest
 FEW_TO_TURN = 4  # classes: fewer are gathered
 
@@ -98,9 +101,9 @@ def _top(x: Any, first: Any, last: Any) -> Any:
 @njit(**INLINE)
 def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     lanes, reference, again = lanes_of(x.at), first_lane(first_reference(x, first, last)), True
-    top, total = lowest(x.at), splat(0.0, x.at)
+    top, total = splat(reference, x.at), splat(0.0, x.at)
     while again:
-        top, total, c = lowest(x.at), splat(0.0, x.at), first
+        top, total, c = splat(reference, x.at), splat(0.0, x.at), first
         while c + 4 * lanes <= last:
             four, top = four_terms(x, reference, top, c, terms, c - first)
             total, c = total + four, c + 4 * lanes
@@ -181,13 +184,15 @@ def four_terms(x: Any, reference: Any, top: Any, c: Any, terms: Any, at: Any) ->
     prefetch(x.at, ahead + 3 * lanes)
     x0, x1 = load_at(x, c, lanes, -np.inf), load_at(x, c + lanes, lanes, -np.inf)
     e0, e1 = exp_for(x.at, x0 - reference), exp_for(x.at, x1 - reference)
-    top = larger(top, larger(x0, x1))
+    if FIRST < BLOCK:
+        top = larger(top, larger(x0, x1))
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
     two = e0 + e1  # stored before the others are loaded, which no compiler may do for us: AVX2 has registers for two
     x2, x3 = load_at(x, c + 2 * lanes, lanes, -np.inf), load_at(x, c + 3 * lanes, lanes, -np.inf)
     e2, e3 = exp_for(x.at, x2 - reference), exp_for(x.at, x3 - reference)
-    top = larger(top, larger(x2, x3))
+    if FIRST < BLOCK:
+        top = larger(top, larger(x2, x3))
     store(terms, at + 2 * lanes, 1, lanes, e2)
     store(terms, at + 3 * lanes, 1, lanes, e3)
     return two + (e2 + e3), top

@@ -55,7 +55,7 @@ from .math import exp
 from .memory import offset, stream, to_alignment
 from .reduction import BLOCK, divide, sum_of, sum_of_weights, sum_rows, sum_weights
 from .rows import SHORT_ROW, Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk
-from .simd import first_lane, lanes_of, lowest, splat
+from .simd import first_lane, lanes_of, splat
 from .targets import refuse_out_of_bounds
 
 SUM, MEAN = 1, 2
@@ -221,7 +221,7 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_ter
         here_top, here_total = no_statistics(x)
         while again:
             # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
-            here_top, here_total, c = lowest(x.at), splat(0.0, x.at), first
+            here_top, here_total, c = splat(reference, x.at), splat(0.0, x.at), first
             k = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
             if k > first:
                 store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))

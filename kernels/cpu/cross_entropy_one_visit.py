@@ -33,7 +33,7 @@ from .blocks import (
     term,
 )
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward, no_statistics, see_targets, write_losses
-from .cross_entropy_tiles import FEW_VECTORS, _short_rows_in_turn, _tiles_in_turn, blocks_of_tile
+from .cross_entropy_tiles import FEW_VECTORS, blocks_of_tile, short_rows_in_turn, tiles_in_turn
 from .cross_entropy_visit import MEAN, SUM, ForwardBackward, after_all_rows, before_all_rows
 from .gradient import (
     ABREAST,
@@ -139,9 +139,9 @@ def _arguments(
 
 def _visit(a: ForwardBackward) -> None:
     if a.layout == IN_ROWS:
-        visit = _short_rows_in_turn
+        visit = short_rows_in_turn
     elif a.way.tile > 1 == a.kept == blocks_in(a.way, a.logits) and (a.layout != GAPLESS or a.way.classes >= FEW_TO_TURN):
-        visit = _tiles_in_turn
+        visit = tiles_in_turn
     elif a.way.tile == a.way.strides.class_ == a.dstrides.class_ == 1 and a.kept == blocks_in(a.way, a.logits):
         visit = _rows_in_turn
     else:

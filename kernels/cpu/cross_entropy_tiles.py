@@ -31,7 +31,7 @@ def blocks_of_tile(way: Walk) -> int:
 
 
 @region(ForwardBackward)
-def _tiles_in_turn(block: Any) -> None:
+def tiles_in_turn(block: Any) -> None:
     """Rows in lanes, of one block."""
     a = arguments(block)
     way, classes = a.way, a.way.classes
@@ -73,7 +73,7 @@ def _tiles_in_turn(block: Any) -> None:
 
 
 @region(ForwardBackward)
-def _short_rows_in_turn(block: Any) -> None:
+def short_rows_in_turn(block: Any) -> None:
     """Rows one by one, of consecutive classes, a few vectors each. No branch asks where a target lies: nobody could predict it."""
     a = arguments(block)
     way, classes, lanes = a.way, a.way.classes, lanes_of(a.terms)

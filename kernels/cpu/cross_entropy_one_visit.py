@@ -138,11 +138,12 @@ def _arguments(
 
 
 def _visit(a: ForwardBackward) -> None:
+    blocks = blocks_in(a.way, a.logits)
     if a.layout == IN_ROWS:
         visit = short_rows_in_turn
-    elif a.way.tile > 1 == a.kept == blocks_in(a.way, a.logits) and (a.layout != GAPLESS or a.way.classes >= FEW_TO_TURN):
+    elif a.way.tile > 1 and blocks == 1 and (a.layout != GAPLESS or a.way.classes >= FEW_TO_TURN):
         visit = tiles_in_turn
-    elif a.way.tile == a.way.strides.class_ == a.dstrides.class_ == 1 and a.kept == blocks_in(a.way, a.logits):
+    elif a.way.tile == a.way.strides.class_ == a.dstrides.class_ == 1 and a.kept == blocks:
         visit = _rows_in_turn
     else:
         visit = _forward_backward

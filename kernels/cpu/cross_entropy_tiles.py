@@ -91,23 +91,23 @@ def short_rows_in_turn(block: Any) -> None:
         is_class, x_y, tops = y > -1, nothing, nothing
         for number in range(begin, end + 1):
             rows, waiting = 0, before.rows if number > begin else 0
-            # behind the terms of a tile: a vector for each of its rows, then their numbers
-            folded, numbers = offset(mine, lanes * apart), offset(theirs, lanes * (apart + lanes))
-            x = row_at(a.logits, way.strides, t.b, t.p)
+            # behind the terms of a tile: a vector for each of its rows, then their numbers: tops, and later g and scale
+            folded, tops_at, numbers = offset(mine, lanes * apart), lanes * (apart + lanes), offset(theirs, lanes * (apart + lanes))
             if number < end:
                 t = tile_of(number, way)
-                rows, x = t.rows, row_at(a.logits, way.strides, t.b, t.p)
+                rows = t.rows
+            x, dx = row_at(a.logits, way.strides, t.b, t.p), row_at(a.dlogits, a.dstrides, before.b, before.p)
+            if number < end:
                 y = load_classes(a.target, t.row, 1, rows, a.ignore_index, nothing)
                 is_class = (y > -1) & (y < classes)
                 for i in range(rows):
                     store(folded, i * lanes, 1, lanes, _largest(one_row(offset(x, i * way.strides.lane)), classes))
                 tops = largest_of_each(folded, 0)
                 x_y = load_each(x, way.strides.lane, y, 1, is_class)
-                store(offset(mine, lanes * (apart + lanes)), 0, 1, lanes, tops)
-            dx = row_at(a.dlogits, a.dstrides, before.b, before.p)
+                store(mine, tops_at, 1, lanes, tops)
             for i in range(max(rows, waiting)):
                 if i < rows and a.target[t.row + i] != a.ignore_index:
-                    top = load(mine, lanes * (apart + lanes) + i, 0, lanes, 0.0)
+                    top = load(mine, tops_at + i, 0, lanes, 0.0)
                     total = _terms_of_row(one_row(offset(x, i * way.strides.lane)), classes, offset(mine, i * apart), top)
                     store(folded, i * lanes, 1, lanes, total)
                 if i < waiting:
@@ -121,8 +121,8 @@ def short_rows_in_turn(block: Any) -> None:
                 if any_lane((y < -1) | (y > classes - 1)):
                     raise_flag(block)
                 r = see_tile(a, t, y, x_y, tops, real_total(sum_of_each(folded, 0)))
-                store(mine, lanes * (apart + lanes), 1, lanes, r.g)
-                store(mine, lanes * (apart + lanes + 1), 1, lanes, r.scale)
+                store(mine, tops_at, 1, lanes, r.g)
+                store(mine, tops_at + lanes, 1, lanes, r.scale)
                 before, mine, theirs = t, theirs, mine
         if last_task(block) and a.alone:
             after_all_rows(a)

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 from numba import njit
 from numba.extending import overload
 
-from .blocks import FEW_TO_TURN, Block, block_of, block_size, block_top, kept_top, term
+from .blocks import Block, block_of, block_size, block_top, kept_top, term
 from .inline import INLINE
 from .math import exp, exp_for
 from .memory import load, load_classes, offset, store, stream, to_alignment
@@ -192,7 +192,7 @@ def write_zeros(dx: Any, first: Any, last: Any, past_caches: Any) -> None:
 def gradient_of_tile(dx: Any, classes: Any, terms: Any, r: Any, past_caches: Any) -> None:
     """Rows in lanes, few enough classes for one block; their terms are in `terms`, and are overwritten."""
     lanes, counts = lanes_of(dx.at), r.y > -1
-    if dx.class_ == 1 != dx.lane and classes >= FEW_TO_TURN:
+    if dx.class_ == 1 != dx.lane:
         for c in range(classes):
             store(terms, c * lanes, 1, lanes, _of_class(terms, c, counts, r.y == c, r))
         for c in range(0, classes, lanes):

@@ -91,7 +91,8 @@ def test_the_bits_do_not_depend_on_foresight(
     dtype: str, reduction: str, kind: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]
 ) -> None:
     cases = [((20, 11), "contiguous"), ((70, 60), "contiguous"), ((5, 70), "misaligned"), ((3, 9000), "padded"), ((40, 300), "transposed")]
-    for shape, layout in [*cases, ((2, 5, 40), "contiguous"), ((6, 1000), "every_other"), ((9, 1001), "contiguous")]:
+    cases += [((2, 5, 40), "contiguous"), ((37, 130), "contiguous"), ((6, 1000), "every_other"), ((9, 1001), "contiguous")]
+    for shape, layout in cases:
         leaf, view = LAYOUTS[layout](numbers(kind, shape, DTYPES[dtype]))
         loss = loss_of(kind, shape, DTYPES[dtype], reduction)
         for upstream in (1.0, -0.3):

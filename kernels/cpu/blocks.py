@@ -133,29 +133,56 @@ def about_top(top: Any, reference: Any, total: Any, classes: Any) -> Any:
 
 @njit(**INLINE)
 def _statistics_of_tile(x: Any, first: Any, last: Any, terms: Any) -> Any:
-    """Of rows in lanes. Their logits are brought to where their terms will be, once: to reach them takes as long as to work with them."""
-    lanes = lanes_of(x.at)
-    vectors = (last - first) * lanes
-    fours = vectors // (4 * lanes) * 4 * lanes
-    if x.class_ == 1 and vectors >= FEW_TO_TURN * lanes:
+    top = bring_tile(x, first, last, terms)
+    keep_reference(terms, top)
+    return top, terms_of_tile(x, last - first, terms, top)
+
+
+@njit(**INLINE)
+def bring_tile(x: Any, first: Any, last: Any, terms: Any) -> Any:
+    """The largest logits of rows in lanes. They are all brought to where their terms will be, once: to reach them takes as long as to work
+    with them."""
+    lanes, n = lanes_of(x.at), x.rows
+    top, fours = lowest(x.at), first + (last - first) // 4 * 4
+    if x.class_ == 1 != x.lane and last - first >= FEW_TO_TURN:
         for c in range(first, last, lanes):
             turn_in(x.at, c, x.lane, x.rows, min(lanes, last - c), terms, (c - first) * lanes)
-    else:
-        for c in range(first, last):
-            store(terms, (c - first) * lanes, 1, lanes, load_at(x, c, x.rows, -np.inf))
-    top, total = lowest(x.at), splat(0.0, x.at)
-    for at in range(0, fours, 4 * lanes):
-        two = larger(_brought(x, terms, at), _brought(x, terms, at + lanes))
-        top = larger(larger(top, two), larger(_brought(x, terms, at + 2 * lanes), _brought(x, terms, at + 3 * lanes)))
-    for at in range(fours, vectors, lanes):
-        top = larger(top, _brought(x, terms, at))
-    keep_reference(terms, top)
+        for c in range(first, fours, 4):
+            at = (c - first) * lanes
+            two = larger(_brought(x, terms, at), _brought(x, terms, at + lanes))
+            top = larger(larger(top, two), larger(_brought(x, terms, at + 2 * lanes), _brought(x, terms, at + 3 * lanes)))
+        for c in range(fours, last):
+            top = larger(top, _brought(x, terms, (c - first) * lanes))
+        return top
+    for c in range(first, fours, 4):
+        at = (c - first) * lanes
+        two = larger(_bring(x, c, n, terms, at), _bring(x, c + 1, n, terms, at + lanes))
+        top = larger(larger(top, two), larger(_bring(x, c + 2, n, terms, at + 2 * lanes), _bring(x, c + 3, n, terms, at + 3 * lanes)))
+    for c in range(fours, last):
+        top = larger(top, _bring(x, c, n, terms, (c - first) * lanes))
+    return top
+
+
+@njit(**INLINE)
+def _bring(x: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
+    """A logit of every row in the lanes, put where its term will be."""
+    logits = load_at(x, c, n, -np.inf)
+    prefetch(x.at, c * x.class_ + 2 * lanes_of(x.at))  # of the tile after the next one
+    store(terms, at, 1, lanes_of(x.at), logits)
+    return logits
+
+
+@njit(**INLINE)
+def terms_of_tile(x: Any, classes: Any, terms: Any, top: Any) -> Any:
+    """The sum of the terms of rows in lanes, which take the places of their logits."""
+    lanes = lanes_of(x.at)
+    total, fours, vectors = splat(0.0, x.at), classes // 4 * 4 * lanes, classes * lanes
     for at in range(0, fours, 4 * lanes):
         e0, e1 = _to_term(x, terms, at, top), _to_term(x, terms, at + lanes, top)
         total = total + ((e0 + e1) + (_to_term(x, terms, at + 2 * lanes, top) + _to_term(x, terms, at + 3 * lanes, top)))
     for at in range(fours, vectors, lanes):
         total = total + _to_term(x, terms, at, top)
-    return top, total
+    return total
 
 
 @njit(**INLINE)

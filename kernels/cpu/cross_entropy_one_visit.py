@@ -4,14 +4,14 @@ A row's terms wait in scratch memory, in the second-level cache, between its sta
 are computed again. The bits are those of forward and backward.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from numba import njit
 from torch import Tensor
 
 from ..groups import Foreseen, Reduction, Rows
-from .arguments import Computed, Int64, Known, Stored, arguments
+from .arguments import arguments
 from .blocks import (
     FEW_TO_TURN,
     Block,
@@ -36,14 +36,16 @@ from .blocks import (
     term,
 )
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward, no_statistics, see_targets, write_losses
+from .cross_entropy_tiles import FEW_VECTORS, blocks_of_tile, short_rows_in_turn, tiles_in_turn
+from .cross_entropy_visit import MEAN, SUM, ForwardBackward, after_all_rows, before_all_rows
 from .gradient import (
     ABREAST,
     GAPLESS,
+    IN_ROWS,
     abreast,
     any_near,
     gradient_of_row,
     gradient_of_short_rows,
-    gradient_of_turned_rows,
     layout_of,
     near,
     row_numbers,
@@ -53,33 +55,24 @@ from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp
 from .memory import offset, stream, to_alignment
-from .reduction import BLOCK, divide, sum_of, sum_of_weights, sum_rows, sum_weights
-from .rows import SHORT_ROW, Strides, Walk, bypass_caches, lanes_at, last_tile, one_row, row_at, store_at, strides_of, tile_of, walk
+from .reduction import BLOCK, divide, sum_rows, sum_weights
+from .rows import (
+    SHORT_ROW,
+    Walk,
+    by_tiles,
+    bypass_caches,
+    lanes_at,
+    lanes_for,
+    last_tile,
+    one_row,
+    row_at,
+    store_at,
+    strides_of,
+    tile_of,
+    walk,
+)
 from .simd import first_lane, lanes_of, splat
 from .targets import refuse_out_of_bounds
-
-SUM, MEAN = 1, 2
-
-
-class ForwardBackward(NamedTuple):
-    logits: Stored
-    target: Int64
-    weight: Computed
-    weight_stride: int
-    ignore_index: int
-    dloss: Computed
-    dloss_stride: int
-    loss: Computed
-    rows: Rows
-    dlogits: Stored
-    dstrides: Strides
-    layout: Known  # see `gradient.layout_of`
-    terms: Computed
-    kept: int  # blocks that there is room for in `terms`
-    past_caches: Known
-    way: Walk
-    alone: int  # 0: `dloss` holds what it should. Else this launch reduces too, by SUM or MEAN, and makes dloss[0] of dloss[1]
-    reduction: Reduction
 
 
 def cross_entropy_forward_backward(
@@ -134,35 +127,31 @@ def _arguments(
     way: Walk, logits: Tensor, target: Tensor, weight: Tensor, ignore_index: int, dloss: Tensor, loss: Tensor, rows: Rows, dlogits: Tensor
 ) -> ForwardBackward:
     kept, dstrides = blocks_kept(way, logits), strides_of(dlogits, way.tile)
+    layout = layout_of(way, dstrides)
+    if way.tile == way.strides.class_ == dstrides.class_ == 1 and way.classes <= FEW_VECTORS * lanes_for(logits):
+        way, layout = by_tiles(way, logits), IN_ROWS
+        kept, dstrides = blocks_of_tile(way), strides_of(dlogits, way.tile)
     return ForwardBackward(
         logits=logits, target=target, weight=weight, weight_stride=weight.stride(0), ignore_index=ignore_index,
         dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
-        dlogits=dlogits, dstrides=dstrides, layout=layout_of(way, dstrides),
+        dlogits=dlogits, dstrides=dstrides, layout=layout,
         terms=scratch(2 * kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
         alone=0, reduction=Reduction(0.0, loss, loss),
     )  # fmt: skip
 
 
 def _visit(a: ForwardBackward) -> None:
-    in_turn = a.way.tile == a.way.strides.class_ == a.dstrides.class_ == 1 and a.kept == blocks_in(a.way, a.logits)
-    if (_rows_in_turn if in_turn else _forward_backward)(a.way.tasks, a):
+    blocks = blocks_in(a.way, a.logits)
+    if a.layout == IN_ROWS:
+        visit = short_rows_in_turn
+    elif a.way.tile > 1 and blocks == 1 and (a.layout != GAPLESS or a.way.classes >= FEW_TO_TURN):
+        visit = tiles_in_turn
+    elif a.way.tile == a.way.strides.class_ == a.dstrides.class_ == 1 and a.kept == blocks:
+        visit = _rows_in_turn
+    else:
+        visit = _forward_backward
+    if visit(a.way.tasks, a):
         refuse_out_of_bounds(a.target, a.way.classes, a.ignore_index)
-
-
-@njit(**INLINE)
-def _before_all_rows(a: Any) -> None:
-    """The upstream gradient of every row, in one place, where all threads write the same numbers."""
-    if a.alone == MEAN:
-        a.reduction.divisor[0] = sum_of_weights(a, a.way.classes, 0, a.way.batch * a.way.positions)
-        a.dloss[0] = a.dloss[1] / a.reduction.divisor[0]
-
-
-@njit(**INLINE)
-def _after_all_rows(a: Any) -> None:
-    """The loss of all rows."""
-    a.reduction.total[0] = sum_of(a.loss, 0, a.way.batch * a.way.positions)
-    if a.alone == MEAN:
-        a.reduction.total[0] = a.reduction.total[0] / a.reduction.divisor[0]
 
 
 @region(ForwardBackward)
@@ -174,7 +163,7 @@ def _rows_in_turn(block: Any) -> None:
     mine = block_of(a.terms, next_worker(block) * 2 * a.kept)
     theirs = block_of(mine, a.kept)
     if a.alone:
-        _before_all_rows(a)
+        before_all_rows(a)
     # the row whose gradient is still to be written, and where: its terms are `theirs`
     before, before_dx = -1, a.dlogits
     task = next_task(block)
@@ -199,7 +188,7 @@ def _rows_in_turn(block: Any) -> None:
             b, p = (b, p + 1) if p + 1 < way.positions else (b + 1, 0)
         write_losses(a, begin, end)
         if last_task(block) and a.alone:
-            _after_all_rows(a)
+            after_all_rows(a)
         task = next_task(block)
     if before >= 0:
         dx_before = one_row(before_dx)
@@ -260,7 +249,7 @@ def _forward_backward(block: Any) -> None:
     terms = block_of(a.terms, next_worker(block) * a.kept)
     keep = all_kept(terms, a.kept, way)
     if a.alone:
-        _before_all_rows(a)
+        before_all_rows(a)
     task = next_task(block)
     while task >= 0:
         begin = tile_of(task * way.grain, way).row
@@ -285,11 +274,9 @@ def _forward_backward(block: Any) -> None:
                 write_zeros(dx, 0, classes, a.past_caches)
             elif a.layout == GAPLESS and classes < FEW_TO_TURN:
                 gradient_of_short_rows(x, dx, classes, r)
-            elif x.tile > 1 and a.layout != ABREAST and dx.class_ == 1 and classes <= block_size(terms, x.tile):
-                gradient_of_turned_rows(dx, classes, terms, r)
             else:
                 gradient_of_row(x, dx, 0, classes, classes, terms, keep, r, a.past_caches)
         write_losses(a, begin, end)
         if last_task(block) and a.alone:
-            _after_all_rows(a)
+            after_all_rows(a)
         task = next_task(block)

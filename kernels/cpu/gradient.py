@@ -14,7 +14,7 @@ from .simd import lane_numbers, lanes_of, pick, select, splat
 from .targets import less_at
 from .transpose import turn_out
 
-GAPLESS, ABREAST = 1, 2  # see `layout_of`
+GAPLESS, ABREAST, IN_ROWS = 1, 2, 3  # see `layout_of`; a tile of rows that are taken one by one
 
 
 class RowNumbers(NamedTuple):
@@ -189,14 +189,36 @@ def write_zeros(dx: Any, first: Any, last: Any, past_caches: Any) -> None:
 
 
 @njit(**INLINE)
-def gradient_of_turned_rows(dx: Any, classes: Any, terms: Any, r: Any) -> None:
-    """Rows in lanes whose classes lie side by side, few enough for one block; their terms are in `terms`, and are overwritten."""
-    lanes = lanes_of(dx.at)
-    for c in range(classes):
-        d = load(terms, c * lanes, 1, lanes, 0.0) * r.scale
-        store(terms, c * lanes, 1, lanes, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0))
-    for c in range(0, classes, lanes):
-        turn_out(terms, c * lanes, dx.at, c, dx.lane, dx.rows, min(lanes, classes - c))
+def gradient_of_tile(dx: Any, classes: Any, terms: Any, r: Any, past_caches: Any) -> None:
+    """Rows in lanes, few enough classes for one block; their terms are in `terms`, and are overwritten."""
+    lanes, counts = lanes_of(dx.at), r.y > -1
+    if dx.class_ == 1 != dx.lane:
+        for c in range(classes):
+            store(terms, c * lanes, 1, lanes, _of_class(terms, c, counts, r.y == c, r))
+        for c in range(0, classes, lanes):
+            turn_out(terms, c * lanes, dx.at, c, dx.lane, dx.rows, min(lanes, classes - c))
+    elif dx.lane == 1 and dx.rows == lanes:
+        aligned = to_alignment(dx.at) == to_alignment(offset(dx.at, dx.class_)) == 0
+        past, left, fours = past_caches if aligned else 0, r.y, classes // 4 * 4
+        for c in range(0, fours, 4):  # four, for they share what LLVM loads again for every iteration
+            stream(dx.at, c * dx.class_, _of_class(terms, c, counts, left == 0, r), past)
+            stream(dx.at, (c + 1) * dx.class_, _of_class(terms, c + 1, counts, left == 1, r), past)
+            stream(dx.at, (c + 2) * dx.class_, _of_class(terms, c + 2, counts, left == 2, r), past)
+            stream(dx.at, (c + 3) * dx.class_, _of_class(terms, c + 3, counts, left == 3, r), past)
+            left = left - 4
+        for c in range(fours, classes):
+            stream(dx.at, c * dx.class_, _of_class(terms, c, counts, r.y == c, r), past)
+    else:
+        for c in range(classes):
+            store_at(dx, c, dx.rows, _of_class(terms, c, counts, r.y == c, r))
+
+
+@njit(**INLINE)
+def _of_class(terms: Any, c: Any, counts: Any, here: Any, r: Any) -> Any:
+    """The gradient of class c of rows in lanes, some of which do not count, and for some of which it is the target."""
+    lanes = lanes_of(terms)
+    d = select(counts, load(terms, c * lanes, 1, lanes, 0.0) * r.scale, 0.0)
+    return select(here, d - r.g, d)
 
 
 @njit(**INLINE)

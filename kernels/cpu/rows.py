@@ -73,10 +73,20 @@ def walk(logits: Tensor, few: int = FEW_CLASSES) -> Walk:
         if positions == 1:
             batch, positions = 1, batch
     tile = lanes_for(logits) if classes <= few or (lane <= strides[1] != 1 and classes <= MOST_IN_LANES) else 1
-    numel = max(1, tile * classes)
-    share = batch * positions // (tile * 4 * torch.get_num_threads())  # tiles in a task if every thread is to get four
-    grain = max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))
-    return Walk(batch, classes, positions, strides_of(logits, tile), tile, grain)
+    return Walk(batch, classes, positions, strides_of(logits, tile), tile, _grain(tile * classes, batch * positions // tile))
+
+
+def by_tiles(way: Walk, logits: Tensor) -> Walk:
+    """The same way row by row, taken in tiles of as many rows as there would be lanes."""
+    tile = lanes_for(logits)
+    grain = _grain(tile * way.classes, way.batch * way.positions // tile)
+    return way._replace(strides=way.strides._replace(lane=way.strides.position), tile=tile, grain=grain)
+
+
+def _grain(numel: int, tiles: int) -> int:
+    """Tiles in a task, of `numel` logits each: so many that every thread gets four tasks, within the limits of a task."""
+    numel, share = max(1, numel), tiles // (4 * torch.get_num_threads())
+    return max(1, TASK_NUMEL[0] // numel, min(TASK_NUMEL[1] // numel, share))
 
 
 def lanes_for(logits: Tensor) -> int:

@@ -103,6 +103,12 @@ def dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     return found if found.is_cuda and found.stride(0) == 0 else found.contiguous()
 
 
+def class_weight_along(weight: Tensor | None, logits: Tensor) -> Tensor:
+    """The same for kernels that read it along with the logits, once if it is one number for all classes."""
+    found = class_weight(weight, logits)
+    return found if found.stride(0) == 0 else found.contiguous()
+
+
 def ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A one for each, [size] with stride 0, that nothing ever writes to."""
     # made inside a graph capture it would hold nothing until the graph is replayed

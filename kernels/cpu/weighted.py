@@ -8,12 +8,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
+from torch import Tensor
 
 from .blocks import BLOCK, Block, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
 from .inline import INLINE
 from .math import exp
 from .memory import prefetch, stream
-from .rows import Lanes, advance, first_vector, load_at, one_row, store_at, whole_vectors
+from .rows import Lanes, Walk, advance, first_vector, load_at, one_row, store_at, whole_vectors
 from .simd import fma, lane_sum, lanes_of, larger, lowest, select, splat
 from .targets import less_at
 
@@ -37,6 +38,17 @@ class WeightedNumbers(NamedTuple):
     g_y: Any  # what there is less at class y
 
 
+def one_weight(way: Walk, weight: Tensor) -> int:
+    """1 if long rows are to be compiled for one weight that all classes share, else 0: without weights there are no ones to read."""
+    return int(way.tile == 1 and weight.stride(0) == 0)
+
+
+@njit(**INLINE)
+def stride_of_weight(a: Any) -> Any:
+    """The step from one class's weight to the next one's, where the compiler knows it."""
+    return 0 if a.one_weight else a.weight_stride
+
+
 @njit(**INLINE)
 def factors_of(x: Any, q: Any, weight: Any, weight_stride: Any, smoothing: Any) -> Any:
     """The factors of the rows at x whose class probabilities are at q."""
@@ -44,15 +56,15 @@ def factors_of(x: Any, q: Any, weight: Any, weight_stride: Any, smoothing: Any) 
 
 
 @njit(**INLINE)
-def _factor(k: Any, c: Any, n: Any) -> Any:
+def factor_at(k: Any, c: Any, n: Any) -> Any:
     """k of the classes in the lanes, 0 in lanes not in use."""
     return load_at(k.weight, c, n, 0.0) * fma(load_at(k.q, c, n, 0.0), k.smoothing.keep, k.smoothing.spread)
 
 
 @njit(**INLINE)
-def _side_by_side(k: Any, q_class: Any) -> Any:
+def side_by_side(k: Any, q_class: Any, weight_class: Any) -> Any:
     """The factors of one row, with steps that the compiler knows."""
-    return Factors(Lanes(k.q.at, q_class, q_class, 1, 1), one_row(k.weight.at), k.smoothing)
+    return Factors(Lanes(k.q.at, q_class, q_class, 1, 1), Lanes(k.weight.at, weight_class, weight_class, 1, 1), k.smoothing)
 
 
 @njit(**INLINE)
@@ -66,14 +78,21 @@ def _masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
         for i in range(c, c + 4 * step, step):
             if x.tile == 1:
                 prefetch(k.q.at, i * k.q.class_ + BLOCK * lanes)
-            factor = _factor(k, i, n)
+            factor = factor_at(k, i, n)
             four_mass = four_mass + factor
             four_gap = fma(factor, top - load_at(x, i, n, 0.0), four_gap)
         mass, gap, c = mass + four_mass, gap + four_gap, c + 4 * step
+    return masses_of_rest(x, top, k, c, last, mass, gap)
+
+
+@njit(**INLINE)
+def masses_of_rest(x: Any, top: Any, k: Any, c: Any, last: Any, mass: Any, gap: Any) -> Any:
+    """`mass` and `gap` with classes c .. last - 1, fewer than four vectors: the sums over the lanes, where these are one row."""
     while c < last:
         n = x.rows if x.tile > 1 else last - c
-        factor = _factor(k, c, n)
-        mass, gap, c = mass + factor, fma(factor, top - load_at(x, c, n, 0.0), gap), c + step
+        factor = factor_at(k, c, n)
+        mass, gap = mass + factor, fma(factor, top - load_at(x, c, n, 0.0), gap)
+        c += 1 if x.tile > 1 else lanes_of(x.at)
     if x.tile == 1:
         mass, gap = splat(lane_sum(mass), x.at), splat(lane_sum(gap), x.at)
     return mass, gap
@@ -82,15 +101,21 @@ def _masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
 @njit(**INLINE)
 def _block_masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
     """`mass` and `gap` of classes first .. last - 1 whose largest logit is `top`: see `blocks.block_statistics`."""
-    if x.tile == 1 and x.class_ == k.q.class_ == k.weight.class_ == 1:
-        return _masses(one_row(x.at), top, _side_by_side(k, 1), first, last)
-    if x.tile == 1 and x.class_ == k.weight.class_ == 1 and k.q.class_ == 0:
-        return _masses(one_row(x.at), top, _side_by_side(k, 0), first, last)
+    if x.tile == x.class_ == 1 and k.weight.class_ == 0:
+        if k.q.class_ == 1:
+            return _masses(one_row(x.at), top, side_by_side(k, 1, 0), first, last)
+        if k.q.class_ == 0:
+            return _masses(one_row(x.at), top, side_by_side(k, 0, 0), first, last)
+    elif x.tile == x.class_ == 1 and k.weight.class_ == 1:
+        if k.q.class_ == 1:
+            return _masses(one_row(x.at), top, side_by_side(k, 1, 1), first, last)
+        if k.q.class_ == 0:
+            return _masses(one_row(x.at), top, side_by_side(k, 0, 1), first, last)
     return _masses(x, top, k, first, last)
 
 
 @njit(**INLINE)
-def _merge(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mass2: Any, gap2: Any) -> Any:
+def merge_weighted(top: Any, total: Any, mass: Any, gap: Any, top2: Any, total2: Any, mass2: Any, gap2: Any) -> Any:
     """The statistics of two disjoint sets of classes taken together."""
     joint = larger(top, top2)
     total = fma(total, exp(top - joint), total2 * exp(top2 - joint))
@@ -119,7 +144,7 @@ def weighted_statistics(x: Any, k: Any, classes: Any, terms: Any, kept: Any) -> 
         if first == 0:
             top, total, mass, gap = top2, total2, mass2, gap2
         else:
-            top, total, mass, gap = _merge(top, total, mass, gap, top2, total2, mass2, gap2)
+            top, total, mass, gap = merge_weighted(top, total, mass, gap, top2, total2, mass2, gap2)
     return top, real_total(total), mass, gap
 
 
@@ -145,23 +170,28 @@ def _gradient_of_block(x: Any, dx: Any, k: Any, block: Any, factor: Any, r: Any,
     lanes, last = lanes_of(x.at), block.last
     if x.tile > 1:
         for c in range(block.first, last):
-            d = term(x, block, c, x.rows) * factor - r.g * _factor(k, c, x.rows)
+            d = term(x, block, c, x.rows) * factor - r.g * factor_at(k, c, x.rows)
             store_at(dx, c, x.rows, select(r.y > -1, select(r.y == c, d - r.g_y, d), 0.0))
         return
-    consecutive = x.class_ == dx.class_ == k.weight.class_ == 1 and 0 <= k.q.class_ <= 1
+    consecutive = x.class_ == dx.class_ == 1 and 0 <= k.weight.class_ <= 1 and 0 <= k.q.class_ <= 1
     c, n = block.first, first_vector(dx, block.first, last, past_caches)
     while c < last:
         stop = whole_vectors(c, n, last, lanes) if consecutive else c
         if c <= r.y_row < stop:
             stop = c + (r.y_row - c) // lanes * lanes  # the target's vector goes by itself
-        if k.q.class_ == 1:
-            _stream(one_row(x.at), dx, _side_by_side(k, 1), block, c, stop, factor, r.g, past_caches)
+        if k.weight.class_ == 0:
+            if k.q.class_ == 1:
+                _stream(one_row(x.at), dx, side_by_side(k, 1, 0), block, c, stop, factor, r.g, past_caches)
+            else:
+                _stream(one_row(x.at), dx, side_by_side(k, 0, 0), block, c, stop, factor, r.g, past_caches)
+        elif k.q.class_ == 1:
+            _stream(one_row(x.at), dx, side_by_side(k, 1, 1), block, c, stop, factor, r.g, past_caches)
         else:
-            _stream(one_row(x.at), dx, _side_by_side(k, 0), block, c, stop, factor, r.g, past_caches)
+            _stream(one_row(x.at), dx, side_by_side(k, 0, 1), block, c, stop, factor, r.g, past_caches)
         if stop > c:
             c, n = stop, min(lanes, last - stop)
         else:
-            d = term(x, block, c, n) * factor - r.g * _factor(k, c, n)
+            d = term(x, block, c, n) * factor - r.g * factor_at(k, c, n)
             store_at(dx, c, n, less_at(d, r.y_row - c, r.g_y))
             c, n = advance(x, c, n, last)
 
@@ -173,5 +203,5 @@ def _stream(x: Any, dx: Any, k: Any, block: Any, c: Any, stop: Any, factor: Any,
     for i in range(c, stop, lanes):
         if not block.kept:
             prefetch(k.q.at, i * k.q.class_ + BLOCK * lanes)
-        d = term(x, block, i, lanes) * factor - g * _factor(k, i, lanes)
+        d = term(x, block, i, lanes) * factor - g * factor_at(k, i, lanes)
         stream(dx.at, i, d, past_caches)

@@ -35,9 +35,8 @@ from .rows import (
 from .simd import lane_numbers, lanes_of, splat
 from .weighted import (
     WeightedNumbers,
-    factors_of,
+    known_factors_of,
     one_weight,
-    stride_of_weight,
     weighted_gradient_of_row,
     weighted_loss,
     weighted_statistics,
@@ -138,7 +137,7 @@ def soft_cross_entropy_forward_backward(
     (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, target=target, target_strides=target_strides, weight=weight, weight_stride=weight.stride(0),
         one_weight=one_weight(way, weight), smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
-        dlogits=dlogits, dstrides=dstrides, terms=scratch(2 * kept if in_turn else kept, logits), kept=kept,
+        dlogits=dlogits, dstrides=dstrides, terms=scratch(kept, logits), kept=kept,
         past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
 
@@ -153,7 +152,7 @@ def soft_cross_entropy_target_backward(logits: Tensor, weight: Tensor, keep: flo
 
 @njit(**INLINE)
 def _factors(a: Any, x: Any, t: Any) -> Any:
-    return factors_of(x, lanes_at(a.target, a.target_strides, t, a.way), a.weight, stride_of_weight(a), a.smoothing)
+    return known_factors_of(a, x, lanes_at(a.target, a.target_strides, t, a.way))
 
 
 @njit(**INLINE)
@@ -237,9 +236,8 @@ def _rows_in_turn(block: Any) -> None:
     """Rows of consecutive classes. The gradient of a row is written while the next one is read: see `cross_entropy_one_visit`."""
     a = arguments(block)
     way, classes = a.way, a.way.classes
-    mine = block_of(a.terms, next_worker(block) * 2 * a.kept)
-    theirs = block_of(mine, a.kept)
-    # the row whose gradient is still to be written, where, and its target: its terms are `theirs`
+    terms = block_of(a.terms, next_worker(block) * a.kept)
+    # the row whose gradient is still to be written, where, and its target: the terms are its own
     before, before_dx, before_q = -1, a.dlogits, a.target
     task = next_task(block)
     while task >= 0:
@@ -248,17 +246,16 @@ def _rows_in_turn(block: Any) -> None:
             x, q = one_row(row_at(a.logits, way.strides, t.b, t.p)), row_at(a.target, a.target_strides, t.b, t.p)
             k = factors_in_turn(a, q)
             if before < 0:
-                statistics = weighted_statistics(x, k, classes, mine, 1)
+                statistics = weighted_statistics(x, k, classes, terms, 1)
             else:
-                waiting = Waiting(before_dx, factors_in_turn(a, before_q), theirs, _row_numbers(a, x, before))
-                statistics = statistics_and_weighted_gradient(x, k, classes, mine, waiting, a.past_caches)
+                waiting = Waiting(before_dx, factors_in_turn(a, before_q), _row_numbers(a, x, before))
+                statistics = statistics_and_weighted_gradient(x, k, classes, terms, waiting, a.past_caches)
             _note(a, row, 1, statistics)
             before, before_dx, before_q = row, row_at(a.dlogits, a.dstrides, t.b, t.p), q
-            mine, theirs = theirs, mine
         task = next_task(block)
     if before >= 0:
         dx = one_row(before_dx)
-        weighted_gradient_of_row(dx, dx, factors_in_turn(a, before_q), classes, theirs, 1, _row_numbers(a, dx, before), a.past_caches)
+        weighted_gradient_of_row(dx, dx, factors_in_turn(a, before_q), classes, terms, 1, _row_numbers(a, dx, before), a.past_caches)
 
 
 @region(TargetBackward)

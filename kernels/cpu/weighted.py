@@ -10,21 +10,23 @@ import numpy as np
 from numba import njit
 from torch import Tensor
 
+from ..groups import Smoothing
 from .blocks import BLOCK, Block, block_of, block_size, block_statistics, block_top, kept_top, real_total, term
 from .inline import INLINE
 from .math import exp
 from .memory import prefetch, stream
 from .rows import Lanes, Walk, advance, first_vector, load_at, one_row, store_at, whole_vectors
-from .simd import fma, lane_sum, lanes_of, larger, lowest, select, splat
+from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
 from .targets import less_at
 
 
 class Factors(NamedTuple):
-    """k_c of the rows of a tile. Both are `Lanes`, with steps of 0 where one number serves all."""
+    """k_c of the rows of a tile. Both `Lanes` have steps of 0 where one number serves all."""
 
-    q: Any  # class probabilities
-    weight: Any
+    q: Any  # class probabilities, as `Lanes`
+    weight: Any  # the same
     smoothing: Any
+    one_weight: Any  # see there; 1: `smoothing` has the weight in it
 
 
 class WeightedNumbers(NamedTuple):
@@ -44,27 +46,36 @@ def one_weight(way: Walk, weight: Tensor) -> int:
 
 
 @njit(**INLINE)
-def stride_of_weight(a: Any) -> Any:
-    """The step from one class's weight to the next one's, where the compiler knows it."""
-    return 0 if a.one_weight else a.weight_stride
+def factors_of(x: Any, q: Any, weight: Any, weight_stride: Any, smoothing: Any) -> Any:
+    """The factors of the rows at x whose class probabilities are at q."""
+    return Factors(q, Lanes(weight, weight_stride, 0 if x.tile > 1 else weight_stride, x.tile, x.rows), smoothing, 0)
 
 
 @njit(**INLINE)
-def factors_of(x: Any, q: Any, weight: Any, weight_stride: Any, smoothing: Any) -> Any:
-    """The factors of the rows at x whose class probabilities are at q."""
-    return Factors(q, Lanes(weight, weight_stride, 0 if x.tile > 1 else weight_stride, x.tile, x.rows), smoothing)
+def known_factors_of(a: Any, x: Any, q: Any) -> Any:
+    """The same in a region that is compiled for `one_weight`."""
+    if a.one_weight:
+        w = a.weight[0]
+        return Factors(q, Lanes(a.weight, 0, 0, x.tile, x.rows), Smoothing(a.smoothing.keep * w, a.smoothing.spread * w), 1)
+    return factors_of(x, q, a.weight, a.weight_stride, a.smoothing)
 
 
 @njit(**INLINE)
 def factor_at(k: Any, c: Any, n: Any) -> Any:
     """k of the classes in the lanes, 0 in lanes not in use."""
-    return load_at(k.weight, c, n, 0.0) * fma(load_at(k.q, c, n, 0.0), k.smoothing.keep, k.smoothing.spread)
+    shares = fma(load_at(k.q, c, n, 0.0), k.smoothing.keep, k.smoothing.spread)
+    return select(lane_numbers(shares) < n, shares, 0.0) if k.one_weight else load_at(k.weight, c, n, 0.0) * shares
 
 
 @njit(**INLINE)
-def side_by_side(k: Any, q_class: Any, weight_class: Any) -> Any:
+def side_by_side(k: Any, q_class: Any) -> Any:
     """The factors of one row, with steps that the compiler knows."""
-    return Factors(Lanes(k.q.at, q_class, q_class, 1, 1), Lanes(k.weight.at, weight_class, weight_class, 1, 1), k.smoothing)
+    return Factors(Lanes(k.q.at, q_class, q_class, 1, 1), one_row(k.weight.at), k.smoothing, k.one_weight)
+
+
+@njit(**INLINE)
+def _weights_side_by_side(k: Any) -> Any:
+    return k.one_weight or k.weight.class_ == 1
 
 
 @njit(**INLINE)
@@ -101,16 +112,10 @@ def masses_of_rest(x: Any, top: Any, k: Any, c: Any, last: Any, mass: Any, gap: 
 @njit(**INLINE)
 def _block_masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
     """`mass` and `gap` of classes first .. last - 1 whose largest logit is `top`: see `blocks.block_statistics`."""
-    if x.tile == x.class_ == 1 and k.weight.class_ == 0:
-        if k.q.class_ == 1:
-            return _masses(one_row(x.at), top, side_by_side(k, 1, 0), first, last)
-        if k.q.class_ == 0:
-            return _masses(one_row(x.at), top, side_by_side(k, 0, 0), first, last)
-    elif x.tile == x.class_ == 1 and k.weight.class_ == 1:
-        if k.q.class_ == 1:
-            return _masses(one_row(x.at), top, side_by_side(k, 1, 1), first, last)
-        if k.q.class_ == 0:
-            return _masses(one_row(x.at), top, side_by_side(k, 0, 1), first, last)
+    if x.tile == x.class_ == k.q.class_ == 1 and _weights_side_by_side(k):
+        return _masses(one_row(x.at), top, side_by_side(k, 1), first, last)
+    if x.tile == x.class_ == 1 and k.q.class_ == 0 and _weights_side_by_side(k):
+        return _masses(one_row(x.at), top, side_by_side(k, 0), first, last)
     return _masses(x, top, k, first, last)
 
 
@@ -165,33 +170,34 @@ def weighted_gradient_of_row(x: Any, dx: Any, k: Any, classes: Any, terms: Any, 
 
 
 @njit(**INLINE)
+def slope_at(x: Any, k: Any, block: Any, c: Any, n: Any, factor: Any, g: Any) -> Any:
+    """term * factor - g k of the n classes from c on, or of class c of n rows: the gradient where no class is the target."""
+    return fma(factor_at(k, c, n), g * -1.0, term(x, block, c, n) * factor)
+
+
+@njit(**INLINE)
 def _gradient_of_block(x: Any, dx: Any, k: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
     """The same for one block: its terms times `factor`, less g k."""
     lanes, last = lanes_of(x.at), block.last
     if x.tile > 1:
         for c in range(block.first, last):
-            d = term(x, block, c, x.rows) * factor - r.g * factor_at(k, c, x.rows)
+            d = slope_at(x, k, block, c, x.rows, factor, r.g)
             store_at(dx, c, x.rows, select(r.y > -1, select(r.y == c, d - r.g_y, d), 0.0))
         return
-    consecutive = x.class_ == dx.class_ == 1 and 0 <= k.weight.class_ <= 1 and 0 <= k.q.class_ <= 1
+    consecutive = x.class_ == dx.class_ == 1 and _weights_side_by_side(k) and 0 <= k.q.class_ <= 1
     c, n = block.first, first_vector(dx, block.first, last, past_caches)
     while c < last:
         stop = whole_vectors(c, n, last, lanes) if consecutive else c
         if c <= r.y_row < stop:
             stop = c + (r.y_row - c) // lanes * lanes  # the target's vector goes by itself
-        if k.weight.class_ == 0:
-            if k.q.class_ == 1:
-                _stream(one_row(x.at), dx, side_by_side(k, 1, 0), block, c, stop, factor, r.g, past_caches)
-            else:
-                _stream(one_row(x.at), dx, side_by_side(k, 0, 0), block, c, stop, factor, r.g, past_caches)
-        elif k.q.class_ == 1:
-            _stream(one_row(x.at), dx, side_by_side(k, 1, 1), block, c, stop, factor, r.g, past_caches)
+        if k.q.class_ == 1:
+            _stream(one_row(x.at), dx, side_by_side(k, 1), block, c, stop, factor, r.g, past_caches)
         else:
-            _stream(one_row(x.at), dx, side_by_side(k, 0, 1), block, c, stop, factor, r.g, past_caches)
+            _stream(one_row(x.at), dx, side_by_side(k, 0), block, c, stop, factor, r.g, past_caches)
         if stop > c:
             c, n = stop, min(lanes, last - stop)
         else:
-            d = term(x, block, c, n) * factor - r.g * factor_at(k, c, n)
+            d = slope_at(x, k, block, c, n, factor, r.g)
             store_at(dx, c, n, less_at(d, r.y_row - c, r.g_y))
             c, n = advance(x, c, n, last)
 
@@ -203,5 +209,4 @@ def _stream(x: Any, dx: Any, k: Any, block: Any, c: Any, stop: Any, factor: Any,
     for i in range(c, stop, lanes):
         if not block.kept:
             prefetch(k.q.at, i * k.q.class_ + BLOCK * lanes)
-        d = term(x, block, i, lanes) * factor - g * factor_at(k, i, lanes)
-        stream(dx.at, i, d, past_caches)
+        stream(dx.at, i, slope_at(x, k, block, i, lanes, factor, g), past_caches)

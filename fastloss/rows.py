@@ -104,9 +104,8 @@ def dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
 
 
 def class_weight_along(weight: Tensor | None, logits: Tensor) -> Tensor:
-    """The same for kernels that read it along with the logits, once if it is one number for all classes."""
-    found = class_weight(weight, logits)
-    return found if found.stride(0) == 0 else found.contiguous()
+    """`dense_class_weight` for kernels that read a one with stride 0 once, on every device."""
+    return class_weight(None, logits) if weight is None else dense_class_weight(weight, logits)
 
 
 def ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:

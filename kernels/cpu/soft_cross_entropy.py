@@ -37,11 +37,12 @@ from .weighted import (
     WeightedNumbers,
     known_factors_of,
     one_weight,
+    side_by_side,
     weighted_gradient_of_row,
     weighted_loss,
     weighted_statistics,
 )
-from .weighted_in_turn import Waiting, factors_in_turn, statistics_and_weighted_gradient
+from .weighted_in_turn import Waiting, statistics_and_weighted_gradient
 
 
 class Forward(NamedTuple):
@@ -156,6 +157,12 @@ def _factors(a: Any, x: Any, t: Any) -> Any:
 
 
 @njit(**INLINE)
+def _factors_in_turn(a: Any, q: Any) -> Any:
+    """Those of one row whose class probabilities lie side by side at q, as the weights do unless one is for all."""
+    return side_by_side(known_factors_of(a, one_row(q), one_row(q)), 1)
+
+
+@njit(**INLINE)
 def _see_row(a: Any, x: Any, t: Any, terms: Any, kept: Any) -> None:
     """Write the losses and the numbers of the rows at x."""
     # statistics
@@ -244,18 +251,18 @@ def _rows_in_turn(block: Any) -> None:
         for row in range(task * way.grain, last_tile(task, way)):
             t = tile_of(row, way)
             x, q = one_row(row_at(a.logits, way.strides, t.b, t.p)), row_at(a.target, a.target_strides, t.b, t.p)
-            k = factors_in_turn(a, q)
+            k = _factors_in_turn(a, q)
             if before < 0:
                 statistics = weighted_statistics(x, k, classes, terms, 1)
             else:
-                waiting = Waiting(before_dx, factors_in_turn(a, before_q), _row_numbers(a, x, before))
+                waiting = Waiting(before_dx, _factors_in_turn(a, before_q), _row_numbers(a, x, before))
                 statistics = statistics_and_weighted_gradient(x, k, classes, terms, waiting, a.past_caches)
             _note(a, row, 1, statistics)
             before, before_dx, before_q = row, row_at(a.dlogits, a.dstrides, t.b, t.p), q
         task = next_task(block)
     if before >= 0:
         dx = one_row(before_dx)
-        weighted_gradient_of_row(dx, dx, factors_in_turn(a, before_q), classes, terms, 1, _row_numbers(a, dx, before), a.past_caches)
+        weighted_gradient_of_row(dx, dx, _factors_in_turn(a, before_q), classes, terms, 1, _row_numbers(a, dx, before), a.past_caches)
 
 
 @region(TargetBackward)

@@ -13,10 +13,10 @@ from .blocks import Block, block_of, block_size, block_top, four_terms, keep_top
 from .inline import INLINE
 from .math import exp
 from .memory import load, offset, prefetch, store, stream, to_alignment
-from .rows import AHEAD, one_row
+from .rows import AHEAD
 from .simd import fma, lanes_of, splat
 from .targets import less_at
-from .weighted import factor_at, known_factors_of, masses_of_rest, merge_weighted, side_by_side, slope_at
+from .weighted import factor_at, masses_of_rest, merge_weighted, slope_at
 
 
 class Waiting(NamedTuple):
@@ -25,12 +25,6 @@ class Waiting(NamedTuple):
     dx: Any  # a pointer
     k: Any
     r: Any
-
-
-@njit(**INLINE)
-def factors_in_turn(a: Any, q: Any) -> Any:
-    """The factors of one row whose class probabilities lie side by side at q, as the weights do unless one is for all."""
-    return side_by_side(known_factors_of(a, one_row(q), one_row(q)), 1)
 
 
 @njit(**INLINE)
@@ -80,7 +74,8 @@ def _four_masses(x: Any, top: Any, k: Any, c: Any) -> Any:
     lanes = lanes_of(x.at)
     mass, gap = splat(0.0, x.at), splat(0.0, x.at)
     for i in range(c, c + 4 * lanes, lanes):
-        prefetch(k.q.at, i * k.q.class_ + AHEAD)
+        if k.q.class_ > 0:
+            prefetch(k.q.at, i + AHEAD)
         factor = factor_at(k, i, lanes)
         mass, gap = mass + factor, fma(factor, (load(x.at, i, 1, lanes, 0.0) - top) * -1.0, gap)
     return mass, gap

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 
 import fastloss
 from fastloss import foresight, losses, memory
-from fastloss.kernels.cpu import rows
 
 LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "indices": ("cross_entropy", {}),
@@ -107,11 +106,12 @@ def test_the_bits_do_not_depend_on_foresight(
             assert launched[-1] == "ahead"
 
 
+@foreseen
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("kind", ["smoothed", "probabilities"])
 def test_a_row_is_written_past_the_caches_while_the_next_one_is_read(kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of two blocks and some, each of which begins elsewhere between two vectors; without weights there is a kernel of its own."""
-    monkeypatch.setattr(rows, "STREAM_BYTES", 0)
+    monkeypatch.setattr("fastloss.kernels.cpu.rows.STREAM_BYTES", 0)
     monkeypatch.setitem(LOSSES, "this", (LOSSES[kind][0], {**LOSSES[kind][1], **({} if weighted else {"weight": None})}))
     for shape in ((19, 4163), (2, 2048), (1, 70)):
         logits, loss = numbers("this", shape), loss_of("this", shape, torch.float32)

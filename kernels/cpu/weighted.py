@@ -172,7 +172,8 @@ def weighted_gradient_of_row(x: Any, dx: Any, k: Any, classes: Any, terms: Any, 
 @njit(**INLINE)
 def slope_at(x: Any, k: Any, block: Any, c: Any, n: Any, factor: Any, g: Any) -> Any:
     """term * factor - g k of the n classes from c on, or of class c of n rows: the gradient where no class is the target."""
-    return fma(factor_at(k, c, n), g * -1.0, term(x, block, c, n) * factor)
+    # the larger product is not rounded
+    return fma(term(x, block, c, n), factor, factor_at(k, c, n) * (g * -1.0))
 
 
 @njit(**INLINE)

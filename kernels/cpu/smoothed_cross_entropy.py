@@ -120,8 +120,8 @@ def smoothed_cross_entropy_forward_backward(
 ) -> None:  # fmt: skip
     way = walk(logits)
     kept, dstrides = blocks_kept(way, logits), strides_of(dlogits, way.tile)
-    side_by_side = way.tile == way.strides.class_ == dstrides.class_ == 1 and 0 <= weight.stride(0) <= 1
-    in_turn = side_by_side and kept == blocks_in(way, logits)
+    consecutive = way.tile == way.strides.class_ == dstrides.class_ == 1 and weight.stride(0) <= 1
+    in_turn = consecutive and kept == blocks_in(way, logits)
     out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, target=target, zero=zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
         one_weight=one_weight(way, weight), ignore_index=ignore_index, smoothing=smoothing,

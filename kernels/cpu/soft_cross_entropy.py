@@ -133,8 +133,8 @@ def soft_cross_entropy_forward_backward(
 ) -> None:
     way = walk(logits)
     kept, target_strides, dstrides = blocks_kept(way, logits), strides_of(target, way.tile), strides_of(dlogits, way.tile)
-    side_by_side = way.tile == way.strides.class_ == target_strides.class_ == dstrides.class_ == 1 and 0 <= weight.stride(0) <= 1
-    in_turn = side_by_side and kept == blocks_in(way, logits)
+    consecutive = way.tile == way.strides.class_ == target_strides.class_ == dstrides.class_ == 1 and weight.stride(0) <= 1
+    in_turn = consecutive and kept == blocks_in(way, logits)
     (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, target=target, target_strides=target_strides, weight=weight, weight_stride=weight.stride(0),
         one_weight=one_weight(way, weight), smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,

@@ -113,7 +113,7 @@ def test_a_row_is_written_past_the_caches_while_the_next_one_is_read(kind: str, 
     """Rows of two blocks and some, each of which begins elsewhere between two vectors; without weights there is a kernel of its own."""
     monkeypatch.setattr("fastloss.kernels.cpu.rows.STREAM_BYTES", 0)
     monkeypatch.setitem(LOSSES, "this", (LOSSES[kind][0], {**LOSSES[kind][1], **({} if weighted else {"weight": None})}))
-    for shape in ((19, 4163), (2, 2048), (1, 70)):
+    for shape in ((19, 4163), (3, 2048), (2, 70)):
         logits, loss = numbers("this", shape), loss_of("this", shape, torch.float32)
         with monkeypatch.context() as patch:
             patch.setattr(fastloss.config, "foresight_max_bytes", 0)

@@ -103,6 +103,11 @@ def dense_class_weight(weight: Tensor | None, logits: Tensor) -> Tensor:
     return found if found.is_cuda and found.stride(0) == 0 else found.contiguous()
 
 
+def class_weight_along(weight: Tensor | None, logits: Tensor) -> Tensor:
+    """`dense_class_weight` for kernels that read a one with stride 0 once, on every device."""
+    return class_weight(None, logits) if weight is None else dense_class_weight(weight, logits)
+
+
 def ones(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A one for each, [size] with stride 0, that nothing ever writes to."""
     # made inside a graph capture it would hold nothing until the graph is replayed

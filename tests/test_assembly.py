@@ -43,7 +43,7 @@ def assembly(region: Region, dtype: torch.dtype, tile: int) -> str:
     """Of large results, rows as many in a vector as `tile` says, elements side by side. Compiled here and now: what comes from Numba's
     cache has no text."""
     side_by_side = elementwise.SIDE_BY_SIDE if region.body.__module__ == elementwise.__name__ else 0
-    values = {"_way_tile": tile, "_past_caches": 1, "_layout": side_by_side}
+    values = {"_way_tile": tile, "_past_caches": 1, "_layout": side_by_side, "_one_weight": 1}
     known = [values[name] for name in known_in(region.block)]
     dtypes = [dtype] * (1 + len(floats_in(region.block)))
     return numba.cfunc(region.signature(*dtypes, *known), error_model="numpy")(region.body)._library.get_asm_str()

@@ -107,6 +107,24 @@ def test_the_bits_do_not_depend_on_foresight(
             assert launched[-1] == "ahead"
 
 
+@foreseen
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("kind", ["smoothed", "probabilities"])
+def test_a_row_is_written_past_the_caches_while_the_next_one_is_read(kind: str, weighted: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of two blocks and some, each of which begins elsewhere between two vectors; without weights there is a kernel of its own."""
+    monkeypatch.setattr("fastloss.kernels.cpu.rows.STREAM_BYTES", 0)
+    monkeypatch.setitem(LOSSES, "this", (LOSSES[kind][0], {**LOSSES[kind][1], **({} if weighted else {"weight": None})}))
+    for shape in ((19, 4163), (3, 2048), (2, 70)):
+        logits, loss = numbers("this", shape), loss_of("this", shape, torch.float32)
+        with monkeypatch.context() as patch:
+            patch.setattr(fastloss.config, "foresight_max_bytes", 0)
+            expected = step(loss, logits, lambda leaf: leaf, 1.0)
+        for _ in range(3):
+            mine = step(loss, logits, lambda leaf: leaf, 1.0)
+        for a, b in zip(mine, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("kind", LOSSES)
 def test_long_rows_whose_terms_are_not_kept(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the second-level cache were tiny."""

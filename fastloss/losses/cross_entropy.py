@@ -67,7 +67,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         r, logits, target, kernels = self.allocate(t, o), rows.as_rows(t.input), rows.as_indices(t.target), kernels_for(t.input)
         loss, numbers = rows.row_losses(r.loss, t.input, o.reduction), _numbers(r.numbers)
         if o.label_smoothing > 0:
-            weight = rows.dense_class_weight(t.weight, t.input)
+            weight = rows.class_weight_along(t.weight, t.input)
             kernels.smoothed_cross_entropy_forward(logits, target, weight, o.ignore_index, _smoothing(t, o), loss, numbers)
         else:
             weight = rows.class_weight(t.weight, t.input)
@@ -90,7 +90,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
                 kernels.sum_weights(target, weight, o.ignore_index, r.divisor)
             g = rows.row_gradient_of(dloss, r.divisor, t.input)
             kernels.smoothed_cross_entropy_forward_backward(
-                logits, target, weight.contiguous(), o.ignore_index, _smoothing(t, o), g, loss, numbers, dlogits
+                logits, target, rows.class_weight_along(t.weight, t.input), o.ignore_index, _smoothing(t, o), g, loss, numbers, dlogits
             )
             rows.reduce_index_rows(loss, r.divisor, o, r.loss)
         else:
@@ -118,7 +118,7 @@ class CrossEntropy(Loss[Tensors, Options, Saved]):
         logits, dlogits, target, kernels = rows.as_rows(s.input), rows.as_rows(dinput), rows.as_indices(s.target), kernels_for(s.input)
         g = rows.row_gradient(dloss, s.divisor, s.input)
         if o.label_smoothing > 0:
-            weight = rows.dense_class_weight(s.weight, s.input)
+            weight = rows.class_weight_along(s.weight, s.input)
             kernels.smoothed_cross_entropy_backward(
                 logits, target, weight, o.ignore_index, _smoothing(s, o), _numbers(s.numbers), g, dlogits
             )

@@ -67,7 +67,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             self.allocate(t, o),
             rows.as_rows(t.input),
             rows.as_rows(t.target),
-            rows.dense_class_weight(t.weight, t.input),
+            rows.class_weight_along(t.weight, t.input),
         )
         loss = rows.row_losses(r.loss, t.input, o.reduction)
         r.divisor.fill_(loss.numel())
@@ -82,7 +82,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
             self.allocate(t, o),
             rows.as_rows(t.input),
             rows.as_rows(t.target),
-            rows.dense_class_weight(t.weight, t.input),
+            rows.class_weight_along(t.weight, t.input),
         )
         loss, dinput = rows.row_losses(r.loss, t.input, o.reduction), empty_like(t.input)
         dlogits = rows.as_rows(dinput)
@@ -98,7 +98,7 @@ class SoftCrossEntropy(Loss[Tensors, Options, Saved]):
         logits, target, weight, kernels = (
             rows.as_rows(s.input),
             rows.as_rows(s.target),
-            rows.dense_class_weight(s.weight, s.input),
+            rows.class_weight_along(s.weight, s.input),
             kernels_for(s.input),
         )
         g = rows.row_gradient(dloss, s.divisor, s.input)

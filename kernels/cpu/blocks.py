@@ -100,35 +100,37 @@ def _top(x: Any, first: Any, last: Any) -> Any:
 
 @njit(**INLINE)
 def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
-    lanes, reference, again = lanes_of(x.at), first_lane(first_reference(x, first, last)), True
-    top, total = splat(reference, x.at), splat(0.0, x.at)
-    while again:
-        top, total, c = splat(reference, x.at), splat(0.0, x.at), first
-        while c + 4 * lanes <= last:
-            four, top = four_terms(x, reference, top, c, terms, c - first)
-            total, c = total + four, c + 4 * lanes
-        top, total = sum_with_rest(x, reference, top, total, first, c, last, terms)
-        keep_reference(terms, splat(reference, x.at))
-        again, total = is_far(first_lane(top), reference), about_top(top, reference, total, last - first)
-        reference = first_lane(top)
-    return top, total
+    lanes, reference = lanes_of(x.at), first_reference(x, first, last)
+    top, total, c = splat(reference, x.at), splat(0.0, x.at), first
+    while c + 4 * lanes <= last:
+        four, top = four_terms(x, reference, top, c, terms, c - first)
+        total, c = total + four, c + 4 * lanes
+    top, total = sum_with_rest(x, reference, top, total, first, c, last, terms)
+    return top, settled(x, reference, top, total, first, last, terms)
 
 
 @njit(**INLINE)
 def first_reference(x: Any, first: Any, last: Any) -> Any:
     """What the terms of a block of one row are relative to, unless its top proves to be far from it: the largest of its first logits."""
-    return _top(x, first, first + FIRST * lanes_of(x.at) if last - first == BLOCK * lanes_of(x.at) else last)
+    whole = last - first == BLOCK * lanes_of(x.at)
+    return first_lane(_top(x, first, first + FIRST * lanes_of(x.at) if whole else last))
 
 
 @njit(**INLINE)
-def is_far(top: Any, reference: Any) -> Any:
+def settled(x: Any, reference: Any, top: Any, total: Any, first: Any, last: Any, terms: Any) -> Any:
+    """The total of a block of one row, whose terms are relative to `reference` and have this sum. Where its top is far from that, terms and
+    sum are made again, relative to the top. Of what they are relative to, a note is left for the gradient."""
+    if _is_far(first_lane(top), reference):
+        reference = first_lane(top)
+        top, total = sum_with_rest(x, reference, top, splat(0.0, x.at), first, first, last, terms)
+    keep_reference(terms, splat(reference, x.at))
+    # at least 1: the term of the top is in the sum as it is here
+    return total / exp(top - reference) if last - first == BLOCK * lanes_of(x.at) else total
+
+
+@njit(**INLINE)
+def _is_far(top: Any, reference: Any) -> Any:
     return top - reference > FAR
-
-
-@njit(**INLINE)
-def about_top(top: Any, reference: Any, total: Any, classes: Any) -> Any:
-    """The sum of the terms exp(x - top), of that of terms about `reference`: at least 1, since the top's term is in it as it is here."""
-    return total / exp(top - reference) if classes == BLOCK * lanes_of(total) else total
 
 
 @njit(**INLINE)
@@ -305,11 +307,11 @@ def block_reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
 @njit(**INLINE)
 def _reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
     reference = first_reference(x, first, last)
-    if is_far(first_lane(row_top), first_lane(reference)):
+    if _is_far(first_lane(row_top), reference):
         top = _top(x, first, last)
-        if is_far(first_lane(top), first_lane(reference)):
+        if _is_far(first_lane(top), reference):
             return top
-    return reference
+    return splat(reference, x.at)
 
 
 @njit(**INLINE)

@@ -15,7 +15,6 @@ from .arguments import arguments
 from .blocks import (
     FEW_TO_TURN,
     Block,
-    about_top,
     all_kept,
     block_of,
     block_size,
@@ -24,14 +23,13 @@ from .blocks import (
     blocks_kept,
     first_reference,
     four_terms,
-    is_far,
-    keep_reference,
     kept_reference,
     merge,
     real_total,
     relative,
     row_statistics,
     scratch,
+    settled,
     sum_with_rest,
     term,
 )
@@ -71,7 +69,7 @@ from .rows import (
     tile_of,
     walk,
 )
-from .simd import first_lane, lanes_of, splat
+from .simd import lanes_of, splat
 from .targets import refuse_out_of_bounds
 
 
@@ -135,7 +133,7 @@ def _arguments(
         logits=logits, target=target, weight=weight, weight_stride=weight.stride(0), ignore_index=ignore_index,
         dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,
         dlogits=dlogits, dstrides=dstrides, layout=layout,
-        terms=scratch(2 * kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
+        terms=scratch(2 * kept if way.tile > 1 else kept, logits), kept=kept, past_caches=bypass_caches(logits, dlogits), way=way,
         alone=0, reduction=Reduction(0.0, loss, loss),
     )  # fmt: skip
 
@@ -160,11 +158,10 @@ def _rows_in_turn(block: Any) -> None:
     arithmetic, and so neither for the other."""
     a = arguments(block)
     way, classes = a.way, a.way.classes
-    mine = block_of(a.terms, next_worker(block) * 2 * a.kept)
-    theirs = block_of(mine, a.kept)
+    terms = block_of(a.terms, next_worker(block) * a.kept)
     if a.alone:
         before_all_rows(a)
-    # the row whose gradient is still to be written, and where: its terms are `theirs`
+    # the row whose gradient is still to be written, and where: its terms are in `terms`
     before, before_dx = -1, a.dlogits
     task = next_task(block)
     while task >= 0:
@@ -177,14 +174,14 @@ def _rows_in_turn(block: Any) -> None:
             if a.target[row] == a.ignore_index:
                 write_zeros(one_row(dx), 0, classes, a.past_caches)
             elif before < 0:
-                tops, totals = row_statistics(x, classes, mine, 1)
+                tops, totals = row_statistics(x, classes, terms, 1)
             else:
                 r = row_numbers(a, a.rows.row_weight, x, before)
-                tops, totals = statistics_and_gradient(x, classes, mine, one_row(before_dx), theirs, r, a.past_caches)
+                tops, totals = statistics_and_gradient(x, classes, terms, one_row(before_dx), r, a.past_caches)
             if see_targets(a, x, row, tops, totals):
                 raise_flag(block)
             if a.target[row] != a.ignore_index:
-                before, before_dx, mine, theirs = row, dx, theirs, mine
+                before, before_dx = row, dx
             b, p = (b, p + 1) if p + 1 < way.positions else (b + 1, 0)
         write_losses(a, begin, end)
         if last_task(block) and a.alone:
@@ -193,48 +190,44 @@ def _rows_in_turn(block: Any) -> None:
     if before >= 0:
         dx_before = one_row(before_dx)
         r = row_numbers(a, a.rows.row_weight, dx_before, before)
-        gradient_of_row(dx_before, dx_before, 0, classes, classes, theirs, 1, r, a.past_caches)
+        gradient_of_row(dx_before, dx_before, 0, classes, classes, terms, 1, r, a.past_caches)
 
 
 @njit(**INLINE)
-def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, other_terms: Any, r: Any, past_caches: Any) -> Any:
-    """`row_statistics` of the row at x, and meanwhile the gradient of the other one at dx, whose terms are in `other_terms`."""
+def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, past_caches: Any) -> Any:
+    """`row_statistics` of the row at x, and meanwhile the gradient of the other one at dx, whose terms are in `terms`; the row's own are
+    there afterwards. Each vector takes the place of one that has just been read: with a place of their own, what is written past the
+    caches and what comes from the second-level cache wait for the same line buffers longer."""
     lanes, size, rescaled = lanes_of(x.at), block_size(terms, 1), relative(terms, 1, classes)
     top, total = no_statistics(x)
     for first in range(0, classes, size):
-        last = min(classes, first + size)
-        mine, theirs = block_of(terms, first // size), block_of(other_terms, first // size)
-        other = Block(first, last, r.scale, theirs, 1)  # of kept terms the reference is not asked for
-        factor = exp(kept_reference(theirs) - r.top) * r.scale if rescaled else r.scale
-        reference, again = first_lane(first_reference(x, first, last)), True
-        here_top, here_total = no_statistics(x)
-        while again:
-            # c goes over the classes of this row, k over those of the other: from where its vectors lie aligned
-            here_top, here_total, c = splat(reference, x.at), splat(0.0, x.at), first
-            k = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
-            if k > first:
-                store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
-            while c + 4 * lanes <= last and k + 4 * lanes <= last:
-                four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
-                here_total = here_total + four
-                if any_near(r, dx, k):
-                    for i in range(k, k + 4 * lanes, lanes):
-                        stream(dx.at, i, near(x, other, i, lanes, factor, r), past_caches)
-                else:
-                    for i in range(k, k + 4 * lanes, lanes):
-                        stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
-                c, k = c + 4 * lanes, k + 4 * lanes
-            if c + 4 * lanes <= last:  # k was ahead by less than a vector
-                four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
-                here_total, c = here_total + four, c + 4 * lanes
-            here_top, here_total = sum_with_rest(x, reference, here_top, here_total, first, c, last, mine)
-            while k < last:
-                n = min(lanes, last - k)
-                store_at(dx, k, n, near(x, other, k, n, factor, r))
-                k += n
-            keep_reference(mine, splat(reference, x.at))
-            again, here_total = is_far(first_lane(here_top), reference), about_top(here_top, reference, here_total, last - first)
-            reference = first_lane(here_top)
+        last, mine = min(classes, first + size), block_of(terms, first // size)
+        other = Block(first, last, r.scale, mine, 1)  # of kept terms the reference is not asked for
+        factor = exp(kept_reference(mine) - r.top) * r.scale if rescaled else r.scale
+        reference = first_reference(x, first, last)
+        here_top, here_total = splat(reference, x.at), splat(0.0, x.at)
+        # c goes over the classes of this row, k over those of the other, ahead: from where its vectors lie aligned
+        c, k = first, min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
+        if k > first:
+            store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
+        while k + 4 * lanes <= last:
+            if any_near(r, dx, k):
+                for i in range(k, k + 4 * lanes, lanes):
+                    stream(dx.at, i, near(x, other, i, lanes, factor, r), past_caches)
+            else:
+                for i in range(k, k + 4 * lanes, lanes):
+                    stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
+            four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
+            here_total, c, k = here_total + four, c + 4 * lanes, k + 4 * lanes
+        while k < last:
+            n = min(lanes, last - k)
+            store_at(dx, k, n, near(x, other, k, n, factor, r))
+            k += n
+        if c + 4 * lanes <= last:  # k was ahead by less than a vector
+            four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
+            here_total, c = here_total + four, c + 4 * lanes
+        here_top, here_total = sum_with_rest(x, reference, here_top, here_total, first, c, last, mine)
+        here_total = settled(x, reference, here_top, here_total, first, last, mine)
         if first == 0:
             top, total = here_top, here_total
         else:

@@ -27,7 +27,7 @@ class ForwardBackward(NamedTuple):
     dstrides: Strides
     layout: Known  # see `gradient.layout_of`
     terms: Computed
-    kept: int  # blocks that there is room for in `terms`
+    kept: int  # blocks that there is room for in `terms`, twice for tiles
     past_caches: Known
     way: Walk
     alone: int  # 0: `dloss` holds what it should. Else this launch reduces too, by SUM or MEAN, and makes dloss[0] of dloss[1]

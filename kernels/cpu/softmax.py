@@ -75,7 +75,7 @@ def _run_forward(run: Any, run_in_turn: Any, logits: Tensor, result: Tensor) -> 
     kept, strides = blocks_kept(way, logits), strides_of(result, way.tile)
     in_turn = past_caches and way.tile == way.strides.class_ == strides.class_ == 1 and kept == blocks_in(way, logits)
     (run_in_turn if in_turn else run)(way.tasks, Forward(
-        logits=logits, prob=result, prob_strides=strides, terms=scratch(2 * kept if in_turn else kept, logits), kept=kept,
+        logits=logits, prob=result, prob_strides=strides, terms=scratch(kept, logits), kept=kept,
         past_caches=past_caches, way=way,
     ))  # fmt: skip
 

@@ -97,8 +97,7 @@ def softmax_in_turn(block: Any) -> None:
     """Rows of consecutive classes. A row is written while the next one is read: see `cross_entropy_one_visit`."""
     a = arguments(block)
     way, classes = a.way, a.way.classes
-    mine = block_of(a.terms, next_worker(block) * 2 * a.kept)
-    theirs = block_of(mine, a.kept)
+    terms = block_of(a.terms, next_worker(block) * a.kept)
     waits, before, r = False, a.prob, Waiting(splat(0.0, a.logits), splat(0.0, a.logits))
     task = next_task(block)
     while task >= 0:
@@ -106,13 +105,13 @@ def softmax_in_turn(block: Any) -> None:
             t = tile_of(row, way)
             x, out = one_row(row_at(a.logits, way.strides, t.b, t.p)), row_at(a.prob, a.prob_strides, t.b, t.p)
             if waits:
-                top, total = statistics_and_gradient(x, classes, mine, one_row(before), theirs, r, a.past_caches)
+                top, total = statistics_and_gradient(x, classes, terms, one_row(before), r, a.past_caches)
             else:
-                top, total = row_statistics(x, classes, mine, 1)
-            waits, before, r, mine, theirs = True, out, Waiting(top, 1.0 / total), theirs, mine
+                top, total = row_statistics(x, classes, terms, 1)
+            waits, before, r = True, out, Waiting(top, 1.0 / total)
         task = next_task(block)
     if waits:
-        gradient_of_row(one_row(before), one_row(before), 0, classes, classes, theirs, 1, r, a.past_caches)
+        gradient_of_row(one_row(before), one_row(before), 0, classes, classes, terms, 1, r, a.past_caches)
 
 
 @njit(**INLINE)
@@ -147,8 +146,7 @@ targets_of(LogWaiting, _log_waiting_block, _log_waiting, _all_near)
 def log_softmax_in_turn(block: Any) -> None:
     a = arguments(block)
     way, classes = a.way, a.way.classes
-    mine = block_of(a.terms, next_worker(block) * 2 * a.kept)
-    theirs = block_of(mine, a.kept)
+    terms = block_of(a.terms, next_worker(block) * a.kept)
     nothing = splat(0.0, a.logits)
     waits, before, r = False, a.prob, LogWaiting(nothing, nothing, nothing, a.logits)
     task = next_task(block)
@@ -157,13 +155,13 @@ def log_softmax_in_turn(block: Any) -> None:
             t = tile_of(row, way)
             x, out = one_row(row_at(a.logits, way.strides, t.b, t.p)), row_at(a.prob, a.prob_strides, t.b, t.p)
             if waits:
-                top, total = statistics_and_gradient(x, classes, mine, one_row(before), theirs, r, a.past_caches)
+                top, total = statistics_and_gradient(x, classes, terms, one_row(before), r, a.past_caches)
             else:
-                top, total = row_statistics(x, classes, mine, 1)
-            waits, before, r, mine, theirs = True, out, LogWaiting(top, nothing, log(total), x.at), theirs, mine
+                top, total = row_statistics(x, classes, terms, 1)
+            waits, before, r = True, out, LogWaiting(top, nothing, log(total), x.at)
         task = next_task(block)
     if waits:
-        gradient_of_row(one_row(before), one_row(before), 0, classes, classes, theirs, 1, r, a.past_caches)
+        gradient_of_row(one_row(before), one_row(before), 0, classes, classes, terms, 1, r, a.past_caches)
 
 
 class Pending(NamedTuple):

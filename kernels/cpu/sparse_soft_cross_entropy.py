@@ -132,7 +132,7 @@ def sparse_soft_cross_entropy_forward_backward(
     out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, entries=entries, zero=zero(logits.dtype), smoothed=smoothed, spread=smoothing.spread,
         dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows, dlogits=dlogits, dstrides=dstrides,
-        lists=scratch_lists(way, entries, logits), terms=scratch(2 * kept if in_turn else kept, logits), kept=kept,
+        lists=scratch_lists(way, entries, logits), terms=scratch(kept, logits), kept=kept,
         past_caches=bypass_caches(logits, dlogits), way=way,
     ))  # fmt: skip
     if out_of_bounds:
@@ -236,9 +236,8 @@ def _rows_in_turn(block: Any) -> None:
     `cross_entropy_one_visit`."""
     a = arguments(block)
     way, classes, worker = a.way, a.way.classes, next_worker(block)
-    mine, lists = block_of(a.terms, worker * 2 * a.kept), empty_lists(a, worker)
-    theirs = block_of(mine, a.kept)
-    # the row whose gradient is still to be written, and where: its terms are `theirs`
+    terms, lists = block_of(a.terms, worker * a.kept), empty_lists(a, worker)
+    # the row whose gradient is still to be written, and where: its terms are in `terms`
     before, before_dx = -1, a.dlogits
     task = next_task(block)
     while task >= 0:
@@ -251,21 +250,21 @@ def _rows_in_turn(block: Any) -> None:
             if not counts:
                 write_zeros(one_row(dx), 0, classes, a.past_caches)
             elif before < 0:
-                tops, totals = row_statistics(x, classes, mine, 1)
+                tops, totals = row_statistics(x, classes, terms, 1)
             else:
                 hung, count = hang_entries(a, one_row(before_dx), before, lists)
                 r = entry_numbers(a, x, before, hung)
-                tops, totals = statistics_and_gradient(x, classes, mine, one_row(before_dx), theirs, r, a.past_caches)
+                tops, totals = statistics_and_gradient(x, classes, terms, one_row(before_dx), r, a.past_caches)
                 take_down(hung, count)
             if _note(a, x, row, tops, totals, splat(0.0, a.loss), splat(0.0, a.loss)):
                 raise_flag(block)
             if counts:
-                before, before_dx, mine, theirs = row, dx, theirs, mine
+                before, before_dx = row, dx
             b, p = (b, p + 1) if p + 1 < way.positions else (b + 1, 0)
         task = next_task(block)
     if before >= 0:
         dx_before = one_row(before_dx)
-        _gradient(a, dx_before, dx_before, before, theirs, 1, lists)
+        _gradient(a, dx_before, dx_before, before, terms, 1, lists)
 
 
 @region(ProbBackward)

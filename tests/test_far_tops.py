@@ -43,7 +43,7 @@ def test_a_top_may_lie_as_far_above_as_it_likes(dtype: str) -> None:
             check("cross_entropy", {"input": logits, "target": target}, reduction="none", ulps=8)
         check("softmax", {"input": logits}, dim=1, scale=4.0)
         check("log_softmax", {"input": logits}, dim=1, ulps=8)
-        if logits.isfinite().all():
+        if (logits > -1e5).all():  # else torch's sum of all losses overflows
             weight = torch.rand(classes).to(logits.dtype)
             check("cross_entropy", {"input": logits, "target": target, "weight": weight}, reduction="none", label_smoothing=0.1, ulps=8)
             soft = torch.softmax(torch.randn(rows, classes), 1).to(logits.dtype)

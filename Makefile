@@ -25,17 +25,20 @@ bench: $(VENV)/.bench ## check fastloss against torch, then time both on large b
 gpu: ## all there is to learn from a GPU in nine minutes, with $(PYTHON) as it is: no network, no environment
 	$(PYTHON) bench/gpu_day.py --out $(OUT)/gpu
 
-# in two halves of about the same length, side by side; the guard pages come last: by then the other half has compiled most of what they call
-ONE_HALF := tests/cuda $(wildcard tests/test_[a-bd-fu-z]*.py) $(addprefix tests/test_,gpu_day.py guard_pages.py)
+# In two halves of about the same length, side by side. One has what compiles most of the kernels, so that it compiles what they share once;
+# the other has Triton, and what starts processes of its own.
+COMPILING := $(patsubst %,tests/test_%.py,after_the_call assembly autograd batch_invariance bce calls compile contract cross_entropy \
+	docstrings errors foresight inplace layouts linear_cross_entropy linear_token_statistics mixed_dtypes nll_loss opinfo property \
+	public_reports real_shapes seed_cases sigmoid_focal_loss softmax sparse_soft_cross_entropy token_statistics guard_pages)
 
 test: $(VENV)/.dev ## all tests but the long ones
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-one-half test-other-half
 
 test-one-half: $(VENV)/.dev
-	$(BIN)/pytest -m "not long" $(ONE_HALF)
+	$(BIN)/pytest -m "not long" $(COMPILING)
 
 test-other-half: $(VENV)/.dev
-	$(BIN)/pytest -m "not long" $(addprefix --ignore ,$(ONE_HALF))
+	$(BIN)/pytest -m "not long" $(addprefix --ignore ,$(COMPILING))
 
 test-all: $(VENV)/.dev ## all tests
 	$(BIN)/pytest

@@ -1,5 +1,7 @@
 """Every test runs on the kernels, with nothing left over in memory that a kernel did not write."""
 
+import gc
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +11,10 @@ import torch
 
 import fastloss
 from fastloss import contract
+
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # else each process that compiles starts others, which import torch, too
+
+gc.set_threshold(20_000, 20, 20)  # torch.compile and Numba make so many objects that a twentieth of the time went into looking for garbage
 
 ON_ANY_DEVICE = ("cross_entropy", "bce", "softmax", "nll_loss", "numerics", "property", "inplace", "sigmoid_focal_loss")
 

@@ -2,6 +2,7 @@
 
 import platform
 import re
+from functools import cache
 
 import numba
 import pytest
@@ -39,14 +40,18 @@ REGIONS = {
 LIBM = re.compile(r"\b(expf?|exp2f?|logf?|log1pf?|log2f?|powf?|fmaf?|_ZGV\w+)(@PLT)?\b")
 
 
+@cache
 def assembly(region: Region, dtype: torch.dtype, tile: int) -> str:
-    """Of large results, rows as many in a vector as `tile` says, elements side by side. Compiled here and now: what comes from Numba's
-    cache has no text."""
+    """Of large results, rows as many in a vector as `tile` says, elements side by side. What comes from Numba's cache has no text, and is
+    compiled again."""
     side_by_side = elementwise.SIDE_BY_SIDE if region.body.__module__ == elementwise.__name__ else 0
     values = {"_way_tile": tile, "_past_caches": 1, "_layout": side_by_side, "_one_weight": 1}
     known = [values[name] for name in known_in(region.block)]
-    dtypes = [dtype] * (1 + len(floats_in(region.block)))
-    return numba.cfunc(region.signature(*dtypes, *known), error_model="numpy")(region.body)._library.get_asm_str()
+    version = [dtype] * (1 + len(floats_in(region.block))) + known
+    function, _ = region.compile(*version)
+    if function.cache_hits:
+        function = numba.cfunc(region.signature(*version), error_model="numpy")(region.body)
+    return function._library.get_asm_str()
 
 
 @pytest.mark.parametrize("tile", [1, pytest.param(16, marks=pytest.mark.long)])

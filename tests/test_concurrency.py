@@ -21,12 +21,13 @@ import torch.nn.functional as F
 fastloss.config.min_numel = 0
 torch.manual_seed(0)
 X, Y = torch.randn(300, 40), torch.randint(40, (300,))
-def step(x=X, y=Y):
-    x = x.clone().requires_grad_()
-    loss = fastloss.cross_entropy(x, y)
-    loss.backward()
-    return loss.item(), x.grad
+def step(loss=fastloss.cross_entropy):
+    x = X.clone().requires_grad_()
+    value = loss(x, Y)
+    value.backward()
+    return value.item(), x.grad
 """
+# where kernels are compiled that nobody keeps: step(fastloss.nll_loss), whose four take one second in place of five
 
 
 def run(script: str, timeout: int = 120, **environment: str) -> str:
@@ -51,7 +52,7 @@ def work():
     try:
         barrier.wait()
         for _ in range(5):
-            results.append(step())
+            results.append(step(fastloss.nll_loss))
     except BaseException as error:
         errors.append(error)
 threads = [threading.Thread(target=work) for _ in range(6)]
@@ -59,7 +60,7 @@ threads = [threading.Thread(target=work) for _ in range(6)]
 assert not errors, errors
 assert len(results) == 30 and len({loss for loss, _ in results}) == 1
 assert all(torch.equal(g, results[0][1]) for _, g in results)
-assert abs(results[0][0] - F.cross_entropy(X, Y).item()) < 1e-6
+assert abs(results[0][0] - F.nll_loss(X, Y).item()) < 1e-6
 print("fine")
 """
     assert run(script, NUMBA_CACHE_DIR=str(tmp_path)) == "fine"
@@ -170,7 +171,7 @@ def test_places_that_cannot_be_written(tmp_path: Path, place: str) -> None:
     if place == "home and cache":
         environment["NUMBA_CACHE_DIR"] = str(nowhere / "numba")
     script = f"assert fastloss.__file__.startswith({str(tmp_path)!r})\n"
-    script += "assert abs(step()[0] - F.cross_entropy(X, Y).item()) < 1e-6\nprint('fine')"
+    script += "assert abs(step(fastloss.nll_loss)[0] - F.nll_loss(X, Y).item()) < 1e-6\nprint('fine')"
     assert run(script, **environment) == "fine"
 
 

@@ -58,12 +58,12 @@ numba.core.config, numba.typed.List, llvmlite.binding.get_host_cpu_name()
 
 
 def test_an_interrupted_compilation_is_finished_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Interrupted(cache.CFunc):  # type: ignore[misc]
+    class Interrupted(cache._Function):
         def compile(self) -> None:
             signal.raise_signal(signal.SIGINT)
             super().compile()
 
-    monkeypatch.setattr(cache, "CFunc", Interrupted)
+    monkeypatch.setattr(cache, "_Function", Interrupted)
     handler = signal.default_int_handler
     before = signal.signal(signal.SIGINT, handler)  # a process started in the background of a shell ignores Ctrl-C
     region = launch.Region(reduction._sum.body, reduction.Sum)

@@ -1,5 +1,6 @@
 """Compiled kernels on disk: a damaged cache, or one that cannot be written, costs a compilation and nothing else."""
 
+import gc
 import os
 import shutil
 import subprocess
@@ -99,6 +100,28 @@ def test_a_directory_that_is_no_more(place: Path, monkeypatch: pytest.MonkeyPatc
 def test_no_place_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(caching.CacheImpl, "_locator_classes", [])
     assert not was_cached()
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_garbage_is_collected_afterwards_as_before(collecting: bool, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    meanwhile: list[bool] = []
+
+    def compile_and_fail(self: Any) -> None:
+        meanwhile.append(gc.isenabled())
+        raise MemoryError
+
+    try:
+        if not collecting:
+            gc.disable()
+        assert not was_cached()
+        assert gc.isenabled() == collecting
+        monkeypatch.setattr(cache.CFunc, "_compile_uncached", compile_and_fail)
+        with pytest.raises(MemoryError):
+            was_cached(torch.float64)
+        assert meanwhile == [False]
+        assert gc.isenabled() == collecting
+    finally:
+        gc.enable()
 
 
 FIND_ONE = """

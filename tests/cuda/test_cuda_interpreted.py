@@ -3,6 +3,7 @@
 import importlib
 import mmap
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -434,6 +435,29 @@ def test_the_last_block_of_positions_around_int32(k: Any, n: int, block: int) ->
     want = number * block + torch.arange(block)
     assert torch.equal(exist, (want < n).expand(2, block))
     assert torch.equal(found[exist], want.expand(2, block)[exist])
+
+
+@triton.jit
+def _do(x_ptr, y_ptr, out_ptr, HOW: tl.constexpr):
+    x, y = tl.load(x_ptr + tl.arange(0, 2)), tl.load(y_ptr + tl.arange(0, 2))
+    tl.store(out_ptr + tl.arange(0, 2), x + y if HOW == "add" else x - y if HOW == "sub" else x * y)
+
+
+@pytest.mark.parametrize(
+    ("how", "x", "y", "fits"),
+    [("add", 2**31 - 2, 1, True), ("add", 2**31 - 1, 1, False), ("sub", -(2**31) + 1, 1, True), ("sub", -(2**31), 1, False),
+     ("mul", 2**30, -2, True), ("mul", 2**30, 2, False)],
+)  # fmt: skip
+def test_an_int32_that_overflows_is_an_error(k: Any, how: str, x: int, y: int, fits: bool) -> None:
+    left, right = torch.tensor([0, x], dtype=torch.int32), torch.tensor([1, y], dtype=torch.int32)
+    out = torch.empty(2, dtype=torch.int32)
+    run = partial(InterpretedFunction(_do.fn)[(1,)], left, right, out, HOW=how)
+    if fits:
+        run()
+        assert out[1] == {"add": x + y, "sub": x - y, "mul": x * y}[how]
+    else:
+        with pytest.raises(Exception, match=f"int32 overflow detected for operation {how}"):
+            run()
 
 
 def test_a_class_weight_with_a_huge_stride(k: Any) -> None:

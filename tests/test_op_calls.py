@@ -27,7 +27,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forget() -> None:
     op_calls._remembered.clear()
-    op_calls._guarded.clear()
+    op_calls._recent.clear()
 
 
 def samples() -> Iterator[Sample]:
@@ -99,7 +99,7 @@ def test_compiled_code_takes_this_way() -> None:
                 torch.testing.assert_close(x.grad, 2 * torch.autograd.grad(expected, x)[0])
         assert len(op_calls._remembered) == 2
         assert None not in op_calls._remembered.values()
-        assert len(op_calls._guarded) == 2
+        assert [len(recent) for recent in op_calls._recent.values()] == [1, 1]
     torch._dynamo.reset()
 
 

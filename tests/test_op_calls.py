@@ -191,6 +191,15 @@ def test_many_threads() -> None:
     assert max(map(abs, wrong)) < 1e-5
 
 
+def test_which_tensors_there_are() -> None:
+    """The same tensors in other places: a weight is no pos_weight."""
+    op, x, y, w = OPS["bce_with_logits"].forward, torch.randn(N, C), torch.rand(N, C), torch.rand(N, C)
+    for _ in range(5):
+        for places in ((w, None), (None, w)):
+            expected = torch.nn.functional.binary_cross_entropy_with_logits(x, y, weight=places[0], pos_weight=places[1])
+            torch.testing.assert_close(each(op(x, y, *places, "mean", torch.float32))[0], expected)
+
+
 def test_kinds_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(op_calls, "_MOST_KINDS", 4)
     for n in range(2, 20):

@@ -7,8 +7,9 @@ asked again, and where there is a `replay` of it, nor is anything that the answe
 To name a kind takes 5 us of Python. The kinds that came last are known by a guard, torch's own for compiled programs, which takes 1.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from torch import _C, Tensor
 
 from . import backends, config, contract, replay, routing
 from .foresight import Subject, subject_of
-from .guards import askable, guard
+from .guards import Recent
 from .loss import Loss
 
 Kind = tuple[Any, ...]
 
-_MOST_KINDS, _MOST_PROGRAMS, _MOST_RECENT = 1 << 10, 8, 4  # remembered; programs of a kind differ in the upstream gradient that is foreseen
+_MOST_KINDS, _MOST_PROGRAMS = 1 << 10, 8  # remembered; programs of a kind differ in the upstream gradient that is foreseen
 # Sets of dispatch keys, as numbers: torch 2.6 cannot compare them
 _PLAIN = _C._dispatch_keys(torch.empty(0, device="cpu")).raw_repr()  # of a tensor that is nothing but numbers in memory
 _INCLUDED, _EXCLUDED = _C._dispatch_tls_local_include_set().raw_repr(), _C._dispatch_tls_local_exclude_set().raw_repr()  # by no mode
@@ -73,24 +74,26 @@ class Call:
 
 THEIRS: Call = Call(None, None)  # torch serves it
 _remembered: dict[Kind, Call] = {}
+_recent: dict[str, Recent[Call]] = defaultdict(Recent)  # by function
 
 
 def recall(function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) -> tuple[Kind | None, Call | None]:
-    """The kind of a call, if it has one, and the call that was remembered for it: `THEIRS` if torch serves it, None if the kind is new."""
-    if routing.watched() or not _OPTIONS.issuperset(map(type, options)):
+    """The call that was remembered for calls of this kind, `THEIRS` if torch serves them; or the kind, if it is new and can have a call."""
+    if routing.watched():
         return None, None
     modes = torch.is_grad_enabled(), torch.get_num_threads(), backends.get_backend(), contract.watch
-    settings = *modes, config.min_numel, config.pool_min_bytes
-    recent = _recent(function, *settings, *options)
-    if recent.guarded and (everything := askable(tensors)):
-        for fits, kind, call in recent.guarded:
-            if fits(*everything):
-                return kind, call
-    new = _kind_of(tensors, options, (function, *settings))
-    found = None if new is None else _remembered.get(new)
-    if new is not None and found is not None:
-        recent.came_again(new, found, tensors)
-    return new, found
+    # 1 is True and 1.0, but not as an option
+    asked = [list(map(type, (*tensors, *options))), options, *modes, config.min_numel, config.pool_min_bytes]
+    recent = _recent[function]
+    call = recent.find(asked, tensors)
+    if call is not None:
+        return None, call
+    kind = _kind_of(function, tensors, options, asked)
+    call = None if kind is None else _remembered.get(kind)
+    if call is None:
+        return kind, None
+    recent.came_again(kind, asked, tensors, call)
+    return None, call
 
 
 def remember(kind: Kind | None, call: Call, t: tuple[Tensor | None, ...] = ()) -> Call:
@@ -104,16 +107,17 @@ def remember(kind: Kind | None, call: Call, t: tuple[Tensor | None, ...] = ()) -
     return call
 
 
-def _kind_of(tensors: tuple[Any, ...], options: tuple[Any, ...], rest: tuple[Any, ...]) -> Kind | None:
+def _kind_of(function: str, tensors: tuple[Any, ...], options: tuple[Any, ...], asked: list[Any]) -> Kind | None:
     """The kind of a call on CPU; None where more matters than that: a subclass, a transform, a compiler, a mode other than autocast."""
     excluded = _C._dispatch_tls_local_exclude_set().raw_repr()
     if (
-        excluded not in (_EXCLUDED, _UNDER_AUTOCAST)
+        not _OPTIONS.issuperset(map(type, options))
+        or excluded not in (_EXCLUDED, _UNDER_AUTOCAST)
         or _C._dispatch_tls_local_include_set().raw_repr() != _INCLUDED
         or _C._get_tracing_state() is not None
     ):
         return None
-    found: list[Any] = [excluded]
+    found: list[Any] = [function, excluded]
     for t in tensors:
         if t is None:
             found.append(None)
@@ -121,29 +125,5 @@ def _kind_of(tensors: tuple[Any, ...], options: tuple[Any, ...], rest: tuple[Any
         if (type(t) is not Tensor and type(t) is not torch.nn.Parameter) or _C._dispatch_keys(t).raw_repr() != _PLAIN:
             return None
         found += t.shape, t.stride(), t.dtype, t.requires_grad
-    return *found, options, tuple(map(type, options)), rest  # 1 is True and 1.0, but not as an option
-
-
-# ---------------------------------------------------------------- the kinds that came last
-
-
-class _Recent:
-    """The kinds of calls of one function, with the same options under the same settings, that came last."""
-
-    __slots__ = ("guarded", "seen")
-
-    def __init__(self) -> None:
-        self.guarded: tuple[tuple[Callable[..., bool], Kind, Call], ...] = ()
-        self.seen: tuple[Kind, ...] = ()  # those that no guard knew
-
-    def came_again(self, kind: Kind, call: Call, tensors: tuple[Any, ...]) -> None:
-        """Guard a kind that comes often. Where every call is of another kind, guards would be made for nothing."""
-        seen, self.seen = self.seen, (kind, *self.seen[: _MOST_RECENT - 1])
-        fits = guard(askable(tensors)) if kind in seen else None
-        if fits is not None:
-            self.guarded = (fits, kind, call), *self.guarded[: _MOST_RECENT - 1]
-
-
-@lru_cache(_MOST_KINDS, typed=True)
-def _recent(*function_settings_and_options: Any) -> _Recent:
-    return _Recent()
+    types, *rest = asked
+    return *found, *types, *rest

@@ -72,13 +72,12 @@ def element_gradient(dloss: Tensor, reduction: str, first: Tensor) -> Tensor:
     if reduction == "none":
         return dloss
     dloss = dloss.to(compute_dtype(first))
-    if reduction != "mean":
-        return dloss
-    return quotient(dloss, _count(first.numel(), dloss.dtype)) if dloss.is_cpu else dloss / first.numel()
+    return quotient(dloss, _count(first.numel(), dloss.dtype)) if reduction == "mean" else dloss
 
 
 @lru_cache(64)
 def _count(count: int, dtype: torch.dtype) -> Tensor:
+    """On CPU: beside a tensor elsewhere torch takes one number from there as it takes Python's."""
     return torch.full((), count, dtype=dtype, device="cpu")
 
 

@@ -30,6 +30,8 @@ _last_on: dict[tuple[Any, ...], "_LastNumbers"] = {}  # kind of loss, with its d
 class Foresight:
     """What a forward expects as upstream gradient, None if it trusts no number; and the gradients for it, until the backward takes them."""
 
+    __slots__ = ("_gradients", "_kind", "_size", "expected")
+
     expected: float | Tensor | None
 
     def __init__(self, kind: tuple[Any, ...], size: int) -> None:
@@ -80,6 +82,8 @@ class _LastNumbers:
 class ForesightOnDevice(Foresight):
     """`expected`, [2], is what the last numbers were when the forward began. The gradients that are taken may be those for another number,
     or none at all, until they are repaired."""
+
+    __slots__ = ("_last",)
 
     expected: Tensor
 

@@ -5,7 +5,6 @@ the kernels do not serve go to torch (`fastloss.explain` tells which and why). N
 `torch.func` transforms, forward-mode AD and `torch.compile` work as they do with torch.
 """
 
-from functools import partial
 from typing import Any
 
 import torch.nn.functional as F
@@ -65,14 +64,11 @@ def cross_entropy(
     if not inplace_backward and tiny(input, losses.cross_entropy.worth):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     loss: Any = losses.cross_entropy
-    t: Any = (input, target, weight)
+    given: Any = (input, target, weight)
     options: Any = (size_average, ignore_index, reduce, reduction, label_smoothing)
-    kind, call = (None, None) if inplace_backward else recall("cross_entropy", t, options)
-    if call is not None and call is not THEIRS:
-        return apply_again(call, t)  # type: ignore[no-any-return]
-    theirs = partial(F.cross_entropy, *t, *options)
-    if call is THEIRS:
-        return theirs()
+    kind, call = (None, None) if inplace_backward else recall("cross_entropy", given, options)
+    if call is not None:
+        return F.cross_entropy(*given, *options) if call is THEIRS else apply_again(call, given)  # type: ignore[no-any-return]
     odd_reduction = reduction_misfit(size_average, reduce, reduction)
     misfit = tensors_misfit(input, target, optional=(weight,)) or odd_reduction
     if misfit is not None and odd_reduction is None and dtensors.is_dtensor(input) and not inplace_backward and get_backend() != "torch":
@@ -81,6 +77,7 @@ def cross_entropy(
             named = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
             return dtensors.cross_entropy(plan, cross_entropy, input, target, weight, named)
         misfit = plan
+    t: Any = None
     o: Any = None
     if misfit is None:
         if target.is_floating_point() and target.shape == input.shape and target.dim():
@@ -89,7 +86,7 @@ def cross_entropy(
             misfit = None if is_int64(ignore_index) and ignore_index < 0 else f"ignore_index is {ignore_index!r} for class probabilities"
         else:
             o = loss.options(ignore_index, label_smoothing, reduction, result_dtype(input))
-        t = loss.tensors(*t)
+        t = loss.tensors(*given)
         misfit = misfit or loss.misfit(t, o) or loss.mixture_misfit(t)
     way = route(misfit, input, ANY if inplace_backward else losses.cross_entropy.worth)
     if inplace_backward:
@@ -97,7 +94,7 @@ def cross_entropy(
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")
         refuse_inplace(*t)
     if way.path == "torch":
-        return by_torch(way, theirs, theirs(), kind)
+        return by_torch(way, "cross_entropy", F.cross_entropy(*given, *options), kind)
     result: Tensor = by_kernels(way, loss, t, o, kind, inplace_backward)
     return result
 
@@ -133,8 +130,8 @@ def nll_loss(
     >>> print(f"{nll_loss(log_prob, torch.tensor([2, 0])).item():.4f}")
     0.4795
     """
-    theirs = partial(F.nll_loss, input, target, weight, size_average, ignore_index, reduce, reduction)
-    return serve(losses.nll_loss, (input, target, weight), (ignore_index, reduction), theirs, (size_average, reduce))
+    given = input, target, weight, size_average, ignore_index, reduce, reduction
+    return serve(losses.nll_loss, (input, target, weight), (ignore_index, reduction, size_average, reduce), F.nll_loss, given)
 
 
 def binary_cross_entropy_with_logits(
@@ -165,8 +162,10 @@ def binary_cross_entropy_with_logits(
     >>> binary_cross_entropy_with_logits(logits, labels, reduction="none")
     tensor([0.1570, 1.7810, 1.2314])
     """
-    theirs = partial(F.binary_cross_entropy_with_logits, input, target, weight, size_average, reduce, reduction, pos_weight)
-    return serve(losses.bce_with_logits, (input, target, weight, pos_weight), (reduction,), theirs, (size_average, reduce))
+    given = input, target, weight, size_average, reduce, reduction, pos_weight
+    options = reduction, size_average, reduce
+    theirs = F.binary_cross_entropy_with_logits
+    return serve(losses.bce_with_logits, (input, target, weight, pos_weight), options, theirs, given)
 
 
 def binary_cross_entropy(
@@ -198,8 +197,8 @@ def binary_cross_entropy(
     >>> binary_cross_entropy(torch.tensor([0.5, 0.9]), torch.tensor([0.0, 1.0]), reduction="none")
     tensor([0.6931, 0.1054])
     """
-    theirs = partial(F.binary_cross_entropy, input, target, weight, size_average, reduce, reduction)
-    return serve(losses.binary_cross_entropy, (input, target, weight), (reduction,), theirs, (size_average, reduce))
+    given = input, target, weight, size_average, reduce, reduction
+    return serve(losses.binary_cross_entropy, (input, target, weight), (reduction, size_average, reduce), F.binary_cross_entropy, given)
 
 
 def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma: float = 2.0, reduction: str = "none") -> Tensor:
@@ -227,8 +226,8 @@ def sigmoid_focal_loss(input: Tensor, target: Tensor, alpha: float = 0.25, gamma
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction must be one of {', '.join(REDUCTIONS)}, got {reduction!r}")
-    theirs = partial(composed.sigmoid_focal_loss, input, target, alpha, gamma, reduction)
-    return serve(losses.sigmoid_focal_loss, (input, target), (alpha, gamma, reduction), theirs)
+    given = input, target, alpha, gamma, reduction
+    return serve(losses.sigmoid_focal_loss, (input, target), (alpha, gamma, reduction, None, None), composed.sigmoid_focal_loss, given)
 
 
 for _function in (cross_entropy, nll_loss, binary_cross_entropy_with_logits, binary_cross_entropy):

@@ -1,31 +1,55 @@
 """torch's guard of compiled programs, in C++: one question of all tensors of a call, instead of Python's many of each."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
-import torch
 from torch import _C, Tensor
 
+_MOST_GUARDED = 8
 
-class _Absent(Tensor):
-    """What nobody else passes."""
-
-
-# a guard wants tensors, each another
-_ABSENT: tuple[Tensor, ...] = tuple(torch.empty(0, device="cpu").as_subclass(_Absent) for _ in range(8))
+What = TypeVar("What")
 
 
-def askable(tensors: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors, and one for each that is absent; none at all if one of them has no shape, which would end the process."""
-    found = []
-    for t, absent in zip(tensors, _ABSENT, strict=False):
-        if t is None:
-            found.append(absent)
-        elif (type(t) is Tensor or type(t) is torch.nn.Parameter) and not t.is_nested:
-            found.append(t)
-        else:
-            return []
-    return found
+class _Known(NamedTuple, Generic[What]):
+    asked: list[Any]
+    fits: Callable[..., bool]  # of the tensors that there are
+    what: What
+
+
+class Recent(Generic[What]):
+    """What is known of the calls of one function that came last, each of a kind that came often. `asked` is all that a kind is, but for
+    what a guard looks at: which tensors there are is known by their types."""
+
+    __slots__ = ("_known", "_seen")
+
+    def __init__(self) -> None:
+        self._known: tuple[_Known[What], ...] = ()
+        self._seen: tuple[Any, ...] = ()  # kinds that no guard knew
+
+    def __len__(self) -> int:
+        return len(self._known)
+
+    def find(self, asked: list[Any], tensors: tuple[Any, ...]) -> What | None:
+        """What is known of calls that are asked like this one."""
+        for was_asked, fits, what in self._known:
+            if was_asked != asked:
+                continue
+            present = []
+            for t in tensors:
+                if t is not None:
+                    if t.is_nested:  # it has no shape, and a guard that asked for one would end the process
+                        return None
+                    present.append(t)
+            if fits(*present):
+                return what
+        return None
+
+    def came_again(self, kind: Any, asked: list[Any], tensors: tuple[Tensor | None, ...], what: What) -> None:
+        """A kind that no guard knew: guard it if it comes often. Where every call is of another kind, guards would be made for nothing."""
+        seen, self._seen = self._seen, (kind, *self._seen[: _MOST_GUARDED - 1])
+        fits = guard([t for t in tensors if t is not None]) if kind in seen else None
+        if fits is not None:
+            self._known = _Known(asked, fits, what), *self._known[: _MOST_GUARDED - 1]
 
 
 def guard(tensors: list[Tensor]) -> Callable[..., bool] | None:

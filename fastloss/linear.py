@@ -5,7 +5,6 @@ Calls that the kernels do not serve go to torch, which makes all logits (`fastlo
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -88,8 +87,7 @@ def linear_cross_entropy(
     logits = input if misfit is not None else stand_in(t, input.dtype)
     way = route(misfit, logits, _WORTH, _meaningless(options))
     if way.path == "torch":
-        theirs = partial(
-            composed.linear_cross_entropy,
+        theirs = composed.linear_cross_entropy(
             input,
             linear_weight,
             target,
@@ -102,7 +100,7 @@ def linear_cross_entropy(
             logit_scale=logit_scale,
             logit_softcap=logit_softcap,
         )
-        return served_by_torch(theirs, way, theirs())
+        return served_by_torch("linear_cross_entropy", way, theirs)
     result: Tensor = by_kernels(way, loss, t, o)
     return result.reshape(input.shape[:-1]) if reduction == "none" and input.dim() > 2 else result
 
@@ -163,8 +161,7 @@ def linear_token_statistics(
         misfit = loss.misfit(t, o)
     way = route(misfit, input if misfit is not None else stand_in(t, input.dtype), _WORTH)
     if way.path == "torch":
-        theirs = partial(
-            composed.linear_token_statistics,
+        theirs = composed.linear_token_statistics(
             input,
             linear_weight,
             target,
@@ -174,7 +171,7 @@ def linear_token_statistics(
             logit_softcap=logit_softcap,
             wanted=" ".join(names),
         )
-        return chosen(served_by_torch(theirs, way, theirs()), names, target)
+        return chosen(served_by_torch("linear_token_statistics", way, theirs), names, target)
     log_prob, *others = chosen(by_kernels(way, loss, t, o), names, target)
     if log_prob is not None and target is not None:
         log_prob = log_prob.reshape(target.shape)

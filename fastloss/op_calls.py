@@ -5,28 +5,23 @@ was found out by the first call of a kind; the second one is recorded (`replay`)
 To name a kind takes 3 us of Python, so those that were recorded last are known by a guard, torch's own for compiled programs.
 """
 
+from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import config, contract, replay
-from .guards import guard
+from .guards import Recent
 
 Kind = tuple[Any, ...]
 
-_MOST_KINDS, _MOST_GUARDED = 1 << 10, 4  # the latter of each function
+_MOST_KINDS = 1 << 10
 _NEW: Any = object()
 _SEEN: Any = object()  # once
 _remembered: dict[Kind, replay.Program | None] = {}
-_guarded: dict["Repeated", tuple["_Guarded", ...]] = {}
-
-
-class _Guarded(NamedTuple):
-    asked: list[Any]
-    fits: Callable[..., bool]  # of the tensors that there are
-    program: replay.Program
+_recent: dict["Repeated", Recent[replay.Program]] = defaultdict(Recent)
 
 
 class Repeated:
@@ -39,31 +34,26 @@ class Repeated:
     def __call__(self, *arguments: Any) -> replay.Found:
         if contract.watch is not None:
             return self.find(*arguments)
-        tensors = arguments[: self.tensors]
-        present = [t for t in tensors if t is not None]
-        # all that a kind is, but for what a guard looks at
-        asked = [arguments[self.tensors :], [t is None for t in tensors], torch.get_num_threads(), config.pool_min_bytes]
-        for known in _guarded.get(self, ()):
-            if known.asked == asked and known.fits(*present):
-                return known.program.run(tensors) or self.find(*arguments)
-        return self._by_kind(arguments, asked, present)
+        tensors, options = arguments[: self.tensors], arguments[self.tensors :]
+        asked = [list(map(type, tensors)), options, torch.get_num_threads(), config.pool_min_bytes]
+        program = _recent[self].find(asked, tensors)
+        if program is None:
+            return self._by_kind(arguments, tensors, asked)
+        return program.run(tensors) or self.find(*arguments)
 
-    def _by_kind(self, arguments: tuple[Any, ...], asked: list[Any], present: list[Tensor]) -> replay.Found:
-        options, absent, *settings = asked
+    def _by_kind(self, arguments: tuple[Any, ...], tensors: tuple[Tensor | None, ...], asked: list[Any]) -> replay.Found:
+        types, options, *settings = asked
         each = (tuple(a) if type(a) is list else a for a in options)
-        kind = (self, *each, *absent, *settings, *((t.shape, t.stride(), t.dtype, t.requires_grad) for t in present))
-        tensors, program = arguments[: self.tensors], _remembered.get(kind, _NEW)
-        if program is _SEEN:
-            found, program = replay.record(lambda: self.find(*arguments), tensors)
-            _remembered[kind] = program
-            fits = None if program is None else guard(present)
-            if program is not None and fits is not None:
-                _guarded[self] = (_Guarded(asked, fits, program), *_guarded.get(self, ())[: _MOST_GUARDED - 1])
-            return found
-        if program is _NEW:
+        kind = (self, *types, *each, *settings, *((t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors if t is not None))
+        known = _remembered.get(kind, _NEW)
+        if known is _NEW:
             found = self.find(*arguments)
             if len(_remembered) >= _MOST_KINDS:
                 _remembered.clear()
             _remembered[kind] = _SEEN
             return found
-        return (program and program.run(tensors)) or self.find(*arguments)
+        again, program = replay.record(lambda: self.find(*arguments), tensors) if known is _SEEN else (None, known)
+        _remembered[kind] = program
+        if program is not None:
+            _recent[self].came_again(kind, asked, tensors, program)
+        return again or (program and program.run(tensors)) or self.find(*arguments)

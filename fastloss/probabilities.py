@@ -68,7 +68,7 @@ def _along(loss: Any, input: Tensor, dim: int | None, dtype: torch.dtype | None,
         return theirs() if call is THEIRS else apply_again(call, (_cast(input, dtype),))
     way = route(_softmax_misfit(input, dim, dtype), input, loss.worth)
     if way.path == "torch" or dim is None:
-        return by_torch(way, theirs, theirs(), kind)
+        return by_torch(way, loss.name, theirs(), kind)
     given = _cast(input, dtype)
     o = loss.options(dim % input.dim(), _result_dtype(given, dtype), given.dtype)
     result: Tensor = by_kernels(way, loss, loss.tensors(given), o, kind)

@@ -42,7 +42,7 @@ class Step(NamedTuple):
 class Program(NamedTuple):
     """Gradients and results of one kind of call, from its tensors. Addresses point into: the tensors given, those made, the scratch."""
 
-    given: tuple[tuple[int, int], ...]  # of each tensor: bytes of an element, and from the first element to the end of the last
+    given: tuple[tuple[int, int, int], ...]  # which there are; bytes of an element, and from the first element to the end of the last
     made: tuple[Tensor | None, ...]  # tensors like them, without memory
     gradients: int  # the first so many of those made
     fills: tuple[tuple[int, int, Any, list[float]], ...]  # before the launches: where, of what C type, and with what numbers
@@ -54,16 +54,16 @@ class Program(NamedTuple):
     def run(self, t: Sequence[Tensor | None]) -> Found | None:
         """None if something is wrong with the numbers in the tensors, or with their memory; the call as it was recorded then says what."""
         bases = []
-        for tensor, (itemsize, size) in zip(t, self.given, strict=True):
-            if tensor is None:
-                bases.append(0)
-                continue
+        for which, itemsize, size in self.given:
+            tensor: Any = t[which]
             if tensor.storage_offset() * itemsize + size > tensor.untyped_storage().nbytes():
                 return None
             bases.append(tensor.data_ptr())
-        made = [None if like is None else torch.empty_like(like) for like in self.made]
-        for tensor in made:
-            bases.append(0 if tensor is None else tensor.data_ptr())
+        made: list[Any] = []
+        for like in self.made:
+            fresh = None if like is None else torch.empty_like(like)
+            made.append(fresh)
+            bases.append(0 if fresh is None else fresh.data_ptr())
         scratch = _take_scratch(self.scratch)
         bases.append(scratch.data_ptr())
         for base, distance, kind, numbers in self.fills:
@@ -77,9 +77,9 @@ class Program(NamedTuple):
                 return None
         for which, distance in self.rounded:
             number = ctypes.c_float.from_address(bases[-1] + distance).value
-            made[which].copy_(torch.tensor(number, dtype=torch.float32, device=_CPU))  # type: ignore[union-attr]
+            made[which].copy_(torch.tensor(number, dtype=torch.float32, device=_CPU))
         _mine.scratch = scratch
-        return tuple(made[: self.gradients]), tuple(made[self.gradients :])  # type: ignore[arg-type]
+        return tuple(made[: self.gradients]), tuple(made[self.gradients :])
 
 
 def record(call: Callable[[], Found], t: Sequence[Tensor | None], results: int | None = None) -> tuple[Found, Program | None]:
@@ -153,13 +153,14 @@ def _program(
     made = (*gradients, *results)
     fresh = {_place(tensor) for tensor in watch.fresh}
     bases: dict[int, tuple[int, int]] = {}
-    for i, tensor in enumerate((*t, *made)):
+    given = [(which, tensor) for which, tensor in enumerate(t) if tensor is not None]
+    for i, tensor in enumerate((*(tensor for _, tensor in given), *made)):
         if tensor is None or not tensor.numel():
             continue
-        if _place(tensor) in bases or (i >= len(t) and _place(tensor) not in fresh):
+        if _place(tensor) in bases or (i >= len(given) and _place(tensor) not in fresh):
             return None  # nobody could tell whose address a word is
         bases[_place(tensor)] = i, tensor.data_ptr()
-    scratch, last = 0, len(t) + len(made)
+    scratch, last = 0, len(given) + len(made)
     constants, steps = [], []
     for launch in launches:
         addresses = []
@@ -195,7 +196,7 @@ def _program(
     if any(like is not None and torch.empty_like(like).stride() != like.stride() for like in likes):
         return None
     return Program(
-        tuple((0, 0) if tensor is None else (tensor.element_size(), extent(tensor) * tensor.element_size()) for tensor in t),
+        tuple((which, tensor.element_size(), extent(tensor) * tensor.element_size()) for which, tensor in given),
         likes,
         len(gradients),
         tuple(fills),

@@ -7,7 +7,7 @@ from contextvars import ContextVar
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from . import backends, config
 from .loss import Worth
@@ -69,8 +69,8 @@ def watched() -> bool:
     """Whether somebody wants to see a call as it is: a compiler, a mode, a forward-mode level; or only asks where it would go."""
     return (
         torch.compiler.is_compiling()
-        or torch._C._is_torch_function_mode_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
+        or _C._is_torch_function_mode_enabled()
+        or _C._len_torch_dispatch_stack() > 0
         or torch.autograd.forward_ad._current_level >= 0
         or bool(_asking)
     )
@@ -84,7 +84,7 @@ def tiny(input: Any, worth: Worth = ALL) -> bool:
         return False
     if torch.compiler.is_compiling():
         return not input.is_nested and backends.get_backend() == "auto" and _surely_few(input, worth)
-    if torch._C._is_torch_function_mode_enabled():
+    if _C._is_torch_function_mode_enabled():
         return False
     numel, usually = input.numel(), _share(input, worth) * config.min_numel
     return (
@@ -106,12 +106,12 @@ def route(misfit: str | None, logits: Any, worth: Worth = ALL, note: str = "") -
     return found
 
 
-def served_by_torch(theirs: Any, way: Route, result: Result) -> Result:
-    """The result of torch's function, unless the user named a backend that should have computed it. By now torch has raised what it had
-    to raise."""
+def served_by_torch(name: str, way: Route, result: Result) -> Result:
+    """The result of torch's function of this name, unless the user named a backend that should have computed it. By now torch has raised
+    what it had to raise."""
     choice = backends.get_backend()
     if choice not in ("auto", "torch"):
-        raise backends.BackendError(f"{theirs.func.__name__}: backend {choice!r} was chosen, but {way.reason}")
+        raise backends.BackendError(f"{name}: backend {choice!r} was chosen, but {way.reason}")
     return result
 
 

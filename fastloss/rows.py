@@ -138,7 +138,7 @@ def row_gradient(dloss: Tensor, divisor: Tensor, logits: Tensor) -> Tensor:
     """The gradient of every row's loss, [N] with stride 1 or 0, from that of the reduced loss."""
     dloss, rows = present(dloss, "the upstream gradient").to(compute_dtype(logits)), rows_in(logits)
     if divisor.numel():
-        dloss = quotient(dloss, divisor) if dloss.is_cpu else dloss / divisor
+        dloss = quotient(dloss, divisor)
     if dloss.dim() == 0:
         return dloss.expand(rows)
     dloss = dloss.reshape(-1)
@@ -152,7 +152,9 @@ def row_gradient_of(number: float, divisor: Tensor, logits: Tensor) -> Tensor:
 
 
 def quotient(dloss: Tensor, divisor: Tensor) -> Tensor:
-    """Of two numbers, by a launch: a call that computes something by torch cannot be repeated as launches."""
+    """Of two numbers, on CPU by a launch: a call that computes something by torch cannot be repeated as launches."""
+    if not dloss.is_cpu:
+        return dloss / divisor
     found = torch.empty_like(dloss)
     kernels_for(dloss).divide(dloss, divisor, found)
     return found

@@ -17,30 +17,31 @@ from .routing import Route, route, served_by_torch, tiny
 AnyLoss = Loss[Any, Any, Any]
 
 
-def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[[], Tensor], deprecated: tuple[Any, Any] = (None, None)) -> Tensor:
-    """The result of a loss that has one function in torch, `theirs`, already given its arguments. `options` are the loss's but for the
-    dtype of the result; `deprecated` are size_average and reduce."""
+def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[..., Tensor], given: tuple[Any, ...]) -> Tensor:
+    """The result of a loss that has one function in torch, `theirs`, which takes the arguments as `given`. `options` are the loss's but for
+    the dtype of the result, and after them size_average and reduce, which are deprecated."""
     if tiny(tensors[0], loss.worth):
-        return theirs()
-    kind, call = recall(loss.name, tensors, (*options, *deprecated))
+        return theirs(*given)
+    kind, call = recall(loss.name, tensors, options)
     if call is not None:
-        return theirs() if call is THEIRS else apply_again(call, tensors)  # type: ignore[no-any-return]
+        return theirs(*given) if call is THEIRS else apply_again(call, tensors)  # type: ignore[no-any-return]
     t: Any = loss.tensors(*tensors)
     o: Any = None
     misfit = tensors_misfit(*tensors[: loss.required], optional=tensors[loss.required :])
     if misfit is None:
         named: Any = loss.options
-        o = named(*options, result_dtype(*(t[i] for i in loss.typed_by)))
-        misfit = reduction_misfit(*deprecated, o.reduction) or loss.misfit(t, o) or loss.mixture_misfit(t)
+        *ours, size_average, reduce = options
+        o = named(*ours, result_dtype(*(t[i] for i in loss.typed_by)))
+        misfit = reduction_misfit(size_average, reduce, o.reduction) or loss.misfit(t, o) or loss.mixture_misfit(t)
     way = route(misfit, tensors[0], loss.worth)
-    result: Tensor = by_torch(way, theirs, theirs(), kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
+    result: Tensor = by_torch(way, theirs.__name__, theirs(*given), kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
     return result
 
 
-def by_torch(way: Route, theirs: Any, result: Tensor, kind: Kind | None) -> Tensor:
-    """The result of torch's function, that torch serves this kind of call now being known. Computed by the caller: torch's warnings
-    point so many frames up."""
-    served_by_torch(theirs, way, result)
+def by_torch(way: Route, name: str, result: Tensor, kind: Kind | None) -> Tensor:
+    """The result of torch's function of this name, that torch serves this kind of call now being known. Computed by the caller: torch's
+    warnings point so many frames up."""
+    served_by_torch(name, way, result)
     remember(kind, THEIRS)
     return result
 

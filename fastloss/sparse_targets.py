@@ -1,6 +1,5 @@
 """Losses whose targets are a few classes with probabilities: what torch has no function for, with arguments named as torch names them."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,8 +55,10 @@ def sparse_soft_cross_entropy(
     _refuse_misfits(input, indices, probabilities, weight, reduction, label_smoothing)
     if probabilities.dim() == 1 and indices.dim() > 2 and probabilities.shape == indices.shape[1:2]:
         probabilities = probabilities.view(-1, *(1,) * (indices.dim() - 2))
-    theirs = partial(composed.sparse_soft_cross_entropy, input, indices, probabilities, weight, reduction, label_smoothing)
-    return serve(losses.sparse_soft_cross_entropy, (input, probabilities, indices, weight), (label_smoothing, reduction), theirs)
+    given = input, indices, probabilities, weight, reduction, label_smoothing
+    options = label_smoothing, reduction, None, None
+    theirs = composed.sparse_soft_cross_entropy
+    return serve(losses.sparse_soft_cross_entropy, (input, probabilities, indices, weight), options, theirs, given)
 
 
 def _refuse_misfits(input: Any, indices: Any, probabilities: Any, weight: Any, reduction: Any, label_smoothing: Any) -> None:

@@ -93,7 +93,7 @@ def token_statistics(
         t, o = loss.tensors(input, target), loss.options(dim, ignore_index, logit_scale, " ".join(names))
         misfit = loss.misfit(t, o)
     way = route(misfit, input)
-    found = served_by_torch(theirs, way, theirs()) if way.path == "torch" else by_kernels(way, loss, t, o)
+    found = served_by_torch("token_statistics", way, theirs()) if way.path == "torch" else by_kernels(way, loss, t, o)
     return chosen(found, names, target)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastloss
-from fastloss import calls, contract, guards, losses, routing
+from fastloss import calls, contract, guards, routing
 
 N, C = 48, 40
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -32,7 +32,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forget() -> None:
     calls._remembered.clear()
-    calls._recent.cache_clear()
+    calls._recent.clear()
 
 
 def indices(g: torch.Generator, *shape: int) -> Tensor:
@@ -202,10 +202,17 @@ def test_who_else_must_see_the_call() -> None:
 
 def test_a_guard_knows_what_only_looks_alike() -> None:
     """The cheap question whether a call is of a kind that came last: torch's guard, and whether somebody is watching."""
-    x, y, absent = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64), guards._ABSENT[2]
-    fits = guards.guard([x, y, absent])
-    assert fits is not None, "every supported torch has it"
-    assert fits(torch.randn(4, 5), torch.ones(4, dtype=torch.int64), absent)
+    x, y = torch.randn(4, 5), torch.zeros(4, dtype=torch.int64)
+    recent: guards.Recent[str] = guards.Recent()
+
+    def fits(*tensors: Any) -> bool:
+        return recent.find([list(map(type, tensors))], tensors) == "known"
+
+    for comes in range(2):
+        assert not fits(x, y, None)
+        recent.came_again("kind", [[Tensor, Tensor, type(None)]], (x, y, None), "known")
+        assert len(recent) == comes, "a kind that comes once is not worth a guard; every supported torch has them"
+    assert fits(torch.randn(4, 5), torch.ones(4, dtype=torch.int64), None)
     others = {
         "shape": torch.randn(5, 5),
         "strides": torch.randn(5, 4).t(),
@@ -224,16 +231,15 @@ def test_a_guard_knows_what_only_looks_alike() -> None:
     }
     with torch.inference_mode():
         others["of inference mode"] = torch.randn(4, 5)
-    assert [name for name, other in others.items() if fits(other, y, absent)] == []
-    assert guards.askable((torch.nested.nested_tensor([x, x[:2]]), y, None)) == []  # the guard would end the process
-    assert guards.askable(([1, 2], y, None)) == []
-    assert max(len(loss.tensors._fields) for loss in losses.LOSSES) <= len(guards._ABSENT), "what has no partner would not be asked"  # type: ignore[attr-defined]
-    assert not fits(x, y, None)
+    others["nested"] = torch.nested.nested_tensor([x, x[:2]])  # the guard would end the process
+    assert [name for name, other in others.items() if fits(other, y, None)] == []
+    assert not fits(x, None, y)
+    assert not fits(x, y)
     assert not fits(x, y, torch.empty(0))
     seen: dict[str, bool] = {}
 
     def look(name: str, v: Any = x) -> Any:
-        seen[name] = fits(v, y, absent) and not routing.watched()
+        seen[name] = fits(v, y, None) and not routing.watched()
         return v
 
     batch = torch.randn(3, 4, 5)
@@ -456,3 +462,18 @@ def test_a_rounded_loss_beyond_its_dtype_is_infinite() -> None:
     found = [fastloss.cross_entropy(x, y, reduction="sum") for _ in range(3)]
     assert [float(loss) for loss in found] == [float("inf")] * 3
     assert {loss.dtype for loss in found} == {torch.float16}
+
+
+def test_the_kinds_that_came_last() -> None:
+    """Those that come often are known by a guard, so many of them; whose every call is another kind makes none."""
+    recent: guards.Recent[int] = guards.Recent()
+    tensors = [(torch.empty(n),) for n in range(40)]
+    for _ in range(3):
+        for n, t in enumerate(tensors):
+            recent.came_again(n, ["asked"], t, n)
+    assert len(recent) == 0
+    for n in range(12):
+        for _ in range(2):
+            recent.came_again(n, ["asked"], tensors[n], n)
+    assert [recent.find(["asked"], t) for t in tensors[:12]] == [None] * 4 + list(range(4, 12))
+    assert recent.find(["asked otherwise"], tensors[11]) is None

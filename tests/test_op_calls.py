@@ -27,7 +27,7 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def forget() -> None:
     op_calls._remembered.clear()
-    op_calls._guarded.clear()
+    op_calls._recent.clear()
 
 
 def samples() -> Iterator[Sample]:
@@ -99,7 +99,7 @@ def test_compiled_code_takes_this_way() -> None:
                 torch.testing.assert_close(x.grad, 2 * torch.autograd.grad(expected, x)[0])
         assert len(op_calls._remembered) == 2
         assert None not in op_calls._remembered.values()
-        assert len(op_calls._guarded) == 2
+        assert [len(recent) for recent in op_calls._recent.values()] == [1, 1]
     torch._dynamo.reset()
 
 
@@ -189,6 +189,15 @@ def test_many_threads() -> None:
         thread.join()
     assert len(wrong) == 360
     assert max(map(abs, wrong)) < 1e-5
+
+
+def test_which_tensors_there_are() -> None:
+    """The same tensors in other places: a weight is no pos_weight."""
+    op, x, y, w = OPS["bce_with_logits"].forward, torch.randn(N, C), torch.rand(N, C), torch.rand(N, C)
+    for _ in range(5):
+        for places in ((w, None), (None, w)):
+            expected = torch.nn.functional.binary_cross_entropy_with_logits(x, y, weight=places[0], pos_weight=places[1])
+            torch.testing.assert_close(each(op(x, y, *places, "mean", torch.float32))[0], expected)
 
 
 def test_kinds_are_forgotten(monkeypatch: pytest.MonkeyPatch) -> None:

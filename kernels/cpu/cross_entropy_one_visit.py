@@ -4,7 +4,7 @@ A row's terms wait in scratch memory, in the second-level cache, between its sta
 are computed again. The bits are those of forward and backward.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from numba import njit
@@ -193,6 +193,14 @@ def _rows_in_turn(block: Any) -> None:
         gradient_of_row(dx_before, dx_before, 0, classes, classes, terms, 1, r, a.past_caches)
 
 
+class Other(NamedTuple):
+    """A row whose gradient is written while the next one is read."""
+
+    dx: Any
+    factor: Any  # of the terms of a block
+    r: Any
+
+
 @njit(**INLINE)
 def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, past_caches: Any) -> Any:
     """`row_statistics` of the row at x, and meanwhile the gradient of the other one at dx, whose terms are in `terms`; the row's own are
@@ -202,26 +210,21 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, p
     top, total = no_statistics(x)
     for first in range(0, classes, size):
         last, mine = min(classes, first + size), block_of(terms, first // size)
-        other = Block(first, last, r.scale, mine, 1)  # of kept terms the reference is not asked for
+        block = Block(first, last, r.scale, mine, 1)  # of kept terms the reference is not asked for
         factor = exp(kept_reference(mine) - r.top) * r.scale if rescaled else r.scale
-        reference = first_reference(x, first, last)
-        here_top, here_total = splat(reference, x.at), splat(0.0, x.at)
+        other, reference = Other(dx, factor, r), first_reference(x, first, last)
         # c goes over the classes of this row, k over those of the other, ahead: from where its vectors lie aligned
         c, k = first, min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
         if k > first:
-            store_at(dx, first, k - first, near(x, other, first, k - first, factor, r))
-        while k + 4 * lanes <= last:
-            if any_near(r, dx, k):
-                for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx.at, i, near(x, other, i, lanes, factor, r), past_caches)
-            else:
-                for i in range(k, k + 4 * lanes, lanes):
-                    stream(dx.at, i, term(x, other, i, lanes) * factor, past_caches)
-            four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
-            here_total, c, k = here_total + four, c + 4 * lanes, k + 4 * lanes
+            store_at(dx, first, k - first, near(x, block, first, k - first, factor, r))
+        if last - first == size:
+            here_top, here_total, c, k = _fours(x, reference, block, other, k, past_caches)
+        else:  # `reference` is the top already
+            _, here_total, c, k = _fours(x, reference, block, other, k, past_caches)
+            here_top = splat(reference, x.at)
         while k < last:
             n = min(lanes, last - k)
-            store_at(dx, k, n, near(x, other, k, n, factor, r))
+            store_at(dx, k, n, near(x, block, k, n, factor, r))
             k += n
         if c + 4 * lanes <= last:  # k was ahead by less than a vector
             four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
@@ -233,6 +236,24 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, p
         else:
             top, total = merge(top, total, here_top, here_total)
     return top, real_total(total)
+
+
+@njit(**INLINE)
+def _fours(x: Any, reference: Any, block: Any, other: Any, k: Any, past_caches: Any) -> Any:
+    """Four vectors of this row and of the other, again and again, until there are fewer left: `top` and `total` for each lane, and how
+    far it went."""
+    lanes, c, last, dx, r = lanes_of(x.at), block.first, block.last, other.dx, other.r
+    top, total = splat(reference, x.at), splat(0.0, x.at)
+    while k + 4 * lanes <= last:
+        if any_near(r, dx, k):
+            for i in range(k, k + 4 * lanes, lanes):
+                stream(dx.at, i, near(x, block, i, lanes, other.factor, r), past_caches)
+        else:
+            for i in range(k, k + 4 * lanes, lanes):
+                stream(dx.at, i, term(x, block, i, lanes) * other.factor, past_caches)
+        four, top = four_terms(x, reference, top, c, block.terms, c - block.first)
+        total, c, k = total + four, c + 4 * lanes, k + 4 * lanes
+    return top, total, c, k
 
 
 @region(ForwardBackward)

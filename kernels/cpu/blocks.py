@@ -1,10 +1,10 @@
-"""A row block by block: the largest logit of a block, its terms exp(x - top), and their sum.
+"""A row block by block: the largest logit of a block, its terms exp(x - reference), and their sum, about the top.
 
-The logits come from memory once: what a second walk over a block wants is still in the first-level cache. The terms stay in scratch
-memory, each thread's own, so that no exp is computed twice: the gradient, the probabilities are a term times a number of the block.
-A kernel that needs them when the whole row has been seen keeps those of every block (`keep` = 1); else each block's take the place of
-the last one's (`keep` = 0). Terms, tops and totals have the same bits in every kernel, so it does not matter to a gradient which
-kernel wrote it.
+The reference is a number that is not far below the top and known before it; where lanes are rows, and in a block that is not whole, it is
+the top. The logits come from memory once. The terms stay in scratch memory, each thread's own, so that no exp is computed twice: the
+gradient, the probabilities are a term times a number of the block. A kernel that needs them when the whole row has been seen keeps those
+of every block (`keep` = 1); else each block's take the place of the last one's (`keep` = 0). Terms, references, tops and totals have the
+same bits in every kernel, so it does not matter to a gradient which kernel wrote it.
 """
 
 from typing import Any, NamedTuple
@@ -21,17 +21,16 @@ from .memory import load, offset, prefetch, store
 from .rows import Walk, lanes_for, load_at, one_row, whole_tile
 from .simd import first_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
 from .target import has_512_bits
-from .transpose import turn_in
+from .tiles import bring_tile, terms_of_tile
 
 BLOCK = 128  # vectors: 8 KB of float32, so that a block, the next one and its terms fit the first-level cache
-ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its top
+ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its reference
 _CPU = torch.device("cpu")
 KEPT_BYTES = 1 << 20  # scratch for a whole row: more would leave the second-level cache
 # Vectors of a block whose largest logit its terms are relative to. To look for the block's own while its terms are made takes two registers
 # more than AVX2 has: there it is looked for beforehand
 FIRST = 8 if has_512_bits() else BLOCK
 FAR = 24.0  # so much above that, a top takes its place: exp does not overflow, and what is lost below is e**-63 of a row's largest
-FEW_TO_TURN = 4  # classes: fewer are gathered
 
 
 def blocks_in(way: Walk, logits: Tensor) -> int:
@@ -60,7 +59,7 @@ class Block(NamedTuple):
 
     first: int
     last: int  # one past it
-    top: Any  # the largest logit
+    reference: Any  # what its terms are relative to
     terms: Any  # scratch memory
     kept: int  # 1 if the terms are there, 0 if they are computed again from the logits
 
@@ -141,67 +140,6 @@ def _statistics_of_tile(x: Any, first: Any, last: Any, terms: Any) -> Any:
 
 
 @njit(**INLINE)
-def bring_tile(x: Any, first: Any, last: Any, terms: Any) -> Any:
-    """The largest logits of rows in lanes. They are all brought to where their terms will be, once: to reach them takes as long as to work
-    with them."""
-    lanes, n = lanes_of(x.at), x.rows
-    top, fours = lowest(x.at), first + (last - first) // 4 * 4
-    if x.class_ == 1 != x.lane and last - first >= FEW_TO_TURN:
-        for c in range(first, last, lanes):
-            turn_in(x.at, c, x.lane, x.rows, min(lanes, last - c), terms, (c - first) * lanes)
-        for c in range(first, fours, 4):
-            at = (c - first) * lanes
-            two = larger(_brought(x, terms, at), _brought(x, terms, at + lanes))
-            top = larger(larger(top, two), larger(_brought(x, terms, at + 2 * lanes), _brought(x, terms, at + 3 * lanes)))
-        for c in range(fours, last):
-            top = larger(top, _brought(x, terms, (c - first) * lanes))
-        return top
-    for c in range(first, fours, 4):
-        at = (c - first) * lanes
-        two = larger(_bring(x, c, n, terms, at), _bring(x, c + 1, n, terms, at + lanes))
-        top = larger(larger(top, two), larger(_bring(x, c + 2, n, terms, at + 2 * lanes), _bring(x, c + 3, n, terms, at + 3 * lanes)))
-    for c in range(fours, last):
-        top = larger(top, _bring(x, c, n, terms, (c - first) * lanes))
-    return top
-
-
-@njit(**INLINE)
-def _bring(x: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
-    """A logit of every row in the lanes, put where its term will be."""
-    logits = load_at(x, c, n, -np.inf)
-    prefetch(x.at, c * x.class_ + 2 * lanes_of(x.at))  # of the tile after the next one
-    store(terms, at, 1, lanes_of(x.at), logits)
-    return logits
-
-
-@njit(**INLINE)
-def terms_of_tile(x: Any, classes: Any, terms: Any, top: Any) -> Any:
-    """The sum of the terms of rows in lanes, which take the places of their logits."""
-    lanes = lanes_of(x.at)
-    total, fours, vectors = splat(0.0, x.at), classes // 4 * 4 * lanes, classes * lanes
-    for at in range(0, fours, 4 * lanes):
-        e0, e1 = _to_term(x, terms, at, top), _to_term(x, terms, at + lanes, top)
-        total = total + ((e0 + e1) + (_to_term(x, terms, at + 2 * lanes, top) + _to_term(x, terms, at + 3 * lanes, top)))
-    for at in range(fours, vectors, lanes):
-        total = total + _to_term(x, terms, at, top)
-    return total
-
-
-@njit(**INLINE)
-def _brought(x: Any, terms: Any, at: Any) -> Any:
-    """A logit of every row in the lanes, from scratch memory."""
-    return load(terms, at, 1, lanes_of(x.at), 0.0)
-
-
-@njit(**INLINE)
-def _to_term(x: Any, terms: Any, at: Any, top: Any) -> Any:
-    """Its term, put in its place."""
-    e = exp_for(x.at, _brought(x, terms, at) - top)
-    store(terms, at, 1, lanes_of(x.at), e)
-    return e
-
-
-@njit(**INLINE)
 def four_terms(x: Any, reference: Any, top: Any, c: Any, terms: Any, at: Any) -> Any:
     """The terms of four vectors of one row from class c on, written to `terms` from element `at` on: their sum, and the larger of `top`
     and the logits in each lane."""
@@ -242,7 +180,7 @@ def sum_with_rest(x: Any, reference: Any, top: Any, total: Any, first: Any, c: A
 @njit(**INLINE)
 def block_statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
     """`top` and `total` of classes first .. last - 1, the largest logit and the sum of exp(x - top): of the rows in the lanes, or of the
-    one row, in every lane. The terms of the sum are written to `terms`, vector after vector, and `top` behind them."""
+    one row, in every lane. The terms are written to `terms`, vector after vector, and behind them what they are relative to."""
     if x.tile == 1 and x.class_ == 1:
         return _statistics(one_row(x.at), first, last, terms)
     if x.tile > 1:
@@ -315,14 +253,14 @@ def _reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
 
 
 @njit(**INLINE)
-def keep_reference(terms: Any, top: Any) -> None:
-    """Write `top` behind the terms of a block."""
-    store(terms, BLOCK * lanes_of(terms), 1, lanes_of(terms), top)
+def keep_reference(terms: Any, reference: Any) -> None:
+    """Write it behind the terms of a block."""
+    store(terms, BLOCK * lanes_of(terms), 1, lanes_of(terms), reference)
 
 
 @njit(**INLINE)
 def kept_reference(terms: Any) -> Any:
-    """`top` of a block whose terms are in scratch memory."""
+    """What the terms of a block in scratch memory are relative to."""
     return load(terms, BLOCK * lanes_of(terms), 1, lanes_of(terms), 0.0)
 
 
@@ -335,4 +273,4 @@ def term(x: Any, block: Any, c: Any, n: Any) -> Any:
         return load(block.terms, (c - block.first) * lanes if x.tile > 1 else c - block.first, 1, lanes if x.tile > 1 else n, 0.0)
     if x.tile == 1:
         prefetch(x.at, c * x.class_ + BLOCK * lanes)
-    return exp_for(x.at, load_at(x, c, n, 0.0) - block.top)
+    return exp_for(x.at, load_at(x, c, n, 0.0) - block.reference)

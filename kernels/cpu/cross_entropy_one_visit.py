@@ -13,7 +13,6 @@ from torch import Tensor
 from ..groups import Foreseen, Reduction, Rows
 from .arguments import arguments
 from .blocks import (
-    FEW_TO_TURN,
     Block,
     all_kept,
     block_of,
@@ -71,6 +70,7 @@ from .rows import (
 )
 from .simd import lanes_of, splat
 from .targets import refuse_out_of_bounds
+from .tiles import FEW_TO_TURN
 
 
 def cross_entropy_forward_backward(

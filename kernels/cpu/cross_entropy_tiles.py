@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 
 from .arguments import arguments
-from .blocks import ROOM, block_of, bring_tile, four_terms, real_total, terms_of_tile
+from .blocks import ROOM, block_of, four_terms, real_total
 from .cross_entropy_visit import ForwardBackward, after_all_rows, before_all_rows
 from .gradient import ABREAST, GAPLESS, RowNumbers, abreast, gradient_of_tile, write_zeros
 from .inline import INLINE
@@ -20,6 +20,7 @@ from .memory import load, load_classes, load_each, offset, store, stream, to_ali
 from .rows import Lanes, Walk, lanes_at, last_tile, load_at, one_row, row_at, store_at, tile_of, whole_tile
 from .simd import any_lane, lane_numbers, lanes_of, larger, lowest, select, splat
 from .targets import weights_of
+from .tiles import bring_tile, terms_of_tile
 from .transpose import largest_of_each, sum_of_each
 
 FEW_VECTORS = 15  # in a row: up to here rows that are taken one by one are taken in tiles

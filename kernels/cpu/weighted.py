@@ -162,11 +162,11 @@ def weighted_gradient_of_row(x: Any, dx: Any, k: Any, classes: Any, terms: Any, 
         last = min(classes, first + size)
         if kept:
             mine = block_of(terms, first // size)
-            top = kept_reference(mine)
-            _gradient_of_block(x, dx, k, Block(first, last, top, mine, 1), exp(top - r.top) * r.scale, r, past_caches)
+            reference = kept_reference(mine)
+            _gradient_of_block(x, dx, k, Block(first, last, reference, mine, 1), exp(reference - r.top) * r.scale, r, past_caches)
         else:
-            top = block_reference(x, first, last, r.top)
-            _gradient_of_block(x, dx, k, Block(first, last, top, terms, 0), exp(top - r.top) * r.scale, r, past_caches)
+            reference = block_reference(x, first, last, r.top)
+            _gradient_of_block(x, dx, k, Block(first, last, reference, terms, 0), exp(reference - r.top) * r.scale, r, past_caches)
 
 
 @njit(**INLINE)

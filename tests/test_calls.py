@@ -73,6 +73,8 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Inputs]] = {
     "bce": (fastloss.binary_cross_entropy, lambda g: (simplex(g), simplex(g))),
     "focal": (partial(fastloss.sigmoid_focal_loss, reduction="mean"), lambda g: (logits(g), simplex(g))),
     "bfloat16": (fastloss.cross_entropy, lambda g: (logits(g, dtype=torch.bfloat16), indices(g))),
+    "many rows": (fastloss.cross_entropy, lambda g: (logits(g, 40_000, 3), indices(g, 40_000) % 3)),
+    "many rows of bfloat16": (fastloss.cross_entropy, lambda g: (logits(g, 40_000, 3, dtype=torch.bfloat16), indices(g, 40_000) % 3)),
     "softmax": (partial(fastloss.softmax, dim=1), lambda g: (logits(g),)),
 }
 NEEDS_TORCH = {"a column of labels"}  # a copy of the labels

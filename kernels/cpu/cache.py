@@ -111,7 +111,7 @@ class _Function(CFunc):  # type: ignore[misc]
         collecting = gc.isenabled()  # nobody else compiles now: Numba's lock is held
         gc.disable()
         try:
-            return super()._compile_uncached()
+            return super()._compile_uncached()  # type: ignore[misc]
         finally:
             if collecting:
                 gc.enable()

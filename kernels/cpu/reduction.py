@@ -8,22 +8,28 @@ from torch import Tensor
 
 from .arguments import Computed, Float32, Float64, Int64, Stored, arguments
 from .inline import INLINE
-from .launch import next_task, region
+from .launch import last_task, next_task, region
 from .memory import load, load_classes
 from .simd import lane_sum, lanes_of, splat, widen
 from .targets import weights_of
 
 BLOCK = 1 << 14
-_TOTAL, _NARROW, _SUBTOTALS = range(3)
+
+
+class Total(NamedTuple):
+    """Where the sum of all blocks goes: to one of the first two."""
+
+    as_values: Stored | None
+    narrow: Float32 | None  # where the values are float64 and their sum is not
+    subtotals: Float64  # of the blocks
+    blocks: int
+    narrowed: int  # 1: to the second
 
 
 class Sum(NamedTuple):
     values: Stored
-    total: Stored | None  # for the sum itself, if one block is all there is
-    narrow: Float32 | None  # the same, where the values are float64 and their sum is not
-    subtotals: Float64 | None  # else for those of the blocks
     size: int
-    to: int  # which of the three
+    total: Total
 
 
 class SumOfWeights(NamedTuple):
@@ -32,10 +38,8 @@ class SumOfWeights(NamedTuple):
     weight: Stored
     weight_stride: int
     classes: int
-    total: Stored | None  # as in `Sum`
-    subtotals: Float64 | None
     size: int
-    direct: int
+    total: Total
 
 
 class Quotient(NamedTuple):
@@ -45,16 +49,11 @@ class Quotient(NamedTuple):
 
 
 def sum_rows(values: Tensor, total: Tensor) -> None:
-    blocks = max(1, -(-values.numel() // BLOCK))
-    a = Sum(values=values, total=None, narrow=None, subtotals=None, size=values.numel(), to=_TOTAL)
-    if blocks > 1:
-        subtotals = torch.empty(blocks, dtype=torch.float64, device="cpu")
-        _sum(blocks, a._replace(subtotals=subtotals, to=_SUBTOTALS))
-        total.copy_(subtotals.sum())  # few numbers: torch sums them on one thread
-    elif total.dtype is values.dtype:
-        _sum(1, a._replace(total=total))
-    else:
-        _sum(1, a._replace(narrow=total, to=_NARROW))
+    to = _total_of(values, total)
+    blocks = _blocks(values.numel())
+    _sum(blocks, Sum(values=values, size=values.numel(), total=_place_for(to, values, blocks)))
+    if to is not total:
+        total.copy_(to)
 
 
 def mean_of_rows(values: Tensor, weights: Tensor, divisor: Tensor, mean: Tensor) -> None:
@@ -65,25 +64,31 @@ def mean_of_rows(values: Tensor, weights: Tensor, divisor: Tensor, mean: Tensor)
 
 
 def sum_weights(target: Tensor, weight: Tensor, ignore_index: int, total: Tensor) -> None:
-    blocks, subtotals = _subtotals(target.numel(), weight.dtype, total)
-    direct = subtotals is None
+    to, blocks = _total_of(weight, total), _blocks(target.numel())
     _sum_of_weights(blocks, SumOfWeights(
         target=target, ignore_index=ignore_index, weight=weight, weight_stride=weight.stride(0), classes=weight.numel(),
-        total=total if direct else None, subtotals=subtotals, size=target.numel(), direct=direct,
+        size=target.numel(), total=_place_for(to, weight, blocks),
     ))  # fmt: skip
-    if subtotals is not None:
-        total.copy_(subtotals.sum())
+    if to is not total:
+        total.copy_(to)
 
 
 def divide(total: Tensor, divisor: Tensor, result: Tensor) -> None:
     _divide(1, Quotient(total, divisor, result))
 
 
-def _subtotals(rows: int, dtype: torch.dtype, total: Tensor) -> tuple[int, Tensor | None]:
-    """How many blocks, and where their sums go; nowhere if the only one writes the total itself, the common small case, without two more
-    torch calls."""
-    blocks = max(1, -(-rows // BLOCK))
-    return blocks, None if blocks == 1 and dtype == total.dtype else torch.empty(blocks, dtype=torch.float64, device="cpu")
+def _blocks(rows: int) -> int:
+    return max(1, -(-rows // BLOCK))
+
+
+def _total_of(values: Tensor, total: Tensor) -> Tensor:
+    """`total`, or a number in its place if it is neither of the values' dtype nor float32."""
+    return total if total.dtype in (values.dtype, torch.float32) else values.new_empty(1)
+
+
+def _place_for(total: Tensor, values: Tensor, blocks: int) -> Total:
+    subtotals = torch.empty(blocks, dtype=torch.float64, device="cpu")
+    return Total(total, None, subtotals, blocks, 0) if total.dtype == values.dtype else Total(None, total, subtotals, blocks, 1)
 
 
 @region(Sum)
@@ -91,14 +96,19 @@ def _sum(block: Any) -> None:
     a = arguments(block)
     task = next_task(block)
     while task >= 0:
-        subtotal = sum_of(a.values, task * BLOCK, min(a.size, (task + 1) * BLOCK))
-        if a.to == _TOTAL:
-            a.total[0] = subtotal
-        elif a.to == _NARROW:
-            a.narrow[0] = subtotal
-        else:
-            a.subtotals[task] = subtotal
+        a.total.subtotals[task] = sum_of(a.values, task * BLOCK, min(a.size, (task + 1) * BLOCK))
+        if last_task(block):
+            _add_up(a.total)
         task = next_task(block)
+
+
+@njit(**INLINE)
+def _add_up(total: Any) -> None:
+    whole = sum_of(total.subtotals, 0, total.blocks)
+    if total.narrowed:
+        total.narrow[0] = whole
+    else:
+        total.as_values[0] = whole
 
 
 @region(Quotient)
@@ -120,11 +130,9 @@ def _sum_of_weights(block: Any) -> None:
     a = arguments(block)
     task = next_task(block)
     while task >= 0:
-        subtotal = sum_of_weights(a, a.classes, task * BLOCK, min(a.size, (task + 1) * BLOCK))
-        if a.direct:
-            a.total[0] = subtotal
-        else:
-            a.subtotals[task] = subtotal
+        a.total.subtotals[task] = sum_of_weights(a, a.classes, task * BLOCK, min(a.size, (task + 1) * BLOCK))
+        if last_task(block):
+            _add_up(a.total)
         task = next_task(block)
 
 

@@ -22,7 +22,8 @@ def was_cached(dtype: torch.dtype = torch.float32) -> bool:
     """Do what a new process does at its first call: whether that found the kernel compiled."""
     region = Region(reduction._sum.body, reduction.Sum)
     values, total = torch.randn(100, dtype=dtype), torch.full((1,), 7.0, dtype=dtype)
-    region(1, reduction.Sum(values=values, total=total, narrow=None, subtotals=None, size=values.numel(), to=0))
+    to = reduction.Total(total, None, torch.empty(1, dtype=torch.float64), blocks=1, narrowed=0)
+    region(1, reduction.Sum(values=values, size=values.numel(), total=to))
     torch.testing.assert_close(total[0], values.sum())
     return bool(region.compile(dtype)[0].cache_hits)
 

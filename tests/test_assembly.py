@@ -2,7 +2,9 @@
 
 import platform
 import re
+from collections.abc import Iterator
 from functools import cache
+from typing import Any
 
 import numba
 import pytest
@@ -17,6 +19,7 @@ from fastloss.kernels.cpu import (
     smoothed_cross_entropy,
     soft_cross_entropy,
     softmax,
+    softmax_in_turn,
 )
 from fastloss.kernels.cpu.arguments import floats_in, known_in
 from fastloss.kernels.cpu.launch import Region
@@ -30,6 +33,7 @@ MODULES = (
     smoothed_cross_entropy,
     soft_cross_entropy,
     softmax,
+    softmax_in_turn,
 )
 REGIONS = {
     f"{module.__name__.rsplit('.', 1)[1]}.{name}": region
@@ -54,13 +58,19 @@ def assembly(region: Region, dtype: torch.dtype, tile: int) -> str:
     return function._library.get_asm_str()
 
 
-@pytest.mark.parametrize("tile", [1, pytest.param(16, marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", REGIONS)
+def ways() -> Iterator[Any]:
+    """Every region with rows one by one and with rows in lanes, as far as it takes them."""
+    for name, region in REGIONS.items():
+        if name.startswith("cross_entropy_tiles."):
+            yield name, 16
+            continue
+        yield name, 1
+        if "_way_tile" in known_in(region.block) and not name.endswith("_in_turn"):
+            yield pytest.param(name, 16, marks=pytest.mark.long)
+
+
+@pytest.mark.parametrize(("name", "tile"), list(ways()))
 def test_no_call_to_libm(name: str, tile: int) -> None:
-    if tile > 1 and ("_way_tile" not in known_in(REGIONS[name].block) or name.endswith("._rows_in_turn")):
-        pytest.skip("there are no rows in lanes")
-    if tile == 1 and name.startswith("cross_entropy_tiles."):
-        pytest.skip("there are tiles of rows only")
     assert not LIBM.search(assembly(REGIONS[name], torch.float32, tile))
 
 

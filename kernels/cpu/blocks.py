@@ -18,7 +18,7 @@ from .arguments import COMPUTED
 from .inline import INLINE
 from .math import exp, exp_for
 from .memory import load, offset, prefetch, store
-from .rows import Walk, lanes_for, load_at, one_row, whole_tile
+from .rows import Strides, Walk, lanes_for, load_at, one_row, whole_tile
 from .simd import first_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
 from .target import has_512_bits
 from .tiles import bring_tile, terms_of_tile
@@ -42,6 +42,12 @@ def blocks_kept(way: Walk, logits: Tensor) -> int:
     """How many blocks to have room for so that the terms of a whole row are kept; 1 if that is too many."""
     blocks = blocks_in(way, logits)
     return blocks if blocks * ROOM * 64 <= KEPT_BYTES else 1
+
+
+def kept_in_turn(way: Walk, kept: int, logits: Tensor, *others: Strides) -> bool:
+    """Whether rows are of consecutive classes, of the logits and of the others, and their terms all kept: then a row can be written while
+    the next one is read."""
+    return way.tile == 1 and all(s.class_ == 1 for s in (way.strides, *others)) and kept == blocks_in(way, logits)
 
 
 def blocks_apart(way: Walk, logits: Tensor) -> int:
@@ -109,10 +115,26 @@ def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
 
 
 @njit(**INLINE)
+def ahead_of_top(x: Any, first: Any, last: Any) -> Any:
+    """Whether the terms of a block of one row are made before its top is known: of a whole one."""
+    return FIRST < BLOCK and last - first == BLOCK * lanes_of(x.at)
+
+
+@njit(**INLINE)
 def first_reference(x: Any, first: Any, last: Any) -> Any:
-    """What the terms of a block of one row are relative to, unless its top proves to be far from it: the largest of its first logits."""
-    whole = last - first == BLOCK * lanes_of(x.at)
-    return first_lane(_top(x, first, first + FIRST * lanes_of(x.at) if whole else last))
+    """What the terms of a block of one row are relative to, unless its top proves to be far from it: the largest of its first logits, or
+    the top."""
+    return first_lane(_top(x, first, first + FIRST * lanes_of(x.at) if ahead_of_top(x, first, last) else last))
+
+
+@njit(**INLINE)
+def reference_below(x: Any, first: Any, last: Any, top: Any) -> Any:
+    """What they are relative to where the top is known."""
+    if ahead_of_top(x, first, last):
+        reference = first_reference(x, first, last)
+        if not _is_far(top, reference):
+            return reference
+    return top
 
 
 @njit(**INLINE)
@@ -124,7 +146,7 @@ def settled(x: Any, reference: Any, top: Any, total: Any, first: Any, last: Any,
         top, total = sum_with_rest(x, reference, top, splat(0.0, x.at), first, first, last, terms)
     keep_reference(terms, splat(reference, x.at))
     # at least 1: the term of the top is in the sum as it is here
-    return total / exp(top - reference) if last - first == BLOCK * lanes_of(x.at) else total
+    return total / exp(top - reference) if ahead_of_top(x, first, last) else total
 
 
 @njit(**INLINE)
@@ -245,10 +267,8 @@ def block_reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
 @njit(**INLINE)
 def _reference(x: Any, first: Any, last: Any, row_top: Any) -> Any:
     reference = first_reference(x, first, last)
-    if _is_far(first_lane(row_top), reference):
-        top = _top(x, first, last)
-        if _is_far(first_lane(top), reference):
-            return top
+    if _is_far(first_lane(row_top), reference):  # and so perhaps the block's own top
+        reference = reference_below(x, first, last, first_lane(_top(x, first, last)))
     return splat(reference, x.at)
 
 

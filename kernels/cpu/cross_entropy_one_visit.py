@@ -14,6 +14,7 @@ from ..groups import Foreseen, Reduction, Rows
 from .arguments import arguments
 from .blocks import (
     Block,
+    ahead_of_top,
     all_kept,
     block_of,
     block_size,
@@ -22,6 +23,7 @@ from .blocks import (
     blocks_kept,
     first_reference,
     four_terms,
+    kept_in_turn,
     kept_reference,
     merge,
     real_total,
@@ -144,7 +146,7 @@ def _visit(a: ForwardBackward) -> None:
         visit = short_rows_in_turn
     elif a.way.tile > 1 and blocks == 1 and (a.layout != GAPLESS or a.way.classes >= FEW_TO_TURN):
         visit = tiles_in_turn
-    elif a.way.tile == a.way.strides.class_ == a.dstrides.class_ == 1 and a.kept == blocks:
+    elif kept_in_turn(a.way, a.kept, a.logits, a.dstrides):
         visit = _rows_in_turn
     else:
         visit = _forward_backward
@@ -217,7 +219,7 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, p
         c, k = first, min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
         if k > first:
             store_at(dx, first, k - first, near(x, block, first, k - first, factor, r))
-        if last - first == size:
+        if ahead_of_top(x, first, last):
             here_top, here_total, c, k = _fours(x, reference, block, other, k, past_caches)
         else:  # `reference` is the top already
             _, here_total, c, k = _fours(x, reference, block, other, k, past_caches)

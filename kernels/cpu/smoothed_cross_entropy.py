@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..groups import Rows, Smoothing
 from .arguments import Computed, Int64, Known, Stored, arguments
-from .blocks import all_kept, block_of, blocks_in, blocks_kept, scratch
+from .blocks import all_kept, block_of, blocks_kept, kept_in_turn, scratch
 from .cross_entropy import see_targets
 from .gradient import row_numbers, write_zeros
 from .inline import INLINE
@@ -120,8 +120,7 @@ def smoothed_cross_entropy_forward_backward(
 ) -> None:  # fmt: skip
     way = walk(logits)
     kept, dstrides = blocks_kept(way, logits), strides_of(dlogits, way.tile)
-    consecutive = way.tile == way.strides.class_ == dstrides.class_ == 1 and weight.stride(0) <= 1
-    in_turn = consecutive and kept == blocks_in(way, logits)
+    in_turn = kept_in_turn(way, kept, logits, dstrides) and weight.stride(0) <= 1
     out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, target=target, zero=zero(logits.dtype), weight=weight, weight_stride=weight.stride(0),
         one_weight=one_weight(way, weight), ignore_index=ignore_index, smoothing=smoothing,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..groups import Rows, Smoothing
 from .arguments import Computed, Floats, Known, Stored, arguments
-from .blocks import all_kept, block_of, blocks_in, blocks_kept, scratch
+from .blocks import all_kept, block_of, blocks_kept, kept_in_turn, scratch
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import log
@@ -133,8 +133,7 @@ def soft_cross_entropy_forward_backward(
 ) -> None:
     way = walk(logits)
     kept, target_strides, dstrides = blocks_kept(way, logits), strides_of(target, way.tile), strides_of(dlogits, way.tile)
-    consecutive = way.tile == way.strides.class_ == target_strides.class_ == dstrides.class_ == 1 and weight.stride(0) <= 1
-    in_turn = consecutive and kept == blocks_in(way, logits)
+    in_turn = kept_in_turn(way, kept, logits, target_strides, dstrides) and weight.stride(0) <= 1
     (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, target=target, target_strides=target_strides, weight=weight, weight_stride=weight.stride(0),
         one_weight=one_weight(way, weight), smoothing=smoothing, dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows,

@@ -17,8 +17,8 @@ from .blocks import (
     block_of,
     block_size,
     block_statistics,
-    blocks_in,
     blocks_kept,
+    kept_in_turn,
     kept_reference,
     row_statistics,
     scratch,
@@ -73,7 +73,7 @@ def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -
 def _run_forward(run: Any, run_in_turn: Any, logits: Tensor, result: Tensor) -> None:
     way, past_caches = walk(logits), bypass_caches(logits, result)
     kept, strides = blocks_kept(way, logits), strides_of(result, way.tile)
-    in_turn = past_caches and way.tile == way.strides.class_ == strides.class_ == 1 and kept == blocks_in(way, logits)
+    in_turn = past_caches and kept_in_turn(way, kept, logits, strides)
     (run_in_turn if in_turn else run)(way.tasks, Forward(
         logits=logits, prob=result, prob_strides=strides, terms=scratch(kept, logits), kept=kept,
         past_caches=past_caches, way=way,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..groups import PAD, Rows, Smoothing
 from .arguments import Computed, Int64, Known, Stored, arguments
-from .blocks import all_kept, block_of, blocks_in, blocks_kept, row_statistics, scratch
+from .blocks import all_kept, block_of, blocks_kept, kept_in_turn, row_statistics, scratch
 from .cross_entropy import no_statistics
 from .cross_entropy_one_visit import statistics_and_gradient
 from .entries import (
@@ -127,8 +127,7 @@ def sparse_soft_cross_entropy_forward_backward(
 ) -> None:  # fmt: skip
     way, entries = walk(logits), entries_of(indices, prob, weight, smoothing.keep)
     kept, dstrides, smoothed = blocks_kept(way, logits), strides_of(dlogits, way.tile), int(smoothing.spread > 0)
-    side_by_side = way.tile == way.strides.class_ == dstrides.class_ == 1
-    in_turn = side_by_side and not smoothed and kept == blocks_in(way, logits)
+    in_turn = kept_in_turn(way, kept, logits, dstrides) and not smoothed
     out_of_bounds = (_rows_in_turn if in_turn else _forward_backward)(way.tasks, ForwardBackward(
         logits=logits, entries=entries, zero=zero(logits.dtype), smoothed=smoothed, spread=smoothing.spread,
         dloss=dloss, dloss_stride=dloss.stride(0), loss=loss, rows=rows, dlogits=dlogits, dstrides=dstrides,

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from .blocks import Block, block_of, block_reference, block_size, block_top, four_terms, kept_reference, real_total, settled, sum_with_rest
+from .blocks import Block, block_of, block_size, block_top, four_terms, kept_reference, real_total, reference_below, settled, sum_with_rest
 from .inline import INLINE
 from .math import exp
 from .memory import load, offset, prefetch, store, stream, to_alignment
@@ -40,7 +40,7 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
         other = Block(first, last, r.scale, mine, 1)  # of kept terms the reference is not asked for
         factor = exp(kept_reference(mine) - r.top) * r.scale
         top2, total2, mass2, gap2 = block_top(x, first, last), zero, zero, zero
-        reference = first_lane(block_reference(x, first, last, top2))
+        reference = reference_below(x, first, last, first_lane(top2))
         # c goes over the classes of this row, i over those of the other, ahead: from where its vectors lie aligned
         c, i = first, min(last, first + to_alignment(offset(dx, first))) if past_caches else first
         if i > first:

@@ -15,7 +15,7 @@ from .arguments import Floats, Stored
 from .elements import Line, Strides, line_at, load_along, value_along
 from .elementwise import ANYHOW, SIDE_BY_SIDE, elementwise
 from .inline import INLINE
-from .math import add_log1p, exp_for
+from .math import add_log1p, exp
 from .memory import load_one
 from .simd import bits, fma, minus_magnitude, select, times_sign
 
@@ -78,7 +78,7 @@ def bce_with_logits_sum_backward(
 @njit(**INLINE)
 def far_exp(at: Any, x: Any) -> Any:
     """exp(-|x|), of numbers as exact as those behind this pointer."""
-    return exp_for(at, minus_magnitude(x))
+    return exp(minus_magnitude(x))
 
 
 @njit(**INLINE)

@@ -16,20 +16,19 @@ from torch import Tensor
 
 from .arguments import COMPUTED
 from .inline import INLINE
-from .math import exp, exp_for
-from .memory import load, offset, prefetch, store
+from .math import exp
+from .memory import load, offset, store
+from .prefetch import prefetch, prefetch_four
 from .rows import Strides, Walk, lanes_for, load_at, one_row, whole_tile
 from .simd import first_lane, fma, lane_max, lane_sum, lanes_of, larger, lowest, select, splat
-from .target import has_512_bits
 from .tiles import bring_tile, terms_of_tile
 
 BLOCK = 128  # vectors: 8 KB of float32, so that a block, the next one and its terms fit the first-level cache
 ROOM = BLOCK + 1  # vectors of scratch for a block: its terms, its reference
 _CPU = torch.device("cpu")
 KEPT_BYTES = 1 << 20  # scratch for a whole row: more would leave the second-level cache
-# Vectors of a block whose largest logit its terms are relative to. To look for the block's own while its terms are made takes two registers
-# more than AVX2 has: there it is looked for beforehand
-FIRST = 8 if has_512_bits() else BLOCK
+FIRST = 8  # vectors of a block whose largest logit its terms are relative to
+MANY = 32  # vectors of a block for which that pays; the top of a smaller one is looked for beforehand
 FAR = 24.0  # so much above that, a top takes its place: exp does not overflow, and what is lost below is e**-63 of a row's largest
 
 
@@ -116,8 +115,8 @@ def _statistics(x: Any, first: Any, last: Any, terms: Any) -> Any:
 
 @njit(**INLINE)
 def ahead_of_top(x: Any, first: Any, last: Any) -> Any:
-    """Whether the terms of a block of one row are made before its top is known: of a whole one."""
-    return FIRST < BLOCK and last - first == BLOCK * lanes_of(x.at)
+    """Whether the terms of a block of one row are made before its top is known."""
+    return last - first >= MANY * lanes_of(x.at)
 
 
 @njit(**INLINE)
@@ -166,22 +165,16 @@ def four_terms(x: Any, reference: Any, top: Any, c: Any, terms: Any, at: Any) ->
     """The terms of four vectors of one row from class c on, written to `terms` from element `at` on: their sum, and the larger of `top`
     and the logits in each lane."""
     lanes = lanes_of(x.at)
-    ahead = c * x.class_ + BLOCK * lanes
-    prefetch(x.at, ahead)
-    prefetch(x.at, ahead + lanes)
-    prefetch(x.at, ahead + 2 * lanes)
-    prefetch(x.at, ahead + 3 * lanes)
+    prefetch_four(x.at, c * x.class_)
     x0, x1 = load_at(x, c, lanes, -np.inf), load_at(x, c + lanes, lanes, -np.inf)
-    e0, e1 = exp_for(x.at, x0 - reference), exp_for(x.at, x1 - reference)
-    if FIRST < BLOCK:
-        top = larger(top, larger(x0, x1))
+    e0, e1 = exp(x0 - reference), exp(x1 - reference)
+    top = larger(top, larger(x0, x1))
     store(terms, at, 1, lanes, e0)
     store(terms, at + lanes, 1, lanes, e1)
     two = e0 + e1  # stored before the others are loaded, which no compiler may do for us: AVX2 has registers for two
     x2, x3 = load_at(x, c + 2 * lanes, lanes, -np.inf), load_at(x, c + 3 * lanes, lanes, -np.inf)
-    e2, e3 = exp_for(x.at, x2 - reference), exp_for(x.at, x3 - reference)
-    if FIRST < BLOCK:
-        top = larger(top, larger(x2, x3))
+    e2, e3 = exp(x2 - reference), exp(x3 - reference)
+    top = larger(top, larger(x2, x3))
     store(terms, at + 2 * lanes, 1, lanes, e2)
     store(terms, at + 3 * lanes, 1, lanes, e3)
     return two + (e2 + e3), top
@@ -193,7 +186,7 @@ def sum_with_rest(x: Any, reference: Any, top: Any, total: Any, first: Any, c: A
     lanes = lanes_of(x.at)
     while c < last:
         logits = load_at(x, c, last - c, -np.inf)
-        e = exp_for(x.at, logits - reference)
+        e = exp(logits - reference)
         store(terms, c - first, 1, lanes, e)
         top, total, c = larger(top, logits), total + e, c + lanes
     return splat(lane_max(top), x.at), splat(lane_sum(total), x.at)
@@ -251,7 +244,7 @@ def block_top(x: Any, first: Any, last: Any) -> Any:
 @njit(**INLINE)
 def relative(terms: Any, tile: Any, classes: Any) -> Any:
     """Whether terms are relative to another number than the row's top."""
-    return classes >= block_size(terms, tile)
+    return classes >= (BLOCK if tile > 1 else MANY * lanes_of(terms))
 
 
 @njit(**INLINE)
@@ -292,5 +285,5 @@ def term(x: Any, block: Any, c: Any, n: Any) -> Any:
     if block.kept:
         return load(block.terms, (c - block.first) * lanes if x.tile > 1 else c - block.first, 1, lanes if x.tile > 1 else n, 0.0)
     if x.tile == 1:
-        prefetch(x.at, c * x.class_ + BLOCK * lanes)
-    return exp_for(x.at, load_at(x, c, n, 0.0) - block.reference)
+        prefetch(x.at, c * x.class_)
+    return exp(load_at(x, c, n, 0.0) - block.reference)

@@ -12,8 +12,8 @@ from numba.extending import overload
 from torch import Tensor
 
 from .inline import INLINE
-from .memory import load, offset, prefetch, store
-from .rows import AHEAD
+from .memory import load, offset, store
+from .prefetch import prefetch_near
 from .simd import lane_numbers, select
 
 PIECES = (1 << 11, 1 << 13)  # numbers in a piece, at most: of a small tensor, so that threads can share it, and of others
@@ -113,4 +113,4 @@ def in_use(losses: Any, n: Any) -> Any:
 @njit(**INLINE)
 def prefetch_along(x: Any, k: Any) -> None:
     """Ask for what is needed some vectors after number k."""
-    prefetch(x.at, k * x.step + AHEAD)
+    prefetch_near(x.at, k * x.step)

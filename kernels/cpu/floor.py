@@ -12,8 +12,9 @@ from torch import Tensor
 from .arguments import Computed, Known, Stored, arguments
 from .inline import INLINE
 from .launch import next_task, region
-from .memory import load, prefetch, store, stream
-from .rows import AHEAD, STREAM_BYTES
+from .memory import load, store, stream
+from .prefetch import prefetch_four
+from .rows import STREAM_BYTES
 from .simd import lane_sum, lanes_of, splat
 
 TASK = 1 << 16  # numbers
@@ -77,8 +78,7 @@ def _sum(source: Any, first: Any, last: Any) -> Any:
     s = splat(0.0, source)
     s0, s1, s2, s3 = s, s, s, s  # four additions at a time: they must not wait for each other
     for i in range(first, whole, 4 * lanes):
-        for k in range(0, 4 * lanes, lanes):
-            prefetch(source, i + k + AHEAD)
+        prefetch_four(source, i)
         s0 = s0 + load(source, i, 1, lanes, 0.0)
         s1 = s1 + load(source, i + lanes, 1, lanes, 0.0)
         s2 = s2 + load(source, i + 2 * lanes, 1, lanes, 0.0)
@@ -97,8 +97,7 @@ def _read_and_write(block: Any) -> None:
         lanes = lanes_of(a.source)
         whole = last - (last - first) % (4 * lanes)
         for i in range(first, whole, 4 * lanes):
-            for k in range(0, 4 * lanes, lanes):
-                prefetch(a.source, i + k + AHEAD)
+            prefetch_four(a.source, i)
             for k in range(0, 4 * lanes, lanes):
                 stream(a.sink, i + k, load(a.source, i + k, 1, lanes, 0.0), a.past_caches)
         for i in range(whole, last, lanes):

@@ -7,7 +7,7 @@ from numba.extending import overload
 
 from .blocks import Block, block_of, block_reference, block_size, kept_reference, relative, term
 from .inline import INLINE
-from .math import exp, exp_for
+from .math import exp
 from .memory import load, load_classes, offset, store, stream, to_alignment
 from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, first_vector, load_numbers, one_row, store_at, whole_tile
 from .simd import lane_numbers, lanes_of, pick, select, splat
@@ -236,7 +236,7 @@ def gradient_of_short_rows(x: Any, dx: Any, classes: Any, r: Any) -> None:
 def _gradient_of_numbers(x: Any, dx: Any, k: Any, n: Any, classes: Any, inverse: Any, r: Any) -> None:
     number = lane_numbers(r.top) + k
     row = (number * inverse) >> 20  # number // classes, exact up to 255 classes
-    prob = exp_for(x.at, load(x.at, k, 1, n, 0.0) - pick(r.top, row)) * pick(r.scale, row)
+    prob = exp(load(x.at, k, 1, n, 0.0) - pick(r.top, row)) * pick(r.scale, row)
     y_row = pick(r.y, row)
     prob = select(y_row == number - row * classes, prob - pick(r.g, row), prob)
     store(dx.at, k, 1, n, select(y_row > -1, prob, 0.0))

@@ -16,7 +16,7 @@ from numba.extending import intrinsic, overload
 from .inline import INLINE
 from .llvm import Vector, bfloat16, call, constant, float16, float32, spread
 from .simd import bits, fma, from_bits, select, splat, to_float
-from .target import has_512_bits
+from .target import has_256_bits, has_512_bits
 
 f32 = np.float32
 LOG2E = 1.4426950408889634
@@ -27,16 +27,13 @@ LN2_HIGH64, LN2_LOW64 = 6.93147180369123816490e-01, 1.90821492927058770002e-10
 # adding 1.5 * 2**(bits of the fraction) rounds to an integer n and leaves it in the low bits; with the bias of exponents added, these are
 # the exponent of 2**n
 BIASED32, BIASED64 = f32(1.5 * 2**23 + 127), 1.5 * 2.0**52 + 1023
+EIGHTHS = f32(1.5 * 2**20)  # the same for multiples of 1/8
+EIGHTH_ROOTS = [f32(2.0 ** (j / 8)) for j in range(8)]
 SQRT_HALF32, SQRT_HALF64 = 0x3F3504F3, 0x3FE6A09E667F3BCD  # bit patterns of sqrt(1/2)
 
 
 def exp(x: Any) -> Any:
     """e**x for x <= 16. NaN for NaN; 0 where the result would be below the smallest normal number (denormals are slow)."""
-    raise NotImplementedError("compiled code only")
-
-
-def exp_for(pointer: Any, x: Any) -> Any:
-    """e**x as exactly as the numbers behind this pointer deserve: to 3e-7 for 16-bit ones, where x is a difference of two of them."""
     raise NotImplementedError("compiled code only")
 
 
@@ -65,15 +62,27 @@ def _exp32(x: Any) -> Any:
 
 
 @njit(**INLINE)
-def _exp_for_half(x: Any) -> Any:
-    # as _exp32, with ln 2 in one part and e**r = 1 + r q(r) to 1.6e-7
-    shifted = fma(x, f32(LOG2E), BIASED32)
-    r = fma(shifted - BIASED32, f32(-LN2), x)
-    q = fma(r, f32(8.363173075e-3), f32(4.187564445e-2))
-    q = fma(r, q, f32(1.666657703e-1))
-    q = fma(r, q, f32(4.999937214e-1))
-    p = fma(r, fma(r, q, f32(1.0)), f32(1.0))
-    return times_two_to(p, shifted, BIASED32, x < f32(-87.3))
+def _to_eighths(x: Any) -> Any:
+    # x = n ln 2 + r with n a multiple of 1/8 and |r| <= ln 2 / 16; e**r = 1 + r q(r) to 3e-8. ln 2 in one part: its product with n is wrong
+    # by less than x is, where x is a difference
+    shifted = fma(x, f32(LOG2E), EIGHTHS)
+    r = fma(shifted - EIGHTHS, f32(-LN2), x)
+    return shifted, r, fma(r, fma(r, f32(0.1666823071), f32(0.5000647108)), f32(1.0))
+
+
+@njit(**INLINE)
+def _exp32_avx512(x: Any) -> Any:
+    shifted, r, q = _to_eighths(x)
+    root = eighth_root(shifted)
+    return times_two_to(fma(root * r, q, root), shifted, EIGHTHS, x < f32(-87.3))
+
+
+@njit(**INLINE)
+def _exp32_avx2(x: Any) -> Any:
+    shifted, r, q = _to_eighths(x)
+    # 2**n: the exponent of n, less its eighths, is added to the root's
+    power = from_bits(eighth_root_bits(bits(shifted)) + (bits(shifted) << np.int32(20)))
+    return select(x < f32(-87.3), f32(0.0), fma(power * r, q, power))
 
 
 @njit(**INLINE)
@@ -166,6 +175,32 @@ def _add_log1p64(factor: Any, x: Any, a: Any) -> Any:
 
 
 @intrinsic
+def eighth_root(typingctx: Any, shifted: Any) -> Any:
+    """2**(j/8), where j is what the three low bits say: looked up in a register, by one instruction of AVX-512."""
+    table = [float(number) for number in EIGHTH_ROOTS]
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        places = builder.bitcast(args[0], ir.VectorType(ir.IntType(32), 16))
+        return call(builder, "llvm.x86.avx512.permvar.sf.512", args[0].type, [ir.Constant(args[0].type, table * 2), places])
+
+    return shifted(shifted), codegen
+
+
+@intrinsic
+def eighth_root_bits(typingctx: Any, j: Any) -> Any:
+    """The bit pattern of 2**(j/8), less j << 20, of which only the three low bits count: the same by AVX2."""
+    table = [int(number.view(np.int32)) - (j << 20) for j, number in enumerate(EIGHTH_ROOTS)]
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        roots = constant(32, 8, lambda lane: table[lane])
+        halves = [builder.shuffle_vector(args[0], args[0], constant(32, 8, first.__add__)) for first in (0, 8)]
+        found = [call(builder, "llvm.x86.avx2.permd", roots.type, [roots, half]) for half in halves]
+        return builder.shuffle_vector(*found, constant(32, 16, lambda lane: lane))
+
+    return j(j), codegen
+
+
+@intrinsic
 def times_two_to(typingctx: Any, a: Any, shifted: Any, zero: Any, nothing: Any) -> Any:
     """a 2**n, where `shifted` is n + `zero` and has the exponent of 2**n in its low bits; 0 where the mask `nothing` is set.
 
@@ -198,16 +233,8 @@ def _choose(function: Callable[..., Any], for32: Callable[..., Any], for64: Call
         return (for32 if x.scalar == float32 else for64).py_func
 
 
-_choose(exp, _exp32, _exp64)
+_choose(exp, _exp32_avx512 if has_512_bits() else _exp32_avx2 if has_256_bits() else _exp32, _exp64)
 _choose(log, _log32, _log64)
-
-
-@overload(exp_for, jit_options=INLINE)
-def _typed_exp_for(pointer, x):  # type: ignore[no-untyped-def]
-    if not isinstance(pointer, types.CPointer) or not isinstance(x, Vector):
-        return None
-    chosen = _exp_for_half if pointer.dtype in (float16, bfloat16) else _exp32 if x.scalar == float32 else _exp64
-    return lambda pointer, x: chosen(x)
 
 
 @overload(add_log1p, jit_options=INLINE)

@@ -250,20 +250,6 @@ def store_classes(typingctx: Any, pointer: Any, index: Any, count: Any, numbers:
 
 
 @intrinsic
-def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
-    """Ask for the cache line of element `index`, into the second-level cache (the first has too few line buffers to wait in); harmless at
-    any address."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        i32 = ir.IntType(32)
-        read, second_level, data = (ir.Constant(i32, n) for n in (0, 2, 1))
-        call(builder, "llvm.prefetch.p0", ir.VoidType(), [_at(builder, *args, ir.IntType(8)), read, second_level, data])
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64), codegen
-
-
-@intrinsic
 def to_alignment(typingctx: Any, pointer: Any) -> Any:
     """How many elements from here until a whole vector lies aligned in memory (0 if none ever does)."""
     storage = pointer.dtype

@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
-from .blocks import BLOCK, block_top
+from .blocks import block_top
 from .inline import INLINE
-from .math import exp, exp_for
-from .memory import load_one, prefetch
+from .math import exp
+from .memory import load_one
+from .prefetch import prefetch_four
 from .rows import advance, load_at, one_row, whole_tile
 from .simd import any_lane, first_lane, fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
 
@@ -41,13 +42,13 @@ def _sums(x: Any, top: Any, scale: Any, first: Any, last: Any, wanted: Any) -> A
     while c + 4 * step <= last:
         # sums of sums lose fewer digits
         four, four_gap, four_squares = nothing, nothing, nothing
+        if x.tile == 1:
+            prefetch_four(x.at, c * x.class_)
         for i in range(c, c + 4 * step, step):
-            if x.tile == 1:
-                prefetch(x.at, i * x.class_ + BLOCK * lanes)
             z = (load_at(x, i, n, -np.inf) - top) * scale
             if wanted & GAP:
                 z = larger(z, splat(NEVER, x.at))
-            e = exp_for(x.at, z)
+            e = exp(z)
             four = four + e
             if wanted & GAP:
                 four_gap = fma(e, z, four_gap)
@@ -58,7 +59,7 @@ def _sums(x: Any, top: Any, scale: Any, first: Any, last: Any, wanted: Any) -> A
         z = (load_at(x, c, x.rows if x.tile > 1 else last - c, -np.inf) - top) * scale
         if wanted & GAP:
             z = larger(z, splat(NEVER, x.at))
-        e = exp_for(x.at, z)
+        e = exp(z)
         total = total + e
         if wanted & GAP:
             gap = fma(e, z, gap)

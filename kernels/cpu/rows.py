@@ -20,7 +20,6 @@ FEW_CLASSES = 48  # up to here lanes are rows
 SHORT_ROW = 64  # up to here they are where cross-entropy turns rows about, or goes over a gradient without gaps as it lies in memory
 MOST_IN_LANES = (1 << 31) - 1  # a class number has 32 bits where lanes are rows, and one number is for all that are no class
 TASK_NUMEL = (1 << 14, 1 << 16)  # logits in a task, at least and at most: 3 to 15 microseconds; less is not worth waking a thread
-AHEAD = 512  # logits asked for ahead of their use: out-of-order execution alone does not look that far past an exp
 STREAM_BYTES = 1 << 25  # results from here on bypass the caches: they would not stay there anyway
 FRESH_BYTES = 1 << 25  # tensors from here on have pages from the system if they are of torch's own memory: glibc keeps none so large
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 from numba import njit
 
-from .blocks import BLOCK
 from .inline import INLINE
-from .math import exp_for
-from .memory import load, offset, prefetch, store, stream, to_alignment
+from .math import exp
+from .memory import load, offset, store, stream, to_alignment
 from .moments import NEVER
+from .prefetch import prefetch
 from .rows import load_at, one_row, store_at, whole_tile
 from .simd import fma, lanes_of, larger, select, splat
 
@@ -47,7 +47,7 @@ def _slope(x: Any, c: Any, n: Any, r: Any, powers: Any) -> Any:
     z = (load_at(x, c, n, 0.0) - r.top) * r.scale
     if powers & LOG:
         z = larger(z, splat(NEVER, z))
-    e = exp_for(x.at, z)
+    e = exp(z)
     factor = r.a
     if powers & LOG:
         factor = fma(z, r.b, factor)
@@ -63,7 +63,7 @@ def _value(x: Any, piece: Any, c: Any, n: Any, r: Any, powers: Any) -> Any:
     if piece.ready:
         return load(piece.values, (c - piece.first) * lanes if x.tile > 1 else c - piece.first, 1, lanes if x.tile > 1 else n, 0.0)
     if x.tile == 1:
-        prefetch(x.at, c * x.class_ + BLOCK * lanes)
+        prefetch(x.at, c * x.class_)
     return _slope(x, c, n, r, powers)
 
 

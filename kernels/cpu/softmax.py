@@ -26,9 +26,9 @@ from .blocks import (
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import load, prefetch, stream
+from .memory import load, stream
+from .prefetch import prefetch
 from .rows import (
-    AHEAD,
     advance,
     bypass_caches,
     first_vector,
@@ -220,5 +220,5 @@ def _log_softmax_backward(block: Any) -> None:
 @njit(**INLINE)
 def _prefetch_both(y: Any, dy: Any, c: Any) -> None:
     if y.tile == 1:
-        prefetch(y.at, c * y.class_ + AHEAD)
-        prefetch(dy.at, c * dy.class_ + AHEAD)
+        prefetch(y.at, c * y.class_)
+        prefetch(dy.at, c * dy.class_)

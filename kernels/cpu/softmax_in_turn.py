@@ -14,8 +14,9 @@ from .gradient import gradient_of_row, targets_of
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import load, prefetch, store, stream, to_alignment
-from .rows import AHEAD, Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
+from .memory import load, store, stream, to_alignment
+from .prefetch import prefetch
+from .rows import Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
 from .simd import fma, lane_sum, lanes_of, splat
 
 CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
@@ -198,13 +199,13 @@ def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarit
         full = first + (last - first) // lanes * lanes
         both = max(first, min(full, whole))
         for c in range(first, both, lanes):
-            prefetch(y, c + AHEAD)
-            prefetch(dy, c + AHEAD)
+            prefetch(y, c)
+            prefetch(dy, c)
             subtotal = _added(subtotal, load(y, c, 1, lanes, 0.0), load(dy, c, 1, lanes, 0.0), logarithm)
             stream(r.dx, head + c, _gradient_at(r, head + c, lanes, logarithm), 1)
         for c in range(both, last, lanes):
-            prefetch(y, c + AHEAD)
-            prefetch(dy, c + AHEAD)
+            prefetch(y, c)
+            prefetch(dy, c)
             subtotal = _added(subtotal, load(y, c, 1, last - c, 0.0), load(dy, c, 1, last - c, 0.0), logarithm)
         dot = dot + subtotal
     if head + whole < count:

@@ -15,6 +15,12 @@ def has_512_bits() -> bool:
     return "%zmm" in assembly(lambda builder, value: builder.fadd(value, value), ir.VectorType(ir.FloatType(), 16))
 
 
+@cache
+def has_256_bits() -> bool:
+    """Whether half a vector does, integers too: AVX2."""
+    return "%ymm" in assembly(lambda builder, value: builder.add(value, value), ir.VectorType(ir.IntType(32), 8))
+
+
 def assembly(convert: Conversion, source: ir.VectorType) -> str:
     """What LLVM makes of a conversion of such a vector."""
     triple, cpu, features = cpu_target.target_context.codegen().magic_tuple()

@@ -6,8 +6,9 @@ import numpy as np
 from numba import njit
 
 from .inline import INLINE
-from .math import exp_for
-from .memory import load, prefetch, store
+from .math import exp
+from .memory import load, store
+from .prefetch import prefetch_line
 from .rows import load_at
 from .simd import lanes_of, larger, lowest, splat
 from .transpose import turn_in
@@ -44,7 +45,7 @@ def bring_tile(x: Any, first: Any, last: Any, terms: Any) -> Any:
 def _bring(x: Any, c: Any, n: Any, terms: Any, at: Any) -> Any:
     """A logit of every row in the lanes, put where its term will be."""
     logits = load_at(x, c, n, -np.inf)
-    prefetch(x.at, c * x.class_ + 2 * lanes_of(x.at))  # of the tile after the next one
+    prefetch_line(x.at, c * x.class_ + 2 * lanes_of(x.at))  # of the tile after the next one
     store(terms, at, 1, lanes_of(x.at), logits)
     return logits
 
@@ -71,6 +72,6 @@ def _brought(x: Any, terms: Any, at: Any) -> Any:
 @njit(**INLINE)
 def _to_term(x: Any, terms: Any, at: Any, top: Any) -> Any:
     """Its term, put in its place."""
-    e = exp_for(x.at, _brought(x, terms, at) - top)
+    e = exp(_brought(x, terms, at) - top)
     store(terms, at, 1, lanes_of(x.at), e)
     return e

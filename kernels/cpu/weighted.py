@@ -11,10 +11,11 @@ from numba import njit
 from torch import Tensor
 
 from ..groups import Smoothing
-from .blocks import BLOCK, Block, block_of, block_reference, block_size, block_statistics, kept_reference, real_total, term
+from .blocks import Block, block_of, block_reference, block_size, block_statistics, kept_reference, real_total, term
 from .inline import INLINE
 from .math import exp
-from .memory import prefetch, stream
+from .memory import stream
+from .prefetch import prefetch, prefetch_four
 from .rows import Lanes, Walk, advance, first_vector, load_at, one_row, store_at, whole_vectors
 from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
 from .targets import less_at
@@ -86,9 +87,9 @@ def _masses(x: Any, top: Any, k: Any, first: Any, last: Any) -> Any:
     while c + 4 * step <= last:
         # sums of sums lose fewer digits
         four_mass, four_gap = splat(0.0, x.at), splat(0.0, x.at)
+        if x.tile == 1:
+            prefetch_four(k.q.at, c * k.q.class_)
         for i in range(c, c + 4 * step, step):
-            if x.tile == 1:
-                prefetch(k.q.at, i * k.q.class_ + BLOCK * lanes)
             factor = factor_at(k, i, n)
             four_mass = four_mass + factor
             four_gap = fma(factor, top - load_at(x, i, n, 0.0), four_gap)
@@ -209,5 +210,5 @@ def _stream(x: Any, dx: Any, k: Any, block: Any, c: Any, stop: Any, factor: Any,
     lanes = lanes_of(x.at)
     for i in range(c, stop, lanes):
         if not block.kept:
-            prefetch(k.q.at, i * k.q.class_ + BLOCK * lanes)
+            prefetch(k.q.at, i * k.q.class_)
         stream(dx.at, i, slope_at(x, k, block, i, lanes, factor, g), past_caches)

@@ -12,8 +12,8 @@ from numba import njit
 from .blocks import Block, block_of, block_size, block_top, four_terms, kept_reference, real_total, reference_below, settled, sum_with_rest
 from .inline import INLINE
 from .math import exp
-from .memory import load, offset, prefetch, store, stream, to_alignment
-from .rows import AHEAD
+from .memory import load, offset, store, stream, to_alignment
+from .prefetch import prefetch_four
 from .simd import first_lane, fma, lanes_of, splat
 from .targets import less_at
 from .weighted import factor_at, masses_of_rest, merge_weighted, slope_at
@@ -76,9 +76,9 @@ def _four_masses(x: Any, top: Any, k: Any, c: Any) -> Any:
     """What four vectors of one row from class c on add to `mass` and `gap`. The differences are those of `four_terms`."""
     lanes = lanes_of(x.at)
     mass, gap = splat(0.0, x.at), splat(0.0, x.at)
+    if k.q.class_ > 0:
+        prefetch_four(k.q.at, c)
     for i in range(c, c + 4 * lanes, lanes):
-        if k.q.class_ > 0:
-            prefetch(k.q.at, i + AHEAD)
         factor = factor_at(k, i, lanes)
         mass, gap = mass + factor, fma(factor, (load(x.at, i, 1, lanes, 0.0) - top) * -1.0, gap)
     return mass, gap

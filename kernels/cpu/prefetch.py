@@ -1,0 +1,82 @@
+"""Memory asked for before its time: out-of-order execution alone does not look far past an exp. Asking is harmless at any address."""
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .llvm import SIZE, call, vector_of
+
+LINE, PAGE = 64, 4096  # bytes
+AHEAD, PAGES = 8192, 2  # bytes, pages
+NEAR = 2048  # bytes
+FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls the caches
+
+
+@intrinsic
+def prefetch(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """For a loop through a row that loads the vector at element `index`: ask for what it loads AHEAD bytes later, into the second-level
+    cache; so long before, it would be in the way in the first.
+
+    Once in PAGES pages, ask for a line of each of the PAGES pages after the next ones, too. Whoever touches a page first waits until the
+    machine has found where it is, and so does all that comes after him; two wait as long as one. Most tensors lie in pages of 4 KB.
+    """
+    return _typed_prefetch(pointer, 1)
+
+
+@intrinsic
+def prefetch_four(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """The same, for a loop that loads four vectors from there."""
+    return _typed_prefetch(pointer, 4)
+
+
+@intrinsic
+def prefetch_near(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """For a loop that reads, computes and forgets: ask for what it loads NEAR bytes later, into the first-level cache."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _ask(builder, _address(builder, args), NEAR, FIRST_LEVEL)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
+
+
+def _typed_prefetch(pointer: Any, vectors: int) -> Any:
+    size = vectors * vector_of(pointer.dtype).lanes * SIZE[pointer.dtype]
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        here = _address(builder, args)
+        for line in range(0, size, LINE):
+            _ask(builder, here, AHEAD + line)
+        group = PAGES * PAGE
+        place = builder.and_(here, ir.Constant(here.type, group - 1))
+        with builder.if_then(builder.icmp_unsigned("<", place, ir.Constant(here.type, size)), likely=False):
+            for page in range(PAGES):
+                _ask(builder, here, AHEAD + group + page * PAGE)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
+
+
+@intrinsic
+def prefetch_line(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Ask for the cache line of element `index`."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _ask(builder, _address(builder, args), 0)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
+
+
+def _address(builder: ir.IRBuilder, args: Any) -> ir.Value:
+    pointer, index = args
+    return builder.ptrtoint(builder.gep(pointer, [index]), ir.IntType(64))
+
+
+def _ask(builder: ir.IRBuilder, here: ir.Value, ahead: int, cache: int = SECOND_LEVEL) -> None:
+    i32 = ir.IntType(32)
+    read, level, data = (ir.Constant(i32, n) for n in (0, cache, 1))
+    place = builder.inttoptr(builder.add(here, ir.Constant(here.type, ahead)), ir.IntType(8).as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, read, level, data])

@@ -54,6 +54,7 @@ from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp
 from .memory import offset, stream, to_alignment
+from .prefetch import ask_for_seam
 from .reduction import BLOCK, divide, sum_rows, sum_weights
 from .rows import (
     SHORT_ROW,
@@ -217,6 +218,7 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, p
         other, reference = Other(dx, factor, r), first_reference(x, first, last)
         # c goes over the classes of this row, k over those of the other, ahead: from where its vectors lie aligned
         c, k = first, min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
+        ask_for_seam(dx.at, last, past_caches)
         if k > first:
             store_at(dx, first, k - first, near(x, block, first, k - first, factor, r))
         if ahead_of_top(x, first, last):
@@ -224,10 +226,11 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, p
         else:  # `reference` is the top already
             _, here_total, c, k = _fours(x, reference, block, other, k, past_caches)
             here_top = splat(reference, x.at)
-        while k < last:
-            n = min(lanes, last - k)
-            store_at(dx, k, n, near(x, block, k, n, factor, r))
-            k += n
+        while k + lanes <= last:
+            stream(dx.at, k, near(x, block, k, lanes, factor, r), past_caches)
+            k += lanes
+        if k < last:
+            store_at(dx, k, last - k, near(x, block, k, last - k, factor, r))
         if c + 4 * lanes <= last:  # k was ahead by less than a vector
             four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
             here_total, c = here_total + four, c + 4 * lanes

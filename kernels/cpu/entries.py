@@ -19,6 +19,7 @@ from .blocks import term
 from .gradient import targets_of
 from .inline import INLINE
 from .memory import load_one, offset, stream, to_alignment
+from .prefetch import ask_for_seam
 from .rows import Lanes, Walk, lanes_for, load_at, load_numbers, one_row, store_at
 from .simd import lanes_of, select
 from .targets import less_at
@@ -241,15 +242,17 @@ def _gradient_side_by_side(x: Any, dx: Any, block: Any, factor: Any, r: Any, pas
     """Whole vectors by four, aligned, with what is left over before and behind them."""
     lanes, first, last = lanes_of(x.at), block.first, block.last
     c = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
+    ask_for_seam(dx.at, last, past_caches)
     if c > first:
         store_at(dx, first, c - first, _near_entries(x, block, first, c - first, factor, r))
     while c + 4 * lanes <= last:
         _four_of_gradient(x, dx, block, c, factor, r, past_caches)
         c += 4 * lanes
-    while c < last:
-        n = min(lanes, last - c)
-        store_at(dx, c, n, _near_entries(x, block, c, n, factor, r))
-        c += n
+    while c + lanes <= last:
+        stream(dx.at, c, _near_entries(x, block, c, lanes, factor, r), past_caches)
+        c += lanes
+    if c < last:
+        store_at(dx, c, last - c, _near_entries(x, block, c, last - c, factor, r))
 
 
 @njit(**INLINE)

@@ -9,6 +9,7 @@ from .blocks import Block, block_of, block_reference, block_size, kept_reference
 from .inline import INLINE
 from .math import exp
 from .memory import load, load_classes, offset, store, stream, to_alignment
+from .prefetch import ask_for_seam
 from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, first_vector, load_numbers, one_row, store_at, whole_tile
 from .simd import lane_numbers, lanes_of, pick, select, splat
 from .targets import less_at
@@ -121,6 +122,7 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
         x, dx = one_row(x.at), one_row(dx.at)
         begin = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
         end = begin + (last - begin) // lanes * lanes
+        ask_for_seam(dx.at, last, past_caches)
         middle = begin + (r.y_row - begin) // lanes * lanes if begin <= r.y_row < end else end
         if begin > first:
             store_at(dx, first, begin - first, near_target(x, block, first, begin - first, factor, r))

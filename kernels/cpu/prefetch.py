@@ -3,10 +3,13 @@
 from typing import Any
 
 from llvmlite import ir
+from numba import njit
 from numba.core import types
 from numba.extending import intrinsic
 
+from .inline import INLINE
 from .llvm import SIZE, call, vector_of
+from .memory import offset, to_alignment
 
 LINE, PAGE = 64, 4096  # bytes
 AHEAD, PAGES = 8192, 2  # bytes, pages
@@ -59,6 +62,24 @@ def _typed_prefetch(pointer: Any, vectors: int) -> Any:
     return types.void(pointer, types.int64), codegen
 
 
+@njit(**INLINE)
+def ask_for_seam(at: Any, last: Any, past_caches: Any) -> None:
+    """Of a piece that is written past the caches: if it ends within a line, ask for that one, part of which is written as usual. While such
+    a store waits for its line, no other store is done."""
+    if past_caches and to_alignment(offset(at, last)) > 0:
+        _prefetch_to_write(at, last)
+
+
+@intrinsic
+def _prefetch_to_write(typingctx: Any, pointer: Any, index: Any) -> Any:
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        _ask(builder, _address(builder, args), 0, FIRST_LEVEL, to_write=1)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64), codegen
+
+
 @intrinsic
 def prefetch_line(typingctx: Any, pointer: Any, index: Any) -> Any:
     """Ask for the cache line of element `index`."""
@@ -75,8 +96,8 @@ def _address(builder: ir.IRBuilder, args: Any) -> ir.Value:
     return builder.ptrtoint(builder.gep(pointer, [index]), ir.IntType(64))
 
 
-def _ask(builder: ir.IRBuilder, here: ir.Value, ahead: int, cache: int = SECOND_LEVEL) -> None:
+def _ask(builder: ir.IRBuilder, here: ir.Value, ahead: int, cache: int = SECOND_LEVEL, to_write: int = 0) -> None:
     i32 = ir.IntType(32)
-    read, level, data = (ir.Constant(i32, n) for n in (0, cache, 1))
+    write, level, data = (ir.Constant(i32, n) for n in (to_write, cache, 1))
     place = builder.inttoptr(builder.add(here, ir.Constant(here.type, ahead)), ir.IntType(8).as_pointer())
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, read, level, data])
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, level, data])

@@ -13,7 +13,7 @@ from .inline import INLINE
 from .math import exp
 from .memory import load, offset, store, stream, to_alignment
 from .moments import NEVER
-from .prefetch import prefetch
+from .prefetch import ask_for_seam, prefetch
 from .rows import load_at, one_row, store_at, whole_tile
 from .simd import fma, lanes_of, larger, select, splat
 
@@ -84,6 +84,7 @@ def write_slope(x: Any, dx: Any, piece: Any, r: Any, powers: Any, past_caches: A
         x, dx = one_row(x.at), one_row(dx.at)
         begin = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
         end = begin + (last - begin) // lanes * lanes
+        ask_for_seam(dx.at, last, past_caches)
         if begin > first:
             store_at(dx, first, begin - first, _value(x, piece, first, begin - first, r, powers))
         c = begin

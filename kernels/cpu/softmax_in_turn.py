@@ -15,7 +15,7 @@ from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
 from .memory import load, store, stream, to_alignment
-from .prefetch import prefetch
+from .prefetch import ask_for_seam, prefetch
 from .rows import Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
 from .simd import fma, lane_sum, lanes_of, splat
 
@@ -191,6 +191,7 @@ def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarit
     lanes = lanes_of(y)
     head = min(count, to_alignment(r.dx))
     whole = (count - head) // lanes * lanes
+    ask_for_seam(r.dx, count, 1)
     if head > 0:
         store(r.dx, 0, 1, head, _gradient_at(r, 0, head, logarithm))
     dot = splat(0.0, y)

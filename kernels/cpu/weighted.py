@@ -15,7 +15,7 @@ from .blocks import Block, block_of, block_reference, block_size, block_statisti
 from .inline import INLINE
 from .math import exp
 from .memory import stream
-from .prefetch import prefetch, prefetch_four
+from .prefetch import ask_for_seam, prefetch, prefetch_four
 from .rows import Lanes, Walk, advance, first_vector, load_at, one_row, store_at, whole_vectors
 from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
 from .targets import less_at
@@ -186,6 +186,7 @@ def _gradient_of_block(x: Any, dx: Any, k: Any, block: Any, factor: Any, r: Any,
             d = slope_at(x, k, block, c, x.rows, factor, r.g)
             store_at(dx, c, x.rows, select(r.y > -1, select(r.y == c, d - r.g_y, d), 0.0))
         return
+    ask_for_seam(dx.at, last, past_caches)
     consecutive = x.class_ == dx.class_ == 1 and _weights_side_by_side(k) and 0 <= k.q.class_ <= 1
     c, n = block.first, first_vector(dx, block.first, last, past_caches)
     while c < last:

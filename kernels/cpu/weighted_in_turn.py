@@ -13,7 +13,7 @@ from .blocks import Block, block_of, block_size, block_top, four_terms, kept_ref
 from .inline import INLINE
 from .math import exp
 from .memory import load, offset, store, stream, to_alignment
-from .prefetch import prefetch_four
+from .prefetch import ask_for_seam, prefetch_four
 from .simd import first_lane, fma, lanes_of, splat
 from .targets import less_at
 from .weighted import factor_at, masses_of_rest, merge_weighted, slope_at
@@ -43,6 +43,7 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
         reference = reference_below(x, first, last, first_lane(top2))
         # c goes over the classes of this row, i over those of the other, ahead: from where its vectors lie aligned
         c, i = first, min(last, first + to_alignment(offset(dx, first))) if past_caches else first
+        ask_for_seam(dx, last, past_caches)
         if i > first:
             store(dx, first, 1, i - first, _gradient_at(x, other, first, i - first, factor, waiting))
         while i + 4 * lanes <= last:
@@ -52,10 +53,11 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
             total2 = total2 + four
             mass2, gap2 = mass2 + four_mass, gap2 + four_gap
             c, i = c + 4 * lanes, i + 4 * lanes
-        while i < last:
-            n = min(lanes, last - i)
-            store(dx, i, 1, n, _gradient_at(x, other, i, n, factor, waiting))
-            i += n
+        while i + lanes <= last:
+            stream(dx, i, _gradient_at(x, other, i, lanes, factor, waiting), past_caches)
+            i += lanes
+        if i < last:
+            store(dx, i, 1, last - i, _gradient_at(x, other, i, last - i, factor, waiting))
         if c + 4 * lanes <= last:  # i was ahead by less than a vector
             four_mass, four_gap = _four_masses(x, top2, k, c)
             four, _ = four_terms(x, reference, top2, c, mine, c - first)

@@ -17,6 +17,7 @@ from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp, log
 from .memory import load, load_classes, load_each, offset, store, stream, to_alignment
+from .prefetch import ask_for_seam
 from .rows import Lanes, Walk, lanes_at, last_tile, load_at, one_row, row_at, store_at, tile_of, whole_tile
 from .simd import any_lane, lane_numbers, lanes_of, larger, lowest, select, splat
 from .targets import weights_of
@@ -163,6 +164,7 @@ def _terms_of_row(x: Any, classes: Any, terms: Any, top: Any) -> Any:
 def _gradient_of_row(dx: Any, classes: Any, terms: Any, y: Any, g: Any, scale: Any, past_caches: Any) -> None:
     lanes = lanes_of(dx.at)
     c = min(classes, to_alignment(dx.at)) if past_caches else 0
+    ask_for_seam(dx.at, 8 * classes, past_caches)  # of a row to come
     if c > 0:
         store_at(dx, 0, c, _of_classes(terms, 0, lane_numbers(g) == y, g, scale))
     left = lane_numbers(g) - (y - c)  # 0 at the target

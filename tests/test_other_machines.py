@@ -1,5 +1,7 @@
 """Kernels for CPUs with fewer instructions than this one has: compiled by a child process that is told it has such a CPU, and run here."""
 
+import hashlib
+import math
 import os
 import platform
 import subprocess
@@ -7,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from helpers import DTYPES, check, class_inputs
 from llvmlite.binding import get_host_cpu_features
 
 import fastloss
-from fastloss.kernels.cpu import half, launch
+from fastloss.kernels.cpu import half, launch, target
 from fastloss.kernels.cpu.arguments import Computed, Stored, arguments
+from fastloss.kernels.cpu.math import exp
 from fastloss.kernels.cpu.memory import load, store
 from fastloss.kernels.cpu.simd import lanes_of
 
@@ -45,6 +49,27 @@ def _convert(block: Any) -> None:
                 store(a.narrow, i, 1, n, load(a.wide, i, 1, n, 0.0))
             else:
                 store(a.wide, i, 1, n, load(a.narrow, i, 1, n, 0.0))
+
+
+class Powers(NamedTuple):
+    exponents: Computed
+    powers: Computed
+    size: int
+
+
+@launch.region(Powers)
+def _powers(block: Any) -> None:
+    a = arguments(block)
+    while launch.next_task(block) >= 0:
+        for i in range(0, a.size, lanes_of(a.exponents)):
+            store(a.powers, i, 1, a.size - i, exp(load(a.exponents, i, 1, a.size - i, 0.0)))
+
+
+def powers(exponents: torch.Tensor) -> torch.Tensor:
+    """e to these, by the kernels' own exp."""
+    result = torch.full_like(exponents, 7.0)
+    _powers(1, Powers(exponents=exponents, powers=result, size=exponents.numel()))
+    return result
 
 
 def widened(numbers: torch.Tensor) -> torch.Tensor:
@@ -85,6 +110,25 @@ def check_conversions(dtype: torch.dtype) -> None:
     assert bool(fine.all()), (numbers[~fine][:5], result[~fine][:5], expected[~fine][:5])
 
 
+def check_exp(dtype: torch.dtype) -> str:
+    """Against the truth, in units of the last place; and at the ends. What it says is the same where it computed the same."""
+    smallest, unit = torch.finfo(dtype).smallest_normal, torch.finfo(dtype).eps
+    x = torch.linspace(-24, 0, (1 << 18) + 1, dtype=dtype)
+    result, truth = powers(x), x.double().exp()
+    if dtype == torch.float64:  # torch's own is within a unit
+        assert ((result - truth).abs() <= 2 * unit * truth).all()
+    else:
+        last_place = torch.from_numpy(np.spacing(truth.float().numpy())).double()
+        assert float(((result.double() - truth) / last_place).abs().max()) < 2.1
+    far = torch.linspace(math.log(smallest) + 0.1, 16, 1 << 16, dtype=dtype)
+    assert torch.allclose(powers(far).double(), far.double().exp(), rtol=4 * unit, atol=0)
+    ends = torch.tensor([0.0, -0.0, -math.inf, -torch.finfo(dtype).max, math.log(smallest) - 0.1, math.nan, 1e-30], dtype=dtype)
+    assert powers(ends)[:5].tolist() == [1, 1, 0, 0, 0]
+    assert powers(ends)[5].isnan()
+    assert powers(ends)[6] == 1
+    return hashlib.sha256(result.numpy().tobytes()).hexdigest()
+
+
 def check_losses(dtype: torch.dtype, everything: bool) -> None:
     """Values and gradients against float64, rows in lanes and row by row."""
     for shape, layout in (((40, 7), "contiguous"), ((3, 300), "contiguous"), ((5, 20), "every_other")):
@@ -108,6 +152,7 @@ def main(what: str) -> None:
     torch.set_num_threads(1)
     for name in SIXTEEN_BITS:
         check_conversions(DTYPES[name])
+    print("exp:", check_exp(torch.float32), check_exp(torch.float64))
     for dtype in DTYPES.values():
         check_losses(dtype, what == "everything")
     print("instructions:", ", ".join(sorted(half.instructions())))
@@ -130,6 +175,8 @@ def on(machine: str, what: str, tmp_path: Path) -> str:
 def test_kernels_of_another_cpu(machine: str, tmp_path: Path) -> None:
     found = on(machine, "some", tmp_path)
     assert "bfloat16" not in found
+    if machine != "generic" and target.has_256_bits():  # the same bits, by other instructions
+        assert f"exp: {check_exp(torch.float32)} " in found
     assert ("narrow float16, widen float16" in found) == (machine != "generic")
 
 
@@ -137,6 +184,11 @@ def test_kernels_of_another_cpu(machine: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("machine", MACHINES)
 def test_every_function_on_another_cpu(machine: str, tmp_path: Path) -> None:
     on(machine, "everything", tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_exp_on_this_cpu(dtype: torch.dtype) -> None:
+    check_exp(dtype)
 
 
 @pytest.mark.parametrize("name", SIXTEEN_BITS)

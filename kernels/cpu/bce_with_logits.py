@@ -76,8 +76,8 @@ def bce_with_logits_sum_backward(
 
 
 @njit(**INLINE)
-def far_exp(at: Any, x: Any) -> Any:
-    """exp(-|x|), of numbers as exact as those behind this pointer."""
+def far_exp(x: Any) -> Any:
+    """exp(-|x|)."""
     return exp(minus_magnitude(x))
 
 
@@ -95,14 +95,14 @@ def loss_of(at: Any, x: Any, y: Any, v: Any) -> Any:
     """far x + factor log1p(exp(-|x|)): `_sides`."""
     far, factor = _sides(x, y, v)
     nan = select(bits(x) < 0, x * 0.0, 0.0)  # torch's loss of -inf
-    return fma(far, x, add_log1p(at, factor, far_exp(at, x), nan))
+    return fma(far, x, add_log1p(at, factor, far_exp(x), nan))
 
 
 @njit(**INLINE)
-def _gradient_of(at: Any, x: Any, y: Any, v: Any, g: Any) -> Any:
+def _gradient_of(x: Any, y: Any, v: Any, g: Any) -> Any:
     """g (far - sign(x) factor s(-|x|))."""
     far, factor = _sides(x, y, v)
-    e = far_exp(at, x)
+    e = far_exp(x)
     return fma(times_sign(factor * e, x), (0.0 - g) / (e + 1.0), g * far)
 
 
@@ -136,7 +136,7 @@ def _loss_at(e: Any, k: Any, n: Any) -> Any:
 @njit(**INLINE)
 def _gradient_at(e: Any, g: Any, k: Any, n: Any) -> Any:
     x, y = load_along(e.x, k, n), load_along(e.y, k, n)
-    return _gradient_of(e.x.at, x, y, value_along(e.v, k, n), value_along(g, k, n) * value_along(e.w, k, n))
+    return _gradient_of(x, y, value_along(e.v, k, n), value_along(g, k, n) * value_along(e.w, k, n))
 
 
 _regions = elementwise((Inputs, Lines), _lines, _nearest, _loss_at, _gradient_at)

@@ -48,12 +48,13 @@ from .gradient import (
     layout_of,
     near,
     row_numbers,
+    through_caches,
     write_zeros,
 )
 from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp
-from .memory import offset, stream, to_alignment
+from .memory import line_of, offset, stream, to_line
 from .prefetch import ask_for_seam
 from .reduction import BLOCK, divide, sum_rows, sum_weights
 from .rows import (
@@ -66,7 +67,6 @@ from .rows import (
     last_tile,
     one_row,
     row_at,
-    store_at,
     strides_of,
     tile_of,
     walk,
@@ -209,29 +209,28 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, p
     """`row_statistics` of the row at x, and meanwhile the gradient of the other one at dx, whose terms are in `terms`; the row's own are
     there afterwards. Each vector takes the place of one that has just been read: with a place of their own, what is written past the
     caches and what comes from the second-level cache wait for the same line buffers longer."""
-    lanes, size, rescaled = lanes_of(x.at), block_size(terms, 1), relative(terms, 1, classes)
+    lanes, line, size, rescaled = lanes_of(x.at), line_of(dx.at), block_size(terms, 1), relative(terms, 1, classes)
     top, total = no_statistics(x)
     for first in range(0, classes, size):
         last, mine = min(classes, first + size), block_of(terms, first // size)
         block = Block(first, last, r.scale, mine, 1)  # of kept terms the reference is not asked for
         factor = exp(kept_reference(mine) - r.top) * r.scale if rescaled else r.scale
         other, reference = Other(dx, factor, r), first_reference(x, first, last)
-        # c goes over the classes of this row, k over those of the other, ahead: from where its vectors lie aligned
-        c, k = first, min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
+        # c goes over the classes of this row, k over those of the other, ahead: from where its lines begin
+        c, k = first, min(last, first + to_line(offset(dx.at, first))) if past_caches else first
         ask_for_seam(dx.at, last, past_caches)
-        if k > first:
-            store_at(dx, first, k - first, near(x, block, first, k - first, factor, r))
+        through_caches(x, dx, block, first, k, factor, r)
         if ahead_of_top(x, first, last):
             here_top, here_total, c, k = _fours(x, reference, block, other, k, past_caches)
         else:  # `reference` is the top already
             _, here_total, c, k = _fours(x, reference, block, other, k, past_caches)
             here_top = splat(reference, x.at)
-        while k + lanes <= last:
-            stream(dx.at, k, near(x, block, k, lanes, factor, r), past_caches)
-            k += lanes
-        if k < last:
-            store_at(dx, k, last - k, near(x, block, k, last - k, factor, r))
-        if c + 4 * lanes <= last:  # k was ahead by less than a vector
+        while k + line <= last:
+            for i in range(k, k + line, lanes):
+                stream(dx.at, i, near(x, block, i, lanes, factor, r), past_caches)
+            k += line
+        through_caches(x, dx, block, k, last, factor, r)
+        if c + 4 * lanes <= last:  # k was ahead by less than a line
             four, here_top = four_terms(x, reference, here_top, c, mine, c - first)
             here_total, c = here_total + four, c + 4 * lanes
         here_top, here_total = sum_with_rest(x, reference, here_top, here_total, first, c, last, mine)

@@ -16,7 +16,7 @@ from .gradient import ABREAST, GAPLESS, RowNumbers, abreast, gradient_of_tile, w
 from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp, log
-from .memory import load, load_classes, load_each, offset, store, stream, to_alignment
+from .memory import line_of, load, load_classes, load_each, offset, store, stream, to_line
 from .prefetch import ask_for_seam
 from .rows import Lanes, Walk, lanes_at, last_tile, load_at, one_row, row_at, store_at, tile_of, whole_tile
 from .simd import any_lane, lane_numbers, lanes_of, larger, lowest, select, splat
@@ -163,10 +163,9 @@ def _terms_of_row(x: Any, classes: Any, terms: Any, top: Any) -> Any:
 @njit(**INLINE)
 def _gradient_of_row(dx: Any, classes: Any, terms: Any, y: Any, g: Any, scale: Any, past_caches: Any) -> None:
     lanes = lanes_of(dx.at)
-    c = min(classes, to_alignment(dx.at)) if past_caches else 0
+    line, c = line_of(dx.at), min(classes, to_line(dx.at)) if past_caches else 0
     ask_for_seam(dx.at, 8 * classes, past_caches)  # of a row to come
-    if c > 0:
-        store_at(dx, 0, c, _of_classes(terms, 0, lane_numbers(g) == y, g, scale))
+    _through_caches(dx, terms, 0, c, y, g, scale)
     left = lane_numbers(g) - (y - c)  # 0 at the target
     while c + 4 * lanes <= classes:
         stream(dx.at, c, _of_classes(terms, c, left == 0, g, scale), past_caches)
@@ -174,11 +173,21 @@ def _gradient_of_row(dx: Any, classes: Any, terms: Any, y: Any, g: Any, scale: A
         stream(dx.at, c + 2 * lanes, _of_classes(terms, c + 2 * lanes, left == -2 * lanes, g, scale), past_caches)
         stream(dx.at, c + 3 * lanes, _of_classes(terms, c + 3 * lanes, left == -3 * lanes, g, scale), past_caches)
         c, left = c + 4 * lanes, left + 4 * lanes
-    while c + lanes <= classes:
-        stream(dx.at, c, _of_classes(terms, c, left == 0, g, scale), past_caches)
-        c, left = c + lanes, left + lanes
-    if c < classes:
-        store_at(dx, c, classes - c, _of_classes(terms, c, left == 0, g, scale))
+    while c + line <= classes:
+        for i in range(0, line, lanes):
+            stream(dx.at, c + i, _of_classes(terms, c + i, left == 0 - i, g, scale), past_caches)
+        c, left = c + line, left + line
+    _through_caches(dx, terms, c, classes, y, g, scale)
+
+
+@njit(**INLINE)
+def _through_caches(dx: Any, terms: Any, c: Any, stop: Any, y: Any, g: Any, scale: Any) -> None:
+    """The gradient of classes c .. stop - 1, which do not fill a line."""
+    lanes = lanes_of(dx.at)
+    while c < stop:
+        n = min(lanes, stop - c)
+        store_at(dx, c, n, _of_classes(terms, c, lane_numbers(g) == y - c, g, scale))
+        c += n
 
 
 @njit(**INLINE)

@@ -18,7 +18,7 @@ from .arguments import Computed, Int64
 from .blocks import term
 from .gradient import targets_of
 from .inline import INLINE
-from .memory import load_one, offset, stream, to_alignment
+from .memory import line_of, load_one, offset, stream, to_line
 from .prefetch import ask_for_seam
 from .rows import Lanes, Walk, lanes_for, load_at, load_numbers, one_row, store_at
 from .simd import lanes_of, select
@@ -142,7 +142,7 @@ def hang_entries(a: Any, dx: Any, row: Any, lists: Any) -> Any:
     """Lists of the entries of the rows whose gradient is to be written at dx, and how many there are."""
     e, four, n = a.entries, 4 * lanes_of(dx.at), 0
     # where vectors of one row are aligned, so are the lists
-    head = to_alignment(dx.at) if dx.tile == 1 and dx.class_ == 1 and a.past_caches else 0
+    head = to_line(dx.at) if dx.tile == 1 and dx.class_ == 1 and a.past_caches else 0
     shift = four - head if head > 0 else 0
     for i in range(dx.rows):
         dloss = a.dloss[(row + i) * a.dloss_stride]
@@ -239,20 +239,29 @@ def _with_weight(r: Any, weight: Any) -> Any:
 
 @njit(**INLINE)
 def _gradient_side_by_side(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
-    """Whole vectors by four, aligned, with what is left over before and behind them."""
-    lanes, first, last = lanes_of(x.at), block.first, block.last
-    c = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
+    """Whole vectors by four, whole lines, with what is left over before and behind them."""
+    lanes, line, first, last = lanes_of(x.at), line_of(dx.at), block.first, block.last
+    c = min(last, first + to_line(offset(dx.at, first))) if past_caches else first
     ask_for_seam(dx.at, last, past_caches)
-    if c > first:
-        store_at(dx, first, c - first, _near_entries(x, block, first, c - first, factor, r))
+    _through_caches(x, dx, block, first, c, factor, r)
     while c + 4 * lanes <= last:
         _four_of_gradient(x, dx, block, c, factor, r, past_caches)
         c += 4 * lanes
-    while c + lanes <= last:
-        stream(dx.at, c, _near_entries(x, block, c, lanes, factor, r), past_caches)
-        c += lanes
-    if c < last:
-        store_at(dx, c, last - c, _near_entries(x, block, c, last - c, factor, r))
+    while c + line <= last:
+        for i in range(c, c + line, lanes):
+            stream(dx.at, i, _near_entries(x, block, i, lanes, factor, r), past_caches)
+        c += line
+    _through_caches(x, dx, block, c, last, factor, r)
+
+
+@njit(**INLINE)
+def _through_caches(x: Any, dx: Any, block: Any, c: Any, stop: Any, factor: Any, r: Any) -> None:
+    """The gradient of classes c .. stop - 1 of one row, which do not fill a line."""
+    lanes = lanes_of(x.at)
+    while c < stop:
+        n = min(lanes, stop - c)
+        store_at(dx, c, n, _near_entries(x, block, c, n, factor, r))
+        c += n
 
 
 @njit(**INLINE)

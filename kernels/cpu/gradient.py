@@ -8,9 +8,9 @@ from numba.extending import overload
 from .blocks import Block, block_of, block_reference, block_size, kept_reference, relative, term
 from .inline import INLINE
 from .math import exp
-from .memory import load, load_classes, offset, store, stream, to_alignment
+from .memory import line_of, load, load_classes, offset, store, stream, to_line
 from .prefetch import ask_for_seam
-from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, first_vector, load_numbers, one_row, store_at, whole_tile
+from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, fills_lines, first_vector, load_numbers, one_row, store_at, whole_tile
 from .simd import lane_numbers, lanes_of, pick, select, splat
 from .targets import less_at
 from .transpose import turn_out
@@ -103,8 +103,7 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
     """term * factor, less g at the target."""
     lanes, first, last = lanes_of(x.at), block.first, block.last
     if x.tile > 1 and x.lane == dx.lane == 1 and x.rows == lanes:
-        aligned = to_alignment(dx.at) == to_alignment(offset(dx.at, dx.class_)) == 0
-        x, past_caches = whole_tile(x, 1), past_caches if aligned else 0
+        x, past_caches = whole_tile(x, 1), past_caches if fills_lines(dx) else 0
         fours = first + (last - first) // 4 * 4
         for c in range(first, fours, 4):
             _stream_class(x, dx, block, c, factor, r, past_caches)
@@ -118,20 +117,18 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
             d = term(x, block, c, x.rows) * factor
             store_at(dx, c, x.rows, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0))
     elif x.class_ == dx.class_ == 1:
-        # whole vectors, aligned, with what is left over before and behind them; the one with the target by itself
+        # whole lines, with what is left over before and behind them; the vector with the target by itself
         x, dx = one_row(x.at), one_row(dx.at)
-        begin = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
-        end = begin + (last - begin) // lanes * lanes
+        begin = min(last, first + to_line(offset(dx.at, first))) if past_caches else first
+        end = begin + (last - begin) // line_of(dx.at) * line_of(dx.at)
         ask_for_seam(dx.at, last, past_caches)
         middle = begin + (r.y_row - begin) // lanes * lanes if begin <= r.y_row < end else end
-        if begin > first:
-            store_at(dx, first, begin - first, near_target(x, block, first, begin - first, factor, r))
+        through_caches(x, dx, block, first, begin, factor, r)
         _stream_classes(x, dx, block, begin, middle, factor, past_caches)
         if middle < end:
             stream(dx.at, middle, near_target(x, block, middle, lanes, factor, r), past_caches)
         _stream_classes(x, dx, block, middle + lanes, end, factor, past_caches)
-        if end < last:
-            store_at(dx, end, last - end, near_target(x, block, end, last - end, factor, r))
+        through_caches(x, dx, block, end, last, factor, r)
     else:
         for c in range(first, last, lanes):
             store_at(dx, c, last - c, near_target(x, block, c, last - c, factor, r))
@@ -155,6 +152,16 @@ def _stream_classes(x: Any, dx: Any, block: Any, begin: Any, end: Any, factor: A
     while c < end:
         stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)
         c += lanes
+
+
+@njit(**INLINE)
+def through_caches(x: Any, dx: Any, block: Any, k: Any, stop: Any, factor: Any, r: Any) -> None:
+    """The gradient of classes k .. stop - 1 of one row, which do not fill a line."""
+    lanes = lanes_of(x.at)
+    while k < stop:
+        n = min(lanes, stop - k)
+        store_at(dx, k, n, near(x, block, k, n, factor, r))
+        k += n
 
 
 @njit(**INLINE)
@@ -200,8 +207,7 @@ def gradient_of_tile(dx: Any, classes: Any, terms: Any, r: Any, past_caches: Any
         for c in range(0, classes, lanes):
             turn_out(terms, c * lanes, dx.at, c, dx.lane, dx.rows, min(lanes, classes - c))
     elif dx.lane == 1 and dx.rows == lanes:
-        aligned = to_alignment(dx.at) == to_alignment(offset(dx.at, dx.class_)) == 0
-        past, left, fours = past_caches if aligned else 0, r.y, classes // 4 * 4
+        past, left, fours = past_caches if fills_lines(dx) else 0, r.y, classes // 4 * 4
         for c in range(0, fours, 4):  # four, for they share what LLVM loads again for every iteration
             stream(dx.at, c * dx.class_, _of_class(terms, c, counts, left == 0, r), past)
             stream(dx.at, (c + 1) * dx.class_, _of_class(terms, c + 1, counts, left == 1, r), past)

@@ -26,6 +26,8 @@ from .llvm import (
     vector_of,
 )
 
+LINE = 64  # bytes
+
 
 def _at(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
     return builder.bitcast(builder.gep(pointer, [index]), element.as_pointer())
@@ -259,6 +261,26 @@ def to_alignment(typingctx: Any, pointer: Any) -> Any:
         i64 = ir.IntType(64)
         missing = builder.and_(builder.neg(builder.ptrtoint(args[0], i64)), ir.Constant(i64, size * lanes - 1))
         return builder.udiv(missing, ir.Constant(i64, size))
+
+    return types.int64(pointer), codegen
+
+
+@intrinsic
+def line_of(typingctx: Any, pointer: Any) -> Any:
+    """How many elements fill a cache line: a vector, or two of 16-bit ones."""
+    count = LINE // SIZE[pointer.dtype]
+    return types.int64(pointer), lambda context, builder, sig, args: ir.Constant(ir.IntType(64), count)
+
+
+@intrinsic
+def to_line(typingctx: Any, pointer: Any) -> Any:
+    """How many elements from here until a cache line begins. What is written past the caches is whole lines: half a one has to wait for
+    the other half, which memory has."""
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        i64 = ir.IntType(64)
+        missing = builder.and_(builder.neg(builder.ptrtoint(args[0], i64)), ir.Constant(i64, LINE - 1))
+        return builder.udiv(missing, ir.Constant(i64, SIZE[pointer.dtype]))
 
     return types.int64(pointer), codegen
 

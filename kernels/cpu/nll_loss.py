@@ -90,7 +90,7 @@ def _backward(block: Any) -> None:
             y_row = -1 if a.target[t.row] == a.ignore_index else a.target[t.row]
             c, n = 0, first_vector(dx, 0, classes, a.past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, lanes) if consecutive else c
+                stop = whole_vectors(dx.at, c, n, classes, a.past_caches) if consecutive else c
                 if c <= y_row < stop:
                     stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
                 for k in range(c, stop, lanes):

@@ -9,9 +9,9 @@ from numba.extending import intrinsic
 
 from .inline import INLINE
 from .llvm import SIZE, call, vector_of
-from .memory import offset, to_alignment
+from .memory import LINE, offset, to_line
 
-LINE, PAGE = 64, 4096  # bytes
+PAGE = 4096  # bytes
 AHEAD, PAGES = 8192, 2  # bytes, pages
 NEAR = 2048  # bytes
 FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls the caches
@@ -66,7 +66,7 @@ def _typed_prefetch(pointer: Any, vectors: int) -> Any:
 def ask_for_seam(at: Any, last: Any, past_caches: Any) -> None:
     """Of a piece that is written past the caches: if it ends within a line, ask for that one, part of which is written as usual. While such
     a store waits for its line, no other store is done."""
-    if past_caches and to_alignment(offset(at, last)) > 0:
+    if past_caches and to_line(offset(at, last)) > 0:
         _prefetch_to_write(at, last)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .arguments import Known
 from .inline import INLINE
-from .memory import load, offset, store, to_alignment
+from .memory import line_of, load, offset, store, to_alignment, to_line
 from .simd import lanes_of
 
 FEW_CLASSES = 48  # up to here lanes are rows
@@ -190,6 +190,13 @@ def first_vector(x: Any, first: Any, last: Any, past_caches: Any) -> Any:
 
 
 @njit(**INLINE)
+def fills_lines(x: Any) -> Any:
+    """Whether every vector of whole tiles like this one is a cache line. One of 16-bit numbers is half of a line, and there may be more
+    classes than halves that the machine can keep until it has both: 21 took eight times as long past the caches as through them."""
+    return line_of(x.at) == lanes_of(x.at) and to_line(x.at) == to_line(offset(x.at, x.class_)) == 0
+
+
+@njit(**INLINE)
 def to_first_vector(result: Any, count: Any, past_caches: Any) -> Any:
     """How many of `count` numbers to write one by one so that all further vectors lie aligned, or how many the first vector fills."""
     head = to_alignment(result) if past_caches else 0
@@ -203,10 +210,13 @@ def advance(x: Any, c: Any, n: Any, last: Any) -> Any:
 
 
 @njit(**INLINE)
-def whole_vectors(c: Any, n: Any, last: Any, lanes: Any) -> Any:
-    """Where the stretch of whole vectors of one row from class c on ends; c if there is none.
+def whole_vectors(to: Any, c: Any, n: Any, last: Any, past_caches: Any) -> Any:
+    """Where the stretch of whole vectors of one row from class c on ends, or of whole lines if they go past the caches; c if there is none.
 
     Where classes lie side by side, such a stretch gets a loop of its own, with strides and counts that the compiler knows: only
     without a branch does it keep the constants of exp in registers.
     """
-    return c + (last - c) // lanes * lanes if n == lanes else c
+    if n < lanes_of(to) or (past_caches and to_line(offset(to, c)) > 0):
+        return c
+    step = line_of(to) if past_caches else lanes_of(to)
+    return c + (last - c) // step * step

@@ -66,9 +66,9 @@ def _inputs(logits: Tensor, target: Tensor, focus: Focus) -> Inputs:
 
 
 @njit(**INLINE)
-def _wrong(at: Any, x: Any, y: Any) -> Any:
+def _wrong(x: Any, y: Any) -> Any:
     """q, s(x) and s(-x)."""
-    e = far_exp(at, x)
+    e = far_exp(x)
     large = 1.0 / (e + 1.0)
     small = e * large
     s, rest = select(x > 0.0, large, small), select(x > 0.0, small, large)
@@ -95,13 +95,13 @@ def _weight(y: Any, focus: Any) -> Any:
 
 @njit(**INLINE)
 def _loss(at: Any, x: Any, y: Any, focus: Any) -> Any:
-    q, _s, _rest = _wrong(at, x, y)
+    q, _s, _rest = _wrong(x, y)
     return _weight(y, focus) * _power(q, focus.gamma) * loss_of(at, x, y, 1.0)
 
 
 @njit(**INLINE)
 def _slope(at: Any, x: Any, y: Any, focus: Any) -> Any:
-    q, s, rest = _wrong(at, x, y)
+    q, s, rest = _wrong(x, y)
     bce, steep = loss_of(at, x, y, 1.0), _weight(y, focus) * _power(q, focus.gamma)
     steeper = focus.gamma * (1.0 - y - y) * select(q > 0.0, s * rest / q, 0.0) * bce
     return steep * ((1.0 - y) * s - y * rest + steeper)

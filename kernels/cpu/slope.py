@@ -11,10 +11,10 @@ from numba import njit
 
 from .inline import INLINE
 from .math import exp
-from .memory import load, offset, store, stream, to_alignment
+from .memory import line_of, load, offset, store, stream, to_line
 from .moments import NEVER
 from .prefetch import ask_for_seam, prefetch
-from .rows import load_at, one_row, store_at, whole_tile
+from .rows import fills_lines, load_at, one_row, store_at, whole_tile
 from .simd import fma, lanes_of, larger, select, splat
 
 LOG, SQUARE = 1, 2  # whether there is a beta, a gamma, as the bits of a number
@@ -68,25 +68,33 @@ def _value(x: Any, piece: Any, c: Any, n: Any, r: Any, powers: Any) -> Any:
 
 
 @njit(**INLINE)
+def _through_caches(x: Any, dx: Any, piece: Any, c: Any, stop: Any, r: Any, powers: Any) -> None:
+    """The gradient of classes c .. stop - 1 of one row, which do not fill a line."""
+    lanes = lanes_of(x.at)
+    while c < stop:
+        n = min(lanes, stop - c)
+        store_at(dx, c, n, _value(x, piece, c, n, r, powers))
+        c += n
+
+
+@njit(**INLINE)
 def write_slope(x: Any, dx: Any, piece: Any, r: Any, powers: Any, past_caches: Any) -> None:
     """The gradient of a piece, from scratch memory or from the logits."""
     lanes, first, last = lanes_of(x.at), piece.first, piece.last
     if x.tile > 1 and x.lane == dx.lane == 1 and x.rows == lanes:
-        aligned = to_alignment(dx.at) == to_alignment(offset(dx.at, dx.class_)) == 0
-        x, past_caches = whole_tile(x, 1), past_caches if aligned else 0
+        x, past_caches = whole_tile(x, 1), past_caches if fills_lines(dx) else 0
         for c in range(first, last):
             stream(dx.at, c * dx.class_, _of_rows(x, piece, c, r, powers), past_caches)
     elif x.tile > 1:
         for c in range(first, last):
             store_at(dx, c, x.rows, _of_rows(x, piece, c, r, powers))
     elif x.class_ == dx.class_ == 1:
-        # whole vectors, aligned, with what is left over before and behind them
+        # whole lines, with what is left over before and behind them
         x, dx = one_row(x.at), one_row(dx.at)
-        begin = min(last, first + to_alignment(offset(dx.at, first))) if past_caches else first
-        end = begin + (last - begin) // lanes * lanes
+        begin = min(last, first + to_line(offset(dx.at, first))) if past_caches else first
+        end = begin + (last - begin) // line_of(dx.at) * line_of(dx.at)
         ask_for_seam(dx.at, last, past_caches)
-        if begin > first:
-            store_at(dx, first, begin - first, _value(x, piece, first, begin - first, r, powers))
+        _through_caches(x, dx, piece, first, begin, r, powers)
         c = begin
         while c + 4 * lanes <= end:
             for i in range(c, c + 4 * lanes, lanes):
@@ -95,8 +103,7 @@ def write_slope(x: Any, dx: Any, piece: Any, r: Any, powers: Any, past_caches: A
         while c < end:
             stream(dx.at, c, _value(x, piece, c, lanes, r, powers), past_caches)
             c += lanes
-        if end < last:
-            store_at(dx, end, last - end, _value(x, piece, end, last - end, r, powers))
+        _through_caches(x, dx, piece, end, last, r, powers)
     else:
         for c in range(first, last, lanes):
             store_at(dx, c, last - c, _value(x, piece, c, last - c, r, powers))

@@ -129,11 +129,11 @@ def _log_softmax(block: Any) -> None:
             # log-probabilities
             c, n = 0, first_vector(out, 0, classes, a.past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, lanes) if consecutive else c
+                stop = whole_vectors(out.at, c, n, classes, a.past_caches) if consecutive else c
                 for k in range(c, stop, lanes):
                     stream(out.at, k, (load(x.at, k, 1, lanes, 0.0) - top) - log_total, a.past_caches)
                 if stop > c:
-                    c, n = stop, classes - stop
+                    c, n = stop, min(lanes, classes - stop)
                 else:
                     store_at(out, c, n, (load_at(x, c, n, 0.0) - top) - log_total)
                     c, n = advance(out, c, n, classes)
@@ -167,11 +167,11 @@ def _softmax_backward(block: Any) -> None:
             # gradient
             c, n = 0, first_vector(dx, 0, classes, a.past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, lanes) if consecutive else c
+                stop = whole_vectors(dx.at, c, n, classes, a.past_caches) if consecutive else c
                 for k in range(c, stop, lanes):
                     stream(dx.at, k, load(y.at, k, 1, lanes, 0.0) * (load(dy.at, k, 1, lanes, 0.0) - dot), a.past_caches)
                 if stop > c:
-                    c, n = stop, classes - stop
+                    c, n = stop, min(lanes, classes - stop)
                 else:
                     store_at(dx, c, n, load_at(y, c, n, 0.0) * (load_at(dy, c, n, 0.0) - dot))
                     c, n = advance(dx, c, n, classes)
@@ -205,11 +205,11 @@ def _log_softmax_backward(block: Any) -> None:
             # gradient
             c, n = 0, first_vector(dx, 0, classes, a.past_caches)
             while c < classes:
-                stop = whole_vectors(c, n, classes, lanes) if consecutive else c
+                stop = whole_vectors(dx.at, c, n, classes, a.past_caches) if consecutive else c
                 for k in range(c, stop, lanes):
                     stream(dx.at, k, load(dy.at, k, 1, lanes, 0.0) - exp(load(y.at, k, 1, lanes, 0.0)) * dot, a.past_caches)
                 if stop > c:
-                    c, n = stop, classes - stop
+                    c, n = stop, min(lanes, classes - stop)
                 else:
                     prob = exp(load_at(y, c, n, 0.0))
                     store_at(dx, c, n, load_at(dy, c, n, 0.0) - prob * dot)

@@ -14,7 +14,7 @@ from .gradient import gradient_of_row, targets_of
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import load, store, stream, to_alignment
+from .memory import line_of, load, store, stream, to_line
 from .prefetch import ask_for_seam, prefetch
 from .rows import Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
 from .simd import fma, lane_sum, lanes_of, splat
@@ -65,11 +65,11 @@ def probabilities(out: Any, block: Any, factor: Any, past_caches: Any) -> None:
     consecutive = out.tile == 1 and out.class_ == 1
     c, n = block.first, first_vector(out, block.first, last, past_caches)
     while c < last:
-        stop = whole_vectors(c, n, last, lanes) if consecutive else c
+        stop = whole_vectors(out.at, c, n, last, past_caches) if consecutive else c
         for k in range(c, stop, lanes):
             stream(out.at, k, term(one_row(out.at), block, k, lanes) * factor, past_caches)
         if stop > c:
-            c, n = stop, last - stop
+            c, n = stop, min(lanes, last - stop)
         else:
             store_at(out, c, n, term(out, block, c, n) * factor)
             c, n = advance(out, c, n, last)
@@ -120,11 +120,11 @@ def _log_waiting_block(x: Any, out: Any, block: Any, factor: Any, r: Any, past_c
     lanes, c = lanes_of(out.at), block.first
     n = first_vector(out, c, block.last, past_caches)
     while c < block.last:
-        stop = whole_vectors(c, n, block.last, lanes)
+        stop = whole_vectors(out.at, c, n, block.last, past_caches)
         for k in range(c, stop, lanes):
             stream(out.at, k, _log_waiting(x, block, k, lanes, factor, r), past_caches)
         if stop > c:
-            c, n = stop, block.last - stop
+            c, n = stop, min(lanes, block.last - stop)
         else:
             store_at(out, c, n, _log_waiting(x, block, c, n, factor, r))
             c, n = advance(out, c, n, block.last)
@@ -186,14 +186,22 @@ def _gradient_at(r: Any, c: Any, n: Any, logarithm: Any) -> Any:
 
 
 @njit(**INLINE)
+def _through_caches(r: Any, first: Any, last: Any, logarithm: Any) -> None:
+    """Classes of the pending row that do not fill a line."""
+    lanes = lanes_of(r.dx)
+    for c in range(first, last, lanes):
+        n = min(lanes, last - c)
+        store(r.dx, c, 1, n, _gradient_at(r, c, n, logarithm))
+
+
+@njit(**INLINE)
 def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarithm: Any) -> Any:
     """The sum over the row at y and dy, as the other kernels have it, and meanwhile `count` classes, all or none, of the pending row."""
     lanes = lanes_of(y)
-    head = min(count, to_alignment(r.dx))
-    whole = (count - head) // lanes * lanes
+    head = min(count, to_line(r.dx))
+    whole = (count - head) // line_of(r.dx) * line_of(r.dx)
     ask_for_seam(r.dx, count, 1)
-    if head > 0:
-        store(r.dx, 0, 1, head, _gradient_at(r, 0, head, logarithm))
+    _through_caches(r, 0, head, logarithm)
     dot = splat(0.0, y)
     for first in range(0, classes, CHUNK):
         subtotal, last = splat(0.0, y), min(classes, first + CHUNK)
@@ -209,8 +217,7 @@ def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarit
             prefetch(dy, c)
             subtotal = _added(subtotal, load(y, c, 1, last - c, 0.0), load(dy, c, 1, last - c, 0.0), logarithm)
         dot = dot + subtotal
-    if head + whole < count:
-        store(r.dx, head + whole, 1, count - head - whole, _gradient_at(r, head + whole, count - head - whole, logarithm))
+    _through_caches(r, head + whole, count, logarithm)
     return splat(lane_sum(dot), y)
 
 

@@ -190,7 +190,7 @@ def _gradient_of_block(x: Any, dx: Any, k: Any, block: Any, factor: Any, r: Any,
     consecutive = x.class_ == dx.class_ == 1 and _weights_side_by_side(k) and 0 <= k.q.class_ <= 1
     c, n = block.first, first_vector(dx, block.first, last, past_caches)
     while c < last:
-        stop = whole_vectors(c, n, last, lanes) if consecutive else c
+        stop = whole_vectors(dx.at, c, n, last, past_caches) if consecutive else c
         if c <= r.y_row < stop:
             stop = c + (r.y_row - c) // lanes * lanes  # the target's vector goes by itself
         if k.q.class_ == 1:

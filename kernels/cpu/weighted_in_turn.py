@@ -12,7 +12,7 @@ from numba import njit
 from .blocks import Block, block_of, block_size, block_top, four_terms, kept_reference, real_total, reference_below, settled, sum_with_rest
 from .inline import INLINE
 from .math import exp
-from .memory import load, offset, store, stream, to_alignment
+from .memory import line_of, load, offset, store, stream, to_line
 from .prefetch import ask_for_seam, prefetch_four
 from .simd import first_lane, fma, lanes_of, splat
 from .targets import less_at
@@ -32,6 +32,7 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
     """`weighted_statistics` of the row at x, whose classes and factors lie side by side, and meanwhile the gradient of the waiting one,
     whose terms are in `terms`; the row's own are there afterwards."""
     lanes, size, dx, r = lanes_of(x.at), block_size(terms, 1), waiting.dx, waiting.r
+    line = line_of(dx)
     zero = splat(0.0, x.at)
     top, total, mass, gap = zero, zero, zero, zero
     for first in range(0, classes, size):
@@ -41,11 +42,10 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
         factor = exp(kept_reference(mine) - r.top) * r.scale
         top2, total2, mass2, gap2 = block_top(x, first, last), zero, zero, zero
         reference = reference_below(x, first, last, first_lane(top2))
-        # c goes over the classes of this row, i over those of the other, ahead: from where its vectors lie aligned
-        c, i = first, min(last, first + to_alignment(offset(dx, first))) if past_caches else first
+        # c goes over the classes of this row, i over those of the other, ahead: from where its lines begin
+        c, i = first, min(last, first + to_line(offset(dx, first))) if past_caches else first
         ask_for_seam(dx, last, past_caches)
-        if i > first:
-            store(dx, first, 1, i - first, _gradient_at(x, other, first, i - first, factor, waiting))
+        _through_caches(x, other, first, i, factor, waiting)
         while i + 4 * lanes <= last:
             _four_of_gradient(x, other, i, factor, waiting, past_caches)
             four_mass, four_gap = _four_masses(x, top2, k, c)
@@ -53,12 +53,12 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
             total2 = total2 + four
             mass2, gap2 = mass2 + four_mass, gap2 + four_gap
             c, i = c + 4 * lanes, i + 4 * lanes
-        while i + lanes <= last:
-            stream(dx, i, _gradient_at(x, other, i, lanes, factor, waiting), past_caches)
-            i += lanes
-        if i < last:
-            store(dx, i, 1, last - i, _gradient_at(x, other, i, last - i, factor, waiting))
-        if c + 4 * lanes <= last:  # i was ahead by less than a vector
+        while i + line <= last:
+            for j in range(i, i + line, lanes):
+                stream(dx, j, _gradient_at(x, other, j, lanes, factor, waiting), past_caches)
+            i += line
+        _through_caches(x, other, i, last, factor, waiting)
+        if c + 4 * lanes <= last:  # i was ahead by less than a line
             four_mass, four_gap = _four_masses(x, top2, k, c)
             four, _ = four_terms(x, reference, top2, c, mine, c - first)
             total2 = total2 + four
@@ -91,6 +91,16 @@ def _gradient_at(x: Any, other: Any, c: Any, n: Any, factor: Any, waiting: Any) 
     """The gradient of n classes of the waiting row from c on, one of which may be the target."""
     r = waiting.r
     return less_at(slope_at(x, waiting.k, other, c, n, factor, r.g), r.y_row - c, r.g_y)
+
+
+@njit(**INLINE)
+def _through_caches(x: Any, other: Any, c: Any, stop: Any, factor: Any, waiting: Any) -> None:
+    """The gradient of classes c .. stop - 1 of the waiting row, which do not fill a line."""
+    lanes = lanes_of(x.at)
+    while c < stop:
+        n = min(lanes, stop - c)
+        store(waiting.dx, c, 1, n, _gradient_at(x, other, c, n, factor, waiting))
+        c += n
 
 
 @njit(**INLINE)

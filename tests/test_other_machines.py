@@ -52,8 +52,8 @@ def _convert(block: Any) -> None:
 
 
 class Powers(NamedTuple):
-    exponents: Computed
-    powers: Computed
+    exponents: Stored
+    powers: Stored
     size: int
 
 

@@ -72,7 +72,6 @@ def ask_for_seam(at: Any, last: Any, past_caches: Any) -> None:
 
 @intrinsic
 def _prefetch_to_write(typingctx: Any, pointer: Any, index: Any) -> Any:
-
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         _ask(builder, _address(builder, args), 0, FIRST_LEVEL, to_write=1)
         return context.get_dummy_value()

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..groups import PAD
 from .arguments import Computed, Int64
 from .blocks import term
-from .gradient import targets_of
+from .gradient import targets_of, through_caches
 from .inline import INLINE
 from .memory import line_of, load_one, offset, stream, to_line
 from .prefetch import ask_for_seam
@@ -243,7 +243,7 @@ def _gradient_side_by_side(x: Any, dx: Any, block: Any, factor: Any, r: Any, pas
     lanes, line, first, last = lanes_of(x.at), line_of(dx.at), block.first, block.last
     c = min(last, first + to_line(offset(dx.at, first))) if past_caches else first
     ask_for_seam(dx.at, last, past_caches)
-    _through_caches(x, dx, block, first, c, factor, r)
+    through_caches(x, dx, block, first, c, factor, r)
     while c + 4 * lanes <= last:
         _four_of_gradient(x, dx, block, c, factor, r, past_caches)
         c += 4 * lanes
@@ -251,17 +251,7 @@ def _gradient_side_by_side(x: Any, dx: Any, block: Any, factor: Any, r: Any, pas
         for i in range(c, c + line, lanes):
             stream(dx.at, i, _near_entries(x, block, i, lanes, factor, r), past_caches)
         c += line
-    _through_caches(x, dx, block, c, last, factor, r)
-
-
-@njit(**INLINE)
-def _through_caches(x: Any, dx: Any, block: Any, c: Any, stop: Any, factor: Any, r: Any) -> None:
-    """The gradient of classes c .. stop - 1 of one row, which do not fill a line."""
-    lanes = lanes_of(x.at)
-    while c < stop:
-        n = min(lanes, stop - c)
-        store_at(dx, c, n, _near_entries(x, block, c, n, factor, r))
-        c += n
+    through_caches(x, dx, block, c, last, factor, r)
 
 
 @njit(**INLINE)

@@ -28,8 +28,8 @@ gpu: ## all there is to learn from a GPU in nine minutes, with $(PYTHON) as it i
 # In two halves of about the same length, side by side. One has what compiles most of the kernels, so that it compiles what they share once;
 # the other has Triton, and what starts processes of its own.
 COMPILING := $(patsubst %,tests/test_%.py,after_the_call assembly autograd batch_invariance bce calls compile contract cross_entropy doctor \
-	docstrings errors far_tops foresight inplace layouts linear_cross_entropy linear_token_statistics mixed_dtypes nll_loss numerics opinfo past_the_caches property \
-	public_reports real_shapes seed_cases sigmoid_focal_loss softmax sparse_soft_cross_entropy token_statistics guard_pages)
+	docstrings errors foresight inplace layouts linear_cross_entropy linear_token_statistics mixed_dtypes nll_loss opinfo property \
+	public_reports real_shapes seed_cases sigmoid_focal_loss softmax sparse_soft_cross_entropy token_statistics)
 
 test: $(VENV)/.dev ## all tests but the long ones
 	@$(MAKE) --no-print-directory --keep-going --jobs=2 --output-sync=target test-one-half test-other-half

@@ -54,7 +54,7 @@ from .gradient import (
 from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp
-from .memory import line_of, offset, stream, to_line
+from .memory import line_of, stream
 from .prefetch import ask_for_seam
 from .reduction import BLOCK, divide, sum_rows, sum_weights
 from .rows import (
@@ -62,6 +62,7 @@ from .rows import (
     Walk,
     by_tiles,
     bypass_caches,
+    first_line,
     lanes_at,
     lanes_for,
     last_tile,
@@ -217,7 +218,7 @@ def statistics_and_gradient(x: Any, classes: Any, terms: Any, dx: Any, r: Any, p
         factor = exp(kept_reference(mine) - r.top) * r.scale if rescaled else r.scale
         other, reference = Other(dx, factor, r), first_reference(x, first, last)
         # c goes over the classes of this row, k over those of the other, ahead: from where its lines begin
-        c, k = first, min(last, first + to_line(offset(dx.at, first))) if past_caches else first
+        c, k = first, first_line(dx.at, first, last, past_caches)
         ask_for_seam(dx.at, last, past_caches)
         through_caches(x, dx, block, first, k, factor, r)
         if ahead_of_top(x, first, last):

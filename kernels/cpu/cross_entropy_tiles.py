@@ -16,15 +16,16 @@ from .gradient import ABREAST, GAPLESS, RowNumbers, abreast, gradient_of_tile, w
 from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp, log
-from .memory import line_of, load, load_classes, load_each, offset, store, stream, to_line
+from .memory import line_of, load, load_classes, load_each, offset, store, stream
 from .prefetch import ask_for_seam
-from .rows import Lanes, Walk, lanes_at, last_tile, load_at, one_row, row_at, store_at, tile_of, whole_tile
+from .rows import Lanes, Walk, first_line, lanes_at, last_tile, load_at, one_row, row_at, store_at, tile_of, whole_tile
 from .simd import any_lane, lane_numbers, lanes_of, larger, lowest, select, splat
 from .targets import weights_of
 from .tiles import bring_tile, terms_of_tile
 from .transpose import largest_of_each, sum_of_each
 
 FEW_VECTORS = 15  # in a row: up to here rows that are taken one by one are taken in tiles
+SEAMS_AHEAD = 8  # rows: a line that two rows share is asked for so long before it is written
 
 
 def blocks_of_tile(way: Walk) -> int:
@@ -163,8 +164,8 @@ def _terms_of_row(x: Any, classes: Any, terms: Any, top: Any) -> Any:
 @njit(**INLINE)
 def _gradient_of_row(dx: Any, classes: Any, terms: Any, y: Any, g: Any, scale: Any, past_caches: Any) -> None:
     lanes = lanes_of(dx.at)
-    line, c = line_of(dx.at), min(classes, to_line(dx.at)) if past_caches else 0
-    ask_for_seam(dx.at, 8 * classes, past_caches)  # of a row to come
+    line, c = line_of(dx.at), first_line(dx.at, 0, classes, past_caches)
+    ask_for_seam(dx.at, SEAMS_AHEAD * classes, past_caches)
     _through_caches(dx, terms, 0, c, y, g, scale)
     left = lane_numbers(g) - (y - c)  # 0 at the target
     while c + 4 * lanes <= classes:

@@ -20,7 +20,7 @@ from .gradient import targets_of, through_caches
 from .inline import INLINE
 from .memory import line_of, load_one, offset, stream, to_line
 from .prefetch import ask_for_seam
-from .rows import Lanes, Walk, lanes_for, load_at, load_numbers, one_row, store_at
+from .rows import Lanes, Walk, first_line, lanes_for, load_at, load_numbers, one_row, store_at
 from .simd import lanes_of, select
 from .targets import less_at
 
@@ -241,7 +241,7 @@ def _with_weight(r: Any, weight: Any) -> Any:
 def _gradient_side_by_side(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_caches: Any) -> None:
     """Whole vectors by four, whole lines, with what is left over before and behind them."""
     lanes, line, first, last = lanes_of(x.at), line_of(dx.at), block.first, block.last
-    c = min(last, first + to_line(offset(dx.at, first))) if past_caches else first
+    c = first_line(dx.at, first, last, past_caches)
     ask_for_seam(dx.at, last, past_caches)
     through_caches(x, dx, block, first, c, factor, r)
     while c + 4 * lanes <= last:

@@ -8,9 +8,22 @@ from numba.extending import overload
 from .blocks import Block, block_of, block_reference, block_size, kept_reference, relative, term
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, load_classes, offset, store, stream, to_line
+from .memory import line_of, load, load_classes, store, stream
 from .prefetch import ask_for_seam
-from .rows import SHORT_ROW, Lanes, Strides, Walk, advance, fills_lines, first_vector, load_numbers, one_row, store_at, whole_tile
+from .rows import (
+    SHORT_ROW,
+    Lanes,
+    Strides,
+    Walk,
+    advance,
+    fills_lines,
+    first_line,
+    first_vector,
+    load_numbers,
+    one_row,
+    store_at,
+    whole_tile,
+)
 from .simd import lane_numbers, lanes_of, pick, select, splat
 from .targets import less_at
 from .transpose import turn_out
@@ -119,7 +132,7 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
     elif x.class_ == dx.class_ == 1:
         # whole lines, with what is left over before and behind them; the vector with the target by itself
         x, dx = one_row(x.at), one_row(dx.at)
-        begin = min(last, first + to_line(offset(dx.at, first))) if past_caches else first
+        begin = first_line(dx.at, first, last, past_caches)
         end = begin + (last - begin) // line_of(dx.at) * line_of(dx.at)
         ask_for_seam(dx.at, last, past_caches)
         middle = begin + (r.y_row - begin) // lanes * lanes if begin <= r.y_row < end else end

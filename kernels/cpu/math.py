@@ -1,4 +1,4 @@
-"""exp, log and log1p on vectors, about one unit in the last place from the truth.
+"""exp, log and log1p on vectors, one or two units in the last place from the truth.
 
 Numba has no vector exp without Intel's SVML: `np.exp` in a loop becomes one libm call per number, five times slower than torch.
 The polynomials are Chebyshev fits made with mpmath.chebyfit; the logarithm follows fdlibm's e_log.c.

@@ -254,15 +254,7 @@ def store_classes(typingctx: Any, pointer: Any, index: Any, count: Any, numbers:
 @intrinsic
 def to_alignment(typingctx: Any, pointer: Any) -> Any:
     """How many elements from here until a whole vector lies aligned in memory (0 if none ever does)."""
-    storage = pointer.dtype
-    size, lanes = SIZE[storage], vector_of(storage).lanes
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        i64 = ir.IntType(64)
-        missing = builder.and_(builder.neg(builder.ptrtoint(args[0], i64)), ir.Constant(i64, size * lanes - 1))
-        return builder.udiv(missing, ir.Constant(i64, size))
-
-    return types.int64(pointer), codegen
+    return _typed_until(pointer, SIZE[pointer.dtype] * vector_of(pointer.dtype).lanes)
 
 
 @intrinsic
@@ -276,10 +268,15 @@ def line_of(typingctx: Any, pointer: Any) -> Any:
 def to_line(typingctx: Any, pointer: Any) -> Any:
     """How many elements from here until a cache line begins. What is written past the caches is whole lines: half a one has to wait for
     the other half, which memory has."""
+    return _typed_until(pointer, LINE)
+
+
+def _typed_until(pointer: Any, size: int) -> Any:
+    """How many elements until an address is a multiple of so many bytes."""
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         i64 = ir.IntType(64)
-        missing = builder.and_(builder.neg(builder.ptrtoint(args[0], i64)), ir.Constant(i64, LINE - 1))
+        missing = builder.and_(builder.neg(builder.ptrtoint(args[0], i64)), ir.Constant(i64, size - 1))
         return builder.udiv(missing, ir.Constant(i64, SIZE[pointer.dtype]))
 
     return types.int64(pointer), codegen

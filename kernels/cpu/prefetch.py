@@ -37,12 +37,26 @@ def prefetch_four(typingctx: Any, pointer: Any, index: Any) -> Any:
 @intrinsic
 def prefetch_near(typingctx: Any, pointer: Any, index: Any) -> Any:
     """For a loop that reads, computes and forgets: ask for what it loads NEAR bytes later, into the first-level cache."""
+    return _typed_ask(pointer, NEAR, FIRST_LEVEL)
 
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _ask(builder, _address(builder, args), NEAR, FIRST_LEVEL)
-        return context.get_dummy_value()
 
-    return types.void(pointer, types.int64), codegen
+@intrinsic
+def prefetch_line(typingctx: Any, pointer: Any, index: Any) -> Any:
+    """Ask for the cache line of element `index`."""
+    return _typed_ask(pointer, 0, SECOND_LEVEL)
+
+
+@njit(**INLINE)
+def ask_for_seam(at: Any, last: Any, past_caches: Any) -> None:
+    """Of a piece that is written past the caches: if it ends within a line, ask for that one, part of which is written as usual. While such
+    a store waits for its line, no other store is done."""
+    if past_caches and to_line(offset(at, last)) > 0:
+        _prefetch_to_write(at, last)
+
+
+@intrinsic
+def _prefetch_to_write(typingctx: Any, pointer: Any, index: Any) -> Any:
+    return _typed_ask(pointer, 0, FIRST_LEVEL, to_write=1)
 
 
 def _typed_prefetch(pointer: Any, vectors: int) -> Any:
@@ -62,29 +76,9 @@ def _typed_prefetch(pointer: Any, vectors: int) -> Any:
     return types.void(pointer, types.int64), codegen
 
 
-@njit(**INLINE)
-def ask_for_seam(at: Any, last: Any, past_caches: Any) -> None:
-    """Of a piece that is written past the caches: if it ends within a line, ask for that one, part of which is written as usual. While such
-    a store waits for its line, no other store is done."""
-    if past_caches and to_line(offset(at, last)) > 0:
-        _prefetch_to_write(at, last)
-
-
-@intrinsic
-def _prefetch_to_write(typingctx: Any, pointer: Any, index: Any) -> Any:
+def _typed_ask(pointer: Any, ahead: int, cache: int, to_write: int = 0) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _ask(builder, _address(builder, args), 0, FIRST_LEVEL, to_write=1)
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64), codegen
-
-
-@intrinsic
-def prefetch_line(typingctx: Any, pointer: Any, index: Any) -> Any:
-    """Ask for the cache line of element `index`."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _ask(builder, _address(builder, args), 0)
+        _ask(builder, _address(builder, args), ahead, cache, to_write)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64), codegen

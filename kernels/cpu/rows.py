@@ -190,6 +190,12 @@ def first_vector(x: Any, first: Any, last: Any, past_caches: Any) -> Any:
 
 
 @njit(**INLINE)
+def first_line(at: Any, first: Any, last: Any, past_caches: Any) -> Any:
+    """From where on a row of classes side by side is written by whole vectors: past the caches, where a line begins."""
+    return min(last, first + to_line(offset(at, first))) if past_caches else first
+
+
+@njit(**INLINE)
 def fills_lines(x: Any) -> Any:
     """Whether every vector of whole tiles like this one is a cache line. One of 16-bit numbers is half of a line, and there may be more
     classes than halves that the machine can keep until it has both: 21 took eight times as long past the caches as through them."""

@@ -11,10 +11,10 @@ from numba import njit
 
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, offset, store, stream, to_line
+from .memory import line_of, load, store, stream
 from .moments import NEVER
 from .prefetch import ask_for_seam, prefetch
-from .rows import fills_lines, load_at, one_row, store_at, whole_tile
+from .rows import fills_lines, first_line, load_at, one_row, store_at, whole_tile
 from .simd import fma, lanes_of, larger, select, splat
 
 LOG, SQUARE = 1, 2  # whether there is a beta, a gamma, as the bits of a number
@@ -91,7 +91,7 @@ def write_slope(x: Any, dx: Any, piece: Any, r: Any, powers: Any, past_caches: A
     elif x.class_ == dx.class_ == 1:
         # whole lines, with what is left over before and behind them
         x, dx = one_row(x.at), one_row(dx.at)
-        begin = min(last, first + to_line(offset(dx.at, first))) if past_caches else first
+        begin = first_line(dx.at, first, last, past_caches)
         end = begin + (last - begin) // line_of(dx.at) * line_of(dx.at)
         ask_for_seam(dx.at, last, past_caches)
         _through_caches(x, dx, piece, first, begin, r, powers)

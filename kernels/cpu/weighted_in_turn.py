@@ -12,8 +12,9 @@ from numba import njit
 from .blocks import Block, block_of, block_size, block_top, four_terms, kept_reference, real_total, reference_below, settled, sum_with_rest
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, offset, store, stream, to_line
+from .memory import line_of, load, store, stream
 from .prefetch import ask_for_seam, prefetch_four
+from .rows import first_line
 from .simd import first_lane, fma, lanes_of, splat
 from .targets import less_at
 from .weighted import factor_at, masses_of_rest, merge_weighted, slope_at
@@ -32,8 +33,7 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
     """`weighted_statistics` of the row at x, whose classes and factors lie side by side, and meanwhile the gradient of the waiting one,
     whose terms are in `terms`; the row's own are there afterwards."""
     lanes, size, dx, r = lanes_of(x.at), block_size(terms, 1), waiting.dx, waiting.r
-    line = line_of(dx)
-    zero = splat(0.0, x.at)
+    line, zero = line_of(dx), splat(0.0, x.at)
     top, total, mass, gap = zero, zero, zero, zero
     for first in range(0, classes, size):
         last = min(classes, first + size)
@@ -43,7 +43,7 @@ def statistics_and_weighted_gradient(x: Any, k: Any, classes: Any, terms: Any, w
         top2, total2, mass2, gap2 = block_top(x, first, last), zero, zero, zero
         reference = reference_below(x, first, last, first_lane(top2))
         # c goes over the classes of this row, i over those of the other, ahead: from where its lines begin
-        c, i = first, min(last, first + to_line(offset(dx, first))) if past_caches else first
+        c, i = first, first_line(dx, first, last, past_caches)
         ask_for_seam(dx, last, past_caches)
         _through_caches(x, other, first, i, factor, waiting)
         while i + 4 * lanes <= last:

@@ -83,7 +83,7 @@ def recall(function: str, tensors: tuple[Any, ...], options: tuple[Any, ...]) ->
         return None, None
     modes = torch.is_grad_enabled(), torch.get_num_threads(), backends.get_backend(), contract.watch
     # 1 is True and 1.0, but not as an option
-    asked = [list(map(type, (*tensors, *options))), options, *modes, config.min_numel, config.pool_min_bytes]
+    asked = [list(map(type, (*tensors, *options))), options, *modes, config.min_numel, config.pool_min_bytes, config.pool_max_bytes]
     recent = _recent[function]
     call = recent.find(asked, tensors)
     if call is not None:
@@ -102,8 +102,7 @@ def remember(kind: Kind | None, call: Call, t: tuple[Tensor | None, ...] = ()) -
         if len(_remembered) >= _MOST_KINDS:
             _remembered.clear()
         _remembered[kind] = call
-        # the gradients of a program are not from the pool; what is watched is to be launched as it is the first time
-        call.recorded = bool(t) and t[0] is not None and t[0].nbytes < config.pool_min_bytes and contract.watch is None
+        call.recorded = bool(t) and contract.watch is None  # what is watched is to be launched as it is the first time
     return call
 
 

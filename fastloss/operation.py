@@ -12,6 +12,7 @@ from torch import Tensor
 from .arguments import plain
 from .calls import Call
 from .foresight import Foresight, ForesightOnDevice, foresee
+from .ops import OPS
 
 
 def apply(call: Call, t: Any, inplace_backward: bool = False) -> Any:
@@ -109,10 +110,16 @@ def _gradients(
     if graph:
         return loss.gradient(dloss, s, o, needed)  # type: ignore[no-any-return]
     found += (None,) * (loss.differentiable - len(found))
-    missing = tuple(wanted and gradient is None for wanted, gradient in zip(needed, found, strict=True))
+    missing = [wanted and gradient is None for wanted, gradient in zip(needed, found, strict=True)]
     if not any(missing):
         return found
-    rest = loss.backward(dloss, s, o, missing, _overwritten(s.input, dloss) if ctx.inplace else None)
+    rest: tuple[Tensor | None, ...]
+    if ctx.inplace:
+        rest = loss.backward(dloss, s, o, tuple(missing), _overwritten(s.input, dloss))
+    elif s[0].is_cpu:
+        rest, _ = OPS[loss.name].gradients(*upstream, *s, *o, missing)
+    else:
+        rest = loss.backward(dloss, s, o, tuple(missing), None)
     return tuple(b if a is None else a for a, b in zip(found, rest, strict=True))
 
 

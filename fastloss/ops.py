@@ -28,10 +28,11 @@ _KIND = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float",
 
 
 class Ops(NamedTuple):
-    """The two ops of a loss."""
+    """The two ops of a loss; and the gradients that the second one is made of, of arguments that are its forward's own."""
 
     forward: Any
     backward: Any
+    gradients: Any
 
 
 def _arguments(*named: type[tuple[Any, ...]]) -> str:
@@ -69,7 +70,7 @@ def _register(loss: AnyLoss) -> Ops:
         f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}",
         _Functions(ours.forward, ours.repeated_forward, ours.fake_forward, first, ours.save_for_first),
     )
-    return Ops(forward, backward)
+    return Ops(forward, backward, ours.gradients)
 
 
 class _Functions(NamedTuple):
@@ -128,9 +129,11 @@ class _Arguments:
         self.upstream = ["dloss"] if loss.answers == 1 else [f"d{field}" for field in fields(loss.results)[: loss.answers]]
         self._results_again: Any = self._results
         self._gradients_again: Any = self._gradients
+        self.gradients: Any = self._compute_gradients
         if "group" not in fields(loss.options):  # what ranks say to one another is no launch
             self._results_again = Repeated(self._results, self.tensors)
             self._gradients_again = Repeated(self._gradients, loss.answers + self.saved)
+            self.gradients = Repeated(self._compute_gradients, loss.answers + self.saved)
 
     def of_forward(self, arguments: Any) -> tuple[Any, Any]:
         return self.loss.tensors(*arguments[: self.tensors]), self.loss.options(*arguments[self.tensors :])
@@ -170,7 +173,7 @@ class _Arguments:
         return (), self.loss.forward(t, o)
 
     def _gradients(self, *arguments: Any) -> Found:
-        upstream, s, o, needed = self.of_backward(arguments)
+        upstream, s, o, _ = self.of_backward(arguments)
         self._refuse_missing(s, upstream)
         t = self.loss.given(s)
         self._refuse(self.loss.misfit(t, o))
@@ -182,6 +185,10 @@ class _Arguments:
             declared = specs.get(field)
             if declared is not None and (left.dtype, tuple(left.shape)) != (declared.dtype, tuple(declared.shape)):
                 self._refuse(f"{field} is {left.dtype} {tuple(left.shape)}, the forward left {declared.dtype} {tuple(declared.shape)}")
+        return self._compute_gradients(*arguments)
+
+    def _compute_gradients(self, *arguments: Any) -> Found:
+        upstream, s, o, needed = self.of_backward(arguments)
         return self.loss.backward(self.dloss(upstream), s, o, needed, None), ()
 
     def _refuse(self, misfit: str | None) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fastloss
-from fastloss import calls, contract, guards, routing
+from fastloss import calls, contract, guards, op_calls, routing
 
 N, C = 48, 40
 Inputs = Callable[[torch.Generator], tuple[Tensor, ...]]
@@ -31,8 +31,9 @@ def nothing_remembered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def forget() -> None:
-    calls._remembered.clear()
-    calls._recent.clear()
+    for memory in (calls, op_calls):
+        memory._remembered.clear()
+        memory._recent.clear()
 
 
 def indices(g: torch.Generator, *shape: int) -> Tensor:
@@ -72,12 +73,19 @@ CALLS: dict[str, tuple[Callable[..., Tensor], Inputs]] = {
     ),
     "bce": (fastloss.binary_cross_entropy, lambda g: (simplex(g), simplex(g))),
     "focal": (partial(fastloss.sigmoid_focal_loss, reduction="mean"), lambda g: (logits(g), simplex(g))),
+    "column by column": (fastloss.cross_entropy, lambda g: (logits(g, 3, C, 5), indices(g, 3, 6)[:, 1:])),
+    "bytes for labels": (fastloss.cross_entropy, lambda g: (logits(g), (indices(g) % C).to(torch.uint8))),
     "bfloat16": (fastloss.cross_entropy, lambda g: (logits(g, dtype=torch.bfloat16), indices(g))),
+    "none of bfloat16": (
+        partial(fastloss.cross_entropy, reduction="none"),
+        lambda g: (logits(g, 3, C, 5, dtype=torch.bfloat16), indices(g, 3, 5)),
+    ),
+    "nll_loss of bfloat16": (fastloss.nll_loss, lambda g: (logits(g, dtype=torch.bfloat16), indices(g))),
     "many rows": (fastloss.cross_entropy, lambda g: (logits(g, 40_000, 3), indices(g, 40_000) % 3)),
     "many rows of bfloat16": (fastloss.cross_entropy, lambda g: (logits(g, 40_000, 3, dtype=torch.bfloat16), indices(g, 40_000) % 3)),
     "softmax": (partial(fastloss.softmax, dim=1), lambda g: (logits(g),)),
+    "log_softmax": (partial(fastloss.log_softmax, dim=0), lambda g: (logits(g),)),
 }
-NEEDS_TORCH = {"a column of labels"}  # a copy of the labels
 
 
 def found(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
@@ -93,16 +101,27 @@ def found(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[
 
 def computed_anew(function: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> list[Tensor]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastloss.routing.watched", lambda: True)
+        remember_nothing(patch)
         return found(function, tensors)
 
 
+def remember_nothing(patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("fastloss.routing.watched", lambda: True)
+    patch.setattr(op_calls.Repeated, "__call__", lambda self, *arguments: self.find(*arguments))
+
+
 def programs() -> list[Any]:
-    return [program for call in calls._remembered.values() for program in call.programs.values()]
+    """Of forwards and visits, and of backwards."""
+    found = [program for call in calls._remembered.values() for program in call.programs.values()]
+    return found + [program for program in op_calls._remembered.values() if program is not op_calls._SEEN]
 
 
+@pytest.mark.parametrize("pooled", [False, True])
 @pytest.mark.parametrize("name", CALLS)
-def test_the_same_bits_every_time(name: str) -> None:
+def test_the_same_bits_every_time(name: str, pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of gradients that come from the pool, and of scratch that does."""
+    if pooled:
+        monkeypatch.setattr(fastloss.config, "pool_min_bytes", 1)
     function, inputs = CALLS[name]
     for seed in range(5):
         tensors = inputs(torch.Generator().manual_seed(seed))
@@ -110,13 +129,13 @@ def test_the_same_bits_every_time(name: str) -> None:
             assert ours.stride() == anew.stride()
             assert torch.equal(ours, anew)
     assert programs()
-    if name not in NEEDS_TORCH:
-        assert all(program is not None for program in programs()), (
-            "computes something by torch, so every call of this kind takes the long way"
-        )
+    assert all(program is not None for program in programs()), "computes something by torch, so every call of this kind takes the long way"
 
 
-def test_results_are_not_shared() -> None:
+@pytest.mark.parametrize("pooled", [False, True])
+def test_results_are_not_shared(pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if pooled:
+        monkeypatch.setattr(fastloss.config, "pool_min_bytes", 1)
     x, y = torch.randn(N, C), torch.randint(C, (N,))
     kept = [found(fastloss.cross_entropy, (x, y)) for _ in range(4)]
     kept[-1][1].zero_()
@@ -292,7 +311,8 @@ def test_what_was_decided_is_decided_again_under_other_settings() -> None:
         fastloss.cross_entropy(x, y, reduce=True, size_average=True)
 
 
-VISITED = [name for name in CALLS if name not in {"none", "softmax", "nll_loss", *NEEDS_TORCH}]  # their gradients come with the loss
+NOT_VISITED = {"none", "none of bfloat16", "softmax", "log_softmax", "nll_loss", "nll_loss of bfloat16"}
+VISITED = [name for name in CALLS if name not in NOT_VISITED]  # their gradients come with the loss
 
 
 def visited(name: str) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
@@ -313,7 +333,7 @@ def anew(name: str, tensors: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
     x = tensors[0].detach().requires_grad_()
     logits = x * 1
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("fastloss.routing.watched", lambda: True)
+        remember_nothing(patch)
         return CALLS[name][0](logits, *tensors[1:]), logits
 
 
@@ -379,6 +399,37 @@ def test_gradients_of_probabilities_too() -> None:
         found = torch.autograd.grad(fastloss.cross_entropy(x, q), (x, q))
         for ours, theirs in zip(found, torch.autograd.grad(torch.nn.functional.cross_entropy(x, q), (x, q)), strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+BACKWARDS: dict[str, tuple[Callable[..., Tensor], Inputs]] = {
+    name: CALLS[name] for name in ("none", "none of bfloat16", "softmax", "log_softmax", "mean", "nll_loss", "bfloat16", "images")
+}
+
+
+@pytest.mark.parametrize("name", BACKWARDS)
+def test_a_backward_under_upstream_gradients_of_any_layout(name: str) -> None:
+    """The numbers of the forward may come back from a hook in other memory, in another order of it; the upstream gradient, too."""
+    function, inputs = BACKWARDS[name]
+    layouts: list[Callable[[Tensor], Tensor]] = [
+        torch.clone,
+        lambda t: torch.stack((t, t), -1)[..., 0],
+        lambda t: torch.stack((t, t))[1],
+        lambda t: t.t().contiguous().t() if t.dim() == 2 else t.clone(),
+        lambda t: t.flatten()[:1].expand(t.shape) if t.dim() == 1 else t.clone(),
+    ]
+    g = torch.Generator().manual_seed(0)
+    for seed, layout in enumerate(layouts * 4):
+        x, *others = inputs(torch.Generator().manual_seed(seed))
+        leaf = x.detach().requires_grad_()
+        upstream = layout(torch.randn(function(x, *others).shape, generator=g).to(x.dtype))
+        gradients = []
+        for anew in (False, True):
+            with pytest.MonkeyPatch.context() as patch, torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), layout):
+                if anew:
+                    remember_nothing(patch)
+                gradients += torch.autograd.grad(function(leaf, *others), leaf, upstream)
+        assert torch.equal(*gradients)
+        assert gradients[0].stride() == gradients[1].stride()
 
 
 def test_another_upstream_gradient() -> None:

@@ -74,7 +74,7 @@ class NLLLoss(Loss[Tensors, Options, Saved]):
     def backward(self, dloss: Tensor, s: Saved, o: Options, needed: tuple[bool, ...], result: Tensor | None) -> tuple[Tensor | None, ...]:
         dinput = empty_like(s.input)
         written, g = rows.as_rows(dinput), rows.row_gradient(dloss, s.divisor, s.input)
-        kernels_for(s.input).nll_loss_backward(rows.as_indices(s.target), o.ignore_index, s.row_weight, g, written)
+        kernels_for(s.input).nll_loss_backward(rows.as_indices(s.target), o.ignore_index, s.row_weight.contiguous(), g, written)
         return (rows.settle(dinput, written),)
 
 

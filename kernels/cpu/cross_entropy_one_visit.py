@@ -54,7 +54,7 @@ from .gradient import (
 from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp
-from .memory import line_of, stream
+from .memory import line_of, stream, stream_row
 from .prefetch import ask_for_seam
 from .reduction import BLOCK, divide, sum_rows, sum_weights
 from .rows import (
@@ -252,10 +252,10 @@ def _fours(x: Any, reference: Any, block: Any, other: Any, k: Any, past_caches: 
     while k + 4 * lanes <= last:
         if any_near(r, dx, k):
             for i in range(k, k + 4 * lanes, lanes):
-                stream(dx.at, i, near(x, block, i, lanes, other.factor, r), past_caches)
+                stream_row(dx.at, i, near(x, block, i, lanes, other.factor, r), past_caches)
         else:
             for i in range(k, k + 4 * lanes, lanes):
-                stream(dx.at, i, term(x, block, i, lanes) * other.factor, past_caches)
+                stream_row(dx.at, i, term(x, block, i, lanes) * other.factor, past_caches)
         four, top = four_terms(x, reference, top, c, block.terms, c - block.first)
         total, c, k = total + four, c + 4 * lanes, k + 4 * lanes
     return top, total, c, k

@@ -18,7 +18,7 @@ from .arguments import Computed, Int64
 from .blocks import term
 from .gradient import targets_of, through_caches
 from .inline import INLINE
-from .memory import line_of, load_one, offset, stream, to_line
+from .memory import line_of, load_one, offset, stream, stream_row, to_line
 from .prefetch import ask_for_seam
 from .rows import Lanes, Walk, first_line, lanes_for, load_at, load_numbers, one_row, store_at
 from .simd import lanes_of, select
@@ -260,10 +260,10 @@ def _four_of_gradient(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, 
     lanes = lanes_of(x.at)
     if _are_entries_near(r, dx, c):
         for i in range(c, c + 4 * lanes, lanes):
-            stream(dx.at, i, _near_entries(x, block, i, lanes, factor, r), past_caches)
+            stream_row(dx.at, i, _near_entries(x, block, i, lanes, factor, r), past_caches)
     else:
         for i in range(c, c + 4 * lanes, lanes):
-            stream(dx.at, i, _far(x, block, i, lanes, factor, r), past_caches)
+            stream_row(dx.at, i, _far(x, block, i, lanes, factor, r), past_caches)
 
 
 targets_of(EntryNumbers, _gradient_of_block, _near_entries, _are_entries_near)

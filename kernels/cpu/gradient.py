@@ -8,7 +8,7 @@ from numba.extending import overload
 from .blocks import Block, block_of, block_reference, block_size, kept_reference, relative, term
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, load_classes, store, stream
+from .memory import line_of, load, load_classes, store, stream, stream_row
 from .prefetch import ask_for_seam
 from .rows import (
     SHORT_ROW,
@@ -160,7 +160,7 @@ def _stream_classes(x: Any, dx: Any, block: Any, begin: Any, end: Any, factor: A
     lanes, c = lanes_of(x.at), begin
     while c + 4 * lanes <= end:
         for i in range(c, c + 4 * lanes, lanes):
-            stream(dx.at, i, term(x, block, i, lanes) * factor, past_caches)
+            stream_row(dx.at, i, term(x, block, i, lanes) * factor, past_caches)
         c += 4 * lanes
     while c < end:
         stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)

@@ -27,6 +27,8 @@ from .llvm import (
 )
 
 LINE = 64  # bytes
+WRITE_AHEAD = 1024  # bytes
+FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls the caches
 
 
 def _at(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
@@ -129,6 +131,17 @@ def store(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, val
 def stream(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: Any) -> Any:
     """Write a whole vector from element `index` on. If `past_caches` is not 0, its address must be a multiple of its size, and it
     bypasses the caches, which saves reading the old content of that memory first."""
+    return _typed_stream(pointer, value, past_caches, 0)
+
+
+@intrinsic
+def stream_row(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: Any) -> Any:
+    """The same for a loop along a row. Through the caches, it asks for the line that it will write WRITE_AHEAD bytes later: stores wait in
+    order, each for its own. (16-bit numbers are so few bytes that they need not.)"""
+    return _typed_stream(pointer, value, past_caches, WRITE_AHEAD if SIZE[pointer.dtype] > 2 else 0)
+
+
+def _typed_stream(pointer: Any, value: Any, past_caches: Any, ahead: int) -> Any:
     storage = pointer.dtype
 
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
@@ -143,9 +156,19 @@ def stream(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: An
                 builder.store(kept, place_of_kept, align=raw.type.count * SIZE[storage]).set_metadata("nontemporal", hint)
             with through:
                 builder.store(raw, place, align=1)
+                if ahead:
+                    ask(builder, builder.ptrtoint(place, ir.IntType(64)), ahead, FIRST_LEVEL, to_write=1)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, value, types.int64), codegen
+
+
+def ask(builder: ir.IRBuilder, here: ir.Value, ahead: int, cache: int, to_write: int = 0) -> None:
+    """Ask for the cache line so many bytes after an address, whatever is there."""
+    i32 = ir.IntType(32)
+    write, level, data = (ir.Constant(i32, n) for n in (to_write, cache, 1))
+    place = builder.inttoptr(builder.add(here, ir.Constant(here.type, ahead)), ir.IntType(8).as_pointer())
+    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, level, data])
 
 
 def _as_words(builder: ir.IRBuilder, raw: ir.Value) -> ir.Value:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from .arguments import Computed, Int64, Known, Stored, arguments
 from .launch import next_task, raise_flag, region
-from .memory import load_classes, load_one, stream
+from .memory import load_classes, load_one, stream_row
 from .rows import Walk, advance, bypass_caches, first_vector, lanes_at, last_tile, load_numbers, store_at, tile_of, walk, whole_vectors
 from .simd import lanes_of, select, splat
 from .targets import less_at, refuse_out_of_bounds
@@ -94,7 +94,7 @@ def _backward(block: Any) -> None:
                 if c <= y_row < stop:
                     stop = c + (y_row - c) // lanes * lanes  # the target's vector goes by itself
                 for k in range(c, stop, lanes):
-                    stream(dx.at, k, nothing, a.past_caches)
+                    stream_row(dx.at, k, nothing, a.past_caches)
                 if stop > c:
                     c, n = stop, min(lanes, classes - stop)
                 else:

@@ -8,13 +8,12 @@ from numba.core import types
 from numba.extending import intrinsic
 
 from .inline import INLINE
-from .llvm import SIZE, call, vector_of
-from .memory import LINE, offset, to_line
+from .llvm import SIZE, vector_of
+from .memory import FIRST_LEVEL, LINE, SECOND_LEVEL, ask, offset, to_line
 
 PAGE = 4096  # bytes
 AHEAD, PAGES = 8192, 2  # bytes, pages
 NEAR = 2048  # bytes
-FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls the caches
 
 
 @intrinsic
@@ -65,12 +64,12 @@ def _typed_prefetch(pointer: Any, vectors: int) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
         here = _address(builder, args)
         for line in range(0, size, LINE):
-            _ask(builder, here, AHEAD + line)
+            ask(builder, here, AHEAD + line, SECOND_LEVEL)
         group = PAGES * PAGE
         place = builder.and_(here, ir.Constant(here.type, group - 1))
         with builder.if_then(builder.icmp_unsigned("<", place, ir.Constant(here.type, size)), likely=False):
             for page in range(PAGES):
-                _ask(builder, here, AHEAD + group + page * PAGE)
+                ask(builder, here, AHEAD + group + page * PAGE, SECOND_LEVEL)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64), codegen
@@ -78,7 +77,7 @@ def _typed_prefetch(pointer: Any, vectors: int) -> Any:
 
 def _typed_ask(pointer: Any, ahead: int, cache: int, to_write: int = 0) -> Any:
     def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        _ask(builder, _address(builder, args), ahead, cache, to_write)
+        ask(builder, _address(builder, args), ahead, cache, to_write)
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64), codegen
@@ -87,10 +86,3 @@ def _typed_ask(pointer: Any, ahead: int, cache: int, to_write: int = 0) -> Any:
 def _address(builder: ir.IRBuilder, args: Any) -> ir.Value:
     pointer, index = args
     return builder.ptrtoint(builder.gep(pointer, [index]), ir.IntType(64))
-
-
-def _ask(builder: ir.IRBuilder, here: ir.Value, ahead: int, cache: int = SECOND_LEVEL, to_write: int = 0) -> None:
-    i32 = ir.IntType(32)
-    write, level, data = (ir.Constant(i32, n) for n in (to_write, cache, 1))
-    place = builder.inttoptr(builder.add(here, ir.Constant(here.type, ahead)), ir.IntType(8).as_pointer())
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, level, data])

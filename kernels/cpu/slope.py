@@ -11,7 +11,7 @@ from numba import njit
 
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, store, stream
+from .memory import line_of, load, store, stream, stream_row
 from .moments import NEVER
 from .prefetch import ask_for_seam, prefetch
 from .rows import fills_lines, first_line, load_at, one_row, store_at, whole_tile
@@ -98,7 +98,7 @@ def write_slope(x: Any, dx: Any, piece: Any, r: Any, powers: Any, past_caches: A
         c = begin
         while c + 4 * lanes <= end:
             for i in range(c, c + 4 * lanes, lanes):
-                stream(dx.at, i, _value(x, piece, i, lanes, r, powers), past_caches)
+                stream_row(dx.at, i, _value(x, piece, i, lanes, r, powers), past_caches)
             c += 4 * lanes
         while c < end:
             stream(dx.at, c, _value(x, piece, c, lanes, r, powers), past_caches)

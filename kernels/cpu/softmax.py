@@ -26,7 +26,7 @@ from .blocks import (
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import load, stream
+from .memory import load, stream_row
 from .prefetch import prefetch
 from .rows import (
     advance,
@@ -131,7 +131,7 @@ def _log_softmax(block: Any) -> None:
             while c < classes:
                 stop = whole_vectors(out.at, c, n, classes, a.past_caches) if consecutive else c
                 for k in range(c, stop, lanes):
-                    stream(out.at, k, (load(x.at, k, 1, lanes, 0.0) - top) - log_total, a.past_caches)
+                    stream_row(out.at, k, (load(x.at, k, 1, lanes, 0.0) - top) - log_total, a.past_caches)
                 if stop > c:
                     c, n = stop, min(lanes, classes - stop)
                 else:
@@ -169,7 +169,7 @@ def _softmax_backward(block: Any) -> None:
             while c < classes:
                 stop = whole_vectors(dx.at, c, n, classes, a.past_caches) if consecutive else c
                 for k in range(c, stop, lanes):
-                    stream(dx.at, k, load(y.at, k, 1, lanes, 0.0) * (load(dy.at, k, 1, lanes, 0.0) - dot), a.past_caches)
+                    stream_row(dx.at, k, load(y.at, k, 1, lanes, 0.0) * (load(dy.at, k, 1, lanes, 0.0) - dot), a.past_caches)
                 if stop > c:
                     c, n = stop, min(lanes, classes - stop)
                 else:
@@ -207,7 +207,7 @@ def _log_softmax_backward(block: Any) -> None:
             while c < classes:
                 stop = whole_vectors(dx.at, c, n, classes, a.past_caches) if consecutive else c
                 for k in range(c, stop, lanes):
-                    stream(dx.at, k, load(dy.at, k, 1, lanes, 0.0) - exp(load(y.at, k, 1, lanes, 0.0)) * dot, a.past_caches)
+                    stream_row(dx.at, k, load(dy.at, k, 1, lanes, 0.0) - exp(load(y.at, k, 1, lanes, 0.0)) * dot, a.past_caches)
                 if stop > c:
                     c, n = stop, min(lanes, classes - stop)
                 else:

@@ -14,7 +14,7 @@ from .gradient import gradient_of_row, targets_of
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import line_of, load, store, stream, to_line
+from .memory import line_of, load, store, stream, stream_row, to_line
 from .prefetch import ask_for_seam, prefetch
 from .rows import Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
 from .simd import fma, lane_sum, lanes_of, splat
@@ -67,7 +67,7 @@ def probabilities(out: Any, block: Any, factor: Any, past_caches: Any) -> None:
     while c < last:
         stop = whole_vectors(out.at, c, n, last, past_caches) if consecutive else c
         for k in range(c, stop, lanes):
-            stream(out.at, k, term(one_row(out.at), block, k, lanes) * factor, past_caches)
+            stream_row(out.at, k, term(one_row(out.at), block, k, lanes) * factor, past_caches)
         if stop > c:
             c, n = stop, min(lanes, last - stop)
         else:

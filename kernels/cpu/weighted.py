@@ -14,7 +14,7 @@ from ..groups import Smoothing
 from .blocks import Block, block_of, block_reference, block_size, block_statistics, kept_reference, real_total, term
 from .inline import INLINE
 from .math import exp
-from .memory import stream
+from .memory import stream_row
 from .prefetch import ask_for_seam, prefetch, prefetch_four
 from .rows import Lanes, Walk, advance, first_vector, load_at, one_row, store_at, whole_vectors
 from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
@@ -212,4 +212,4 @@ def _stream(x: Any, dx: Any, k: Any, block: Any, c: Any, stop: Any, factor: Any,
     for i in range(c, stop, lanes):
         if not block.kept:
             prefetch(k.q.at, i * k.q.class_)
-        stream(dx.at, i, slope_at(x, k, block, i, lanes, factor, g), past_caches)
+        stream_row(dx.at, i, slope_at(x, k, block, i, lanes, factor, g), past_caches)

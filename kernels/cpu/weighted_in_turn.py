@@ -12,7 +12,7 @@ from numba import njit
 from .blocks import Block, block_of, block_size, block_top, four_terms, kept_reference, real_total, reference_below, settled, sum_with_rest
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, store, stream
+from .memory import line_of, load, store, stream, stream_row
 from .prefetch import ask_for_seam, prefetch_four
 from .rows import first_line
 from .simd import first_lane, fma, lanes_of, splat
@@ -109,7 +109,7 @@ def _four_of_gradient(x: Any, other: Any, c: Any, factor: Any, waiting: Any, pas
     lanes, r = lanes_of(x.at), waiting.r
     if c <= r.y_row < c + 4 * lanes:
         for i in range(c, c + 4 * lanes, lanes):
-            stream(waiting.dx, i, _gradient_at(x, other, i, lanes, factor, waiting), past_caches)
+            stream_row(waiting.dx, i, _gradient_at(x, other, i, lanes, factor, waiting), past_caches)
     else:
         for i in range(c, c + 4 * lanes, lanes):
-            stream(waiting.dx, i, slope_at(x, waiting.k, other, i, lanes, factor, r.g), past_caches)
+            stream_row(waiting.dx, i, slope_at(x, waiting.k, other, i, lanes, factor, r.g), past_caches)

@@ -73,7 +73,7 @@ def log_softmax_backward(log_prob: Tensor, dlog_prob: Tensor, dlogits: Tensor) -
 def _run_forward(run: Any, run_in_turn: Any, logits: Tensor, result: Tensor) -> None:
     way, past_caches = walk(logits), bypass_caches(logits, result)
     kept, strides = blocks_kept(way, logits), strides_of(result, way.tile)
-    in_turn = past_caches and kept_in_turn(way, kept, logits, strides)
+    in_turn = kept_in_turn(way, kept, logits, strides)
     (run_in_turn if in_turn else run)(way.tasks, Forward(
         logits=logits, prob=result, prob_strides=strides, terms=scratch(kept, logits), kept=kept,
         past_caches=past_caches, way=way,
@@ -84,7 +84,7 @@ def _run_backward(run: Any, run_in_turn: Any, result: Tensor, dresult: Tensor, d
     way, past_caches = walk(result), bypass_caches(result, dlogits)
     d_strides, to_strides = strides_of(dresult, way.tile), strides_of(dlogits, way.tile)
     side_by_side = way.tile == way.strides.class_ == d_strides.class_ == to_strides.class_ == 1
-    in_turn = past_caches and side_by_side and 4 * way.classes * result.element_size() <= KEPT_BYTES  # two rows of two tensors
+    in_turn = side_by_side and 4 * way.classes * result.element_size() <= KEPT_BYTES  # two rows of two tensors
     (run_in_turn if in_turn else run)(way.tasks, Backward(
         prob=result, dprob=dresult, d_strides=d_strides, dlogits=dlogits, to_strides=to_strides, past_caches=past_caches, way=way,
     ))  # fmt: skip

@@ -1,4 +1,4 @@
-"""softmax and log_softmax of rows of consecutive classes whose results go past the caches: a row is written while the next one is read.
+"""softmax and log_softmax of rows of consecutive classes: a row is written while the next one is read.
 
 Stores wait for memory, and exp for arithmetic. The bits are those of `softmax`, whose argument blocks are here too.
 """
@@ -14,9 +14,9 @@ from .gradient import gradient_of_row, targets_of
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import line_of, load, store, stream, stream_row, to_line
+from .memory import line_of, load, store, stream, stream_row
 from .prefetch import ask_for_seam, prefetch
-from .rows import Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
+from .rows import Strides, Walk, advance, first_line, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
 from .simd import fma, lane_sum, lanes_of, splat
 
 CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
@@ -195,12 +195,12 @@ def _through_caches(r: Any, first: Any, last: Any, logarithm: Any) -> None:
 
 
 @njit(**INLINE)
-def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarithm: Any) -> Any:
+def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarithm: Any, past_caches: Any) -> Any:
     """The sum over the row at y and dy, as the other kernels have it, and meanwhile `count` classes, all or none, of the pending row."""
     lanes = lanes_of(y)
-    head = min(count, to_line(r.dx))
+    head = first_line(r.dx, 0, count, past_caches)
     whole = (count - head) // line_of(r.dx) * line_of(r.dx)
-    ask_for_seam(r.dx, count, 1)
+    ask_for_seam(r.dx, count, past_caches)
     _through_caches(r, 0, head, logarithm)
     dot = splat(0.0, y)
     for first in range(0, classes, CHUNK):
@@ -211,7 +211,7 @@ def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarit
             prefetch(y, c)
             prefetch(dy, c)
             subtotal = _added(subtotal, load(y, c, 1, lanes, 0.0), load(dy, c, 1, lanes, 0.0), logarithm)
-            stream(r.dx, head + c, _gradient_at(r, head + c, lanes, logarithm), 1)
+            stream_row(r.dx, head + c, _gradient_at(r, head + c, lanes, logarithm), past_caches)
         for c in range(both, last, lanes):
             prefetch(y, c)
             prefetch(dy, c)
@@ -223,8 +223,7 @@ def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarit
 
 @njit(**INLINE)
 def _rows_backward_in_turn(block: Any, logarithm: Any) -> None:
-    """Rows of consecutive classes, large enough to be written past the caches. A row is written while the next one is read: see
-    `cross_entropy_one_visit`."""
+    """Rows of consecutive classes. A row is written while the next one is read: see `cross_entropy_one_visit`."""
     a = arguments(block)
     way, classes, lanes = a.way, a.way.classes, lanes_of(a.dlogits)
     r, count = Pending(a.prob, a.dprob, a.dlogits, splat(0.0, a.prob)), 0
@@ -233,7 +232,7 @@ def _rows_backward_in_turn(block: Any, logarithm: Any) -> None:
         for row in range(task * way.grain, last_tile(task, way)):
             t = tile_of(row, way)
             y, dy = row_at(a.prob, way.strides, t.b, t.p), row_at(a.dprob, a.d_strides, t.b, t.p)
-            dot = _dot_and_gradient(y, dy, r, count, classes, logarithm)
+            dot = _dot_and_gradient(y, dy, r, count, classes, logarithm, a.past_caches)
             r, count = Pending(y, dy, row_at(a.dlogits, a.to_strides, t.b, t.p), dot), classes
         task = next_task(block)
     for c in range(0, count, lanes):

@@ -14,9 +14,9 @@ from .gradient import gradient_of_row, targets_of
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import line_of, load, store, stream, stream_row
+from .memory import line_of, load, store, stream, stream_row, to_line
 from .prefetch import ask_for_seam, prefetch
-from .rows import Strides, Walk, advance, first_line, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
+from .rows import Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
 from .simd import fma, lane_sum, lanes_of, splat
 
 CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
@@ -198,7 +198,7 @@ def _through_caches(r: Any, first: Any, last: Any, logarithm: Any) -> None:
 def _dot_and_gradient(y: Any, dy: Any, r: Any, count: Any, classes: Any, logarithm: Any, past_caches: Any) -> Any:
     """The sum over the row at y and dy, as the other kernels have it, and meanwhile `count` classes, all or none, of the pending row."""
     lanes = lanes_of(y)
-    head = first_line(r.dx, 0, count, past_caches)
+    head = min(count, to_line(r.dx))  # through the caches, too: a store over the end of a line is two
     whole = (count - head) // line_of(r.dx) * line_of(r.dx)
     ask_for_seam(r.dx, count, past_caches)
     _through_caches(r, 0, head, logarithm)

@@ -5,7 +5,8 @@ import math
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
+from torch.autograd import forward_ad
 from torch.utils._device import DeviceContext
 
 from .loss import COMPUTE
@@ -18,7 +19,7 @@ def tensors_misfit(logits: Any, *required: Any, optional: tuple[Any, ...] = ()) 
     subclasses and modes must see torch's function, and only that."""
     present = (logits, *required, *(t for t in optional if t is not None))
     compiling = torch.compiler.is_compiling()
-    if not compiling and torch._C._is_torch_function_mode_enabled() and not _only_a_default_device():
+    if not compiling and _C._is_torch_function_mode_enabled() and not _only_a_default_device():
         return "a torch function mode is active"
     for tensor in present:
         if not isinstance(tensor, Tensor):
@@ -40,15 +41,18 @@ def plain(*tensors: Tensor | None) -> bool:
         if type(t) is not Tensor and type(t) is not torch.nn.Parameter:
             return False
         # a lazy minus sign; no memory at all; a batch of `is_grads_batched`
-        if t.is_neg() or t._is_zerotensor() or torch._C._functorch.is_legacy_batchedtensor(t):
+        if t.is_neg() or t._is_zerotensor() or _is_legacy_batchedtensor(t):
             return False
     return (
-        not torch._C._are_functorch_transforms_active()
-        and torch.autograd.forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
-        and torch._C._len_torch_dispatch_stack() == 0
-        and (not torch._C._is_torch_function_mode_enabled() or _only_a_default_device())
+        not _C._are_functorch_transforms_active()
+        and forward_ad._current_level < 0
+        and _C._get_tracing_state() is None
+        and _C._len_torch_dispatch_stack() == 0
+        and (not _C._is_torch_function_mode_enabled() or _only_a_default_device())
     )
+
+
+_is_legacy_batchedtensor = _C._functorch.is_legacy_batchedtensor
 
 
 def autocast_is_active(input: Tensor) -> bool:

@@ -18,7 +18,8 @@ from torch import _C, Tensor
 from . import backends, config, contract, replay, routing
 from .foresight import Subject, subject_of
 from .guards import Recent
-from .loss import Loss
+from .loss import Loss, fields
+from .op_calls import repeated
 
 Kind = tuple[Any, ...]
 
@@ -62,6 +63,15 @@ class Call:
         compute = partial(self.loss.forward_backward, dloss, t, self.options, needed)
         return compute() if any(self.needed[self.loss.one_visit :]) else self._recorded(dloss, t, compute, self.loss.answers)
 
+    def backward(self, upstream: tuple[Any, ...], saved: tuple[Any, ...], needed: list[bool]) -> tuple[Tensor | None, ...]:
+        """The loss's `backward`, of what its forward saved, in plain tensors."""
+        if not saved[0].is_cpu:
+            return _backward(self.loss, upstream, saved, self.options, needed)
+        again = _backwards.get(self.loss)
+        if again is None:
+            again = _backwards[self.loss] = _repeated_backward(self.loss)
+        return again(*upstream, *saved, self.options, needed)[0]
+
     def _recorded(self, which: Any, t: Any, compute: Callable[[], replay.Found], results: int | None) -> replay.Found:
         programs = self.programs
         if not self.recorded or which in programs:
@@ -72,6 +82,20 @@ class Call:
         return found
 
 
+def _backward(loss: Any, upstream: Any, saved: Any, o: Any, needed: list[bool]) -> tuple[Tensor | None, ...]:
+    dloss = upstream if loss.answers > 1 else upstream[0]
+    return loss.backward(dloss, loss.saved(*saved), o, tuple(needed), None)  # type: ignore[no-any-return]
+
+
+def _repeated_backward(loss: Any) -> Callable[..., replay.Found]:
+    def find(*arguments: Any) -> replay.Found:
+        *tensors, o, needed = arguments
+        return _backward(loss, tuple(tensors[: loss.answers]), tensors[loss.answers :], o, needed), ()
+
+    return repeated(loss, find, loss.answers + len(fields(loss.saved)))
+
+
+_backwards: dict[Any, Callable[..., replay.Found]] = {}  # by loss
 THEIRS: Call = Call(None, None)  # torch serves it
 _remembered: dict[Kind, Call] = {}
 _recent: dict[str, Recent[Call]] = defaultdict(Recent)  # by function

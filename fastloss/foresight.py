@@ -15,7 +15,7 @@ of them only up to `config.foresight_waiting_bytes` together: the losses of many
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 
 from . import config
 from .loss import COMPUTE
@@ -105,6 +105,7 @@ class Subject(NamedTuple):
     size: int  # bytes of the gradients
     dtype: torch.dtype
     device: torch.device
+    device_type: str
 
 
 def subject_of(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Subject | None:
@@ -114,7 +115,7 @@ def subject_of(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) ->
     if reduction == "none" or not size or first is None:
         return None
     classes = first.shape[min(1, first.dim() - 1)] if first.dim() else 1
-    return Subject((loss, first.dtype, classes, reduction), size, first.dtype, first.device)
+    return Subject((loss, first.dtype, classes, reduction), size, first.dtype, first.device, first.device.type)
 
 
 def foresee(subject: Subject) -> Foresight | None:
@@ -123,13 +124,19 @@ def foresee(subject: Subject) -> Foresight | None:
         subject.size > config.foresight_max_bytes
         or (_waiting and subject.size + sum(_waiting.copy().values()) > config.foresight_waiting_bytes)
         # saved tensors are moved or dropped until the backward (offloading, checkpointing): memory is scarce
-        or _saved_tensors_are_hooked()
+        or _saved_tensors_hooks(False) is not None
     ):
         return None
-    return Foresight(subject.kind, subject.size) if subject.device.type in _LOOKED_AT else _on_device(subject)
+    return Foresight(subject.kind, subject.size) if subject.device_type in _LOOKED_AT else _on_device(subject)
 
 
 _LOOKED_AT = {"cpu"}
+def _perhaps_hooks(ignore_is_tracing: bool) -> bool:
+    """Before 2.8 torch cannot tell."""
+    return True
+
+
+_saved_tensors_hooks: Any = getattr(_C._autograd, "_top_saved_tensors_default_hooks", _perhaps_hooks)
 
 
 def _on_device(subject: Subject) -> Foresight | None:
@@ -139,9 +146,3 @@ def _on_device(subject: Subject) -> Foresight | None:
             return None  # what is made now holds nothing until the graph is replayed
         _last_on[kind] = _LastNumbers(COMPUTE[subject.dtype], subject.device)
     return ForesightOnDevice(_last_on[kind], subject.size)
-
-
-def _saved_tensors_are_hooked() -> bool:
-    """True too where torch cannot tell: before 2.8."""
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(False) is not None

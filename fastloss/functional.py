@@ -61,7 +61,8 @@ def cross_entropy(
     >>> print(f"{loss.item():.4f}", logits.grad.sum().abs() < 1e-6)
     0.4795 tensor(True)
     """
-    if not inplace_backward and tiny(input, losses.cross_entropy.worth):
+    worth = losses.cross_entropy.worth.of(reduction)
+    if not inplace_backward and tiny(input, worth):
         return F.cross_entropy(input, target, weight, size_average, ignore_index, reduce, reduction, label_smoothing)
     loss: Any = losses.cross_entropy
     given: Any = (input, target, weight)
@@ -88,7 +89,7 @@ def cross_entropy(
             o = loss.options(ignore_index, label_smoothing, reduction, result_dtype(input))
         t = loss.tensors(*given)
         misfit = misfit or loss.misfit(t, o) or loss.mixture_misfit(t)
-    way = route(misfit, input, ANY if inplace_backward else losses.cross_entropy.worth)
+    way = route(misfit, input, ANY if inplace_backward else worth)
     if inplace_backward:
         if way.path != "kernel":
             raise RuntimeError(f"inplace_backward: the kernels do not serve this call: {way.reason}")

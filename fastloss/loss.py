@@ -27,6 +27,11 @@ class Worth(NamedTuple):
     forward: float = 1.0  # without
     few: float = 0.125  # times these for rows of fewer than 16 classes, at most 1: torch vectorises over 16, and is ten times slower below
     half: float = 1.4  # times these for 16-bit logits, at least 1: torch moves half the bytes, our calls cost what they cost
+    none: float = 3.0  # times `step` where every row keeps its loss: two visits, and an autograd that does more
+
+    def of(self, reduction: str) -> "Worth":
+        """With this reduction."""
+        return self._replace(step=self.step * self.none) if reduction == "none" else self
 
 
 class Spec(NamedTuple):
@@ -63,7 +68,7 @@ class Loss(ABC, Generic[Tensors, Options, Saved]):
     typed_by: ClassVar[tuple[int, ...]] = (0,)  # the tensors whose dtypes, promoted, are that of the answer
     answers: ClassVar[int] = 1  # the first so many results are the caller's
     differentiable: ClassVar[int] = 1  # the first so many tensors have a gradient
-    worth: ClassVar[Worth] = Worth()
+    worth: Worth = Worth()
     one_visit: ClassVar[int] = 0  # `forward_backward` computes the gradients of the first so many
 
     def __init__(self, name: str) -> None:

@@ -1,8 +1,9 @@
-"""Calls of a registered op like one before.
+"""Calls of a registered op, and backwards, like one before.
 
 A compiled step calls the same op with tensors of the same shapes, strides and dtypes every time. Whether they fit, and what is launched,
 was found out by the first call of a kind; the second one is recorded (`replay`), and those after it are its launches with new addresses.
-To name a kind takes 3 us of Python, so those that were recorded last are known by a guard, torch's own for compiled programs.
+To name a kind takes 3 us of Python, so those that were recorded last are known by a guard, torch's own for compiled programs. (Calls of
+our functions are asked for more, since more can be around them: `calls`.)
 """
 
 from collections import defaultdict
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from . import config, contract, replay
 from .guards import Recent
+from .loss import Loss, fields
 
 Kind = tuple[Any, ...]
 
@@ -24,9 +26,14 @@ _remembered: dict[Kind, replay.Program | None] = {}
 _recent: dict["Repeated", Recent[replay.Program]] = defaultdict(Recent)
 
 
+def repeated(loss: Loss[Any, Any, Any], find: Callable[..., replay.Found], tensors: int) -> Callable[..., replay.Found]:
+    """`Repeated`, if what the loss does is launches. What ranks say to one another is none."""
+    return find if "group" in fields(loss.options) else Repeated(find, tensors)
+
+
 class Repeated:
-    """A function that finds gradients and results from an op's flat arguments, the first so many of which are tensors. It is called with
-    plain tensors on CPU alone, under no mode."""
+    """A function that finds gradients and results from flat arguments, the first so many of which are tensors. It is called with plain
+    tensors on CPU alone, under no mode."""
 
     def __init__(self, find: Callable[..., replay.Found], tensors: int) -> None:
         self.find, self.tensors = find, tensors

@@ -12,7 +12,6 @@ from torch import Tensor
 from .arguments import plain
 from .calls import Call
 from .foresight import Foresight, ForesightOnDevice, foresee
-from .ops import OPS
 
 
 def apply(call: Call, t: Any, inplace_backward: bool = False) -> Any:
@@ -59,6 +58,10 @@ class _Operation(torch.autograd.Function):
     def backward(ctx: Any, *upstream: Any) -> Any:
         loss, saved = ctx.call.loss, ctx.saved_tensors  # asked for first: torch then notices tensors that were edited since
         graph = torch.is_grad_enabled() or not plain(*upstream)
+        needed = ctx.needs_input_grad[3 : 3 + loss.differentiable]
+        nothing = (None,) * (len(ctx.needs_input_grad) - 3 - loss.differentiable)
+        if ctx.foresight is None and not graph and not ctx.inplace:
+            return None, None, None, *ctx.call.backward(upstream, saved, list(needed)), *nothing
         found: tuple[Tensor | None, ...] = ()
         if ctx.foresight is not None:
             if graph:
@@ -68,9 +71,8 @@ class _Operation(torch.autograd.Function):
                 if found and isinstance(ctx.foresight, ForesightOnDevice):
                     loss.repair(upstream[0], ctx.foresight.expected, loss.saved(*saved), ctx.call.options, found)
         if len(found) < loss.differentiable or any(gradient is None for gradient in found):
-            needed = ctx.needs_input_grad[3 : 3 + loss.differentiable]
-            found = _gradients(ctx, upstream, loss.saved(*saved), needed, found, graph)
-        return None, None, None, *found, *(None,) * (len(ctx.needs_input_grad) - 3 - loss.differentiable)
+            found = _gradients(ctx, upstream, saved, needed, found, graph)
+        return None, None, None, *found, *nothing
 
 
 class _Visit(torch.autograd.Function):
@@ -100,10 +102,10 @@ _apply_visit: Any = super(torch.autograd.Function, _Visit).apply
 
 
 def _gradients(
-    ctx: Any, upstream: tuple[Any, ...], s: Any, needed: tuple[bool, ...], found: tuple[Tensor | None, ...], graph: bool
+    ctx: Any, upstream: tuple[Any, ...], saved: Any, needed: tuple[bool, ...], found: tuple[Tensor | None, ...], graph: bool
 ) -> tuple[Tensor | None, ...]:
     """The gradients of a loss's first tensors: those that were not found, or all as a graph."""
-    loss, o = ctx.call.loss, ctx.call.options
+    loss, s, o = ctx.call.loss, ctx.call.loss.saved(*saved), ctx.call.options
     dloss: Any = upstream[0] if loss.answers == 1 else upstream
     if ctx.inplace and torch.is_grad_enabled():
         raise RuntimeError("inplace_backward: the logits cannot be overwritten with their gradient while create_graph=True needs them")
@@ -113,13 +115,10 @@ def _gradients(
     missing = [wanted and gradient is None for wanted, gradient in zip(needed, found, strict=True)]
     if not any(missing):
         return found
-    rest: tuple[Tensor | None, ...]
     if ctx.inplace:
         rest = loss.backward(dloss, s, o, tuple(missing), _overwritten(s.input, dloss))
-    elif s[0].is_cpu:
-        rest, _ = OPS[loss.name].gradients(*upstream, *s, *o, missing)
     else:
-        rest = loss.backward(dloss, s, o, tuple(missing), None)
+        rest = ctx.call.backward(upstream, saved, missing)
     return tuple(b if a is None else a for a, b in zip(found, rest, strict=True))
 
 

@@ -18,7 +18,7 @@ from torch.library import Library
 
 from .loss import COMPUTE, Loss, each, fields
 from .losses import LOSSES
-from .op_calls import Repeated
+from .op_calls import repeated
 from .replay import Found
 from .storage import present
 
@@ -28,11 +28,10 @@ _KIND = {Tensor: "Tensor", Tensor | None: "Tensor?", int: "int", float: "float",
 
 
 class Ops(NamedTuple):
-    """The two ops of a loss; and the gradients that the second one is made of, of arguments that are its forward's own."""
+    """The two ops of a loss."""
 
     forward: Any
     backward: Any
-    gradients: Any
 
 
 def _arguments(*named: type[tuple[Any, ...]]) -> str:
@@ -70,7 +69,7 @@ def _register(loss: AnyLoss) -> Ops:
         f"({_arguments(loss.tensors, loss.options)}) -> {_returns(len(results))}",
         _Functions(ours.forward, ours.repeated_forward, ours.fake_forward, first, ours.save_for_first),
     )
-    return Ops(forward, backward, ours.gradients)
+    return Ops(forward, backward)
 
 
 class _Functions(NamedTuple):
@@ -127,13 +126,8 @@ class _Arguments:
         self.loss = loss
         self.tensors, self.saved = len(fields(loss.tensors)), len(fields(loss.saved))
         self.upstream = ["dloss"] if loss.answers == 1 else [f"d{field}" for field in fields(loss.results)[: loss.answers]]
-        self._results_again: Any = self._results
-        self._gradients_again: Any = self._gradients
-        self.gradients: Any = self._compute_gradients
-        if "group" not in fields(loss.options):  # what ranks say to one another is no launch
-            self._results_again = Repeated(self._results, self.tensors)
-            self._gradients_again = Repeated(self._gradients, loss.answers + self.saved)
-            self.gradients = Repeated(self._compute_gradients, loss.answers + self.saved)
+        self._results_again = repeated(loss, self._results, self.tensors)
+        self._gradients_again = repeated(loss, self._gradients, loss.answers + self.saved)
 
     def of_forward(self, arguments: Any) -> tuple[Any, Any]:
         return self.loss.tensors(*arguments[: self.tensors]), self.loss.options(*arguments[self.tensors :])
@@ -173,7 +167,7 @@ class _Arguments:
         return (), self.loss.forward(t, o)
 
     def _gradients(self, *arguments: Any) -> Found:
-        upstream, s, o, _ = self.of_backward(arguments)
+        upstream, s, o, needed = self.of_backward(arguments)
         self._refuse_missing(s, upstream)
         t = self.loss.given(s)
         self._refuse(self.loss.misfit(t, o))
@@ -185,10 +179,6 @@ class _Arguments:
             declared = specs.get(field)
             if declared is not None and (left.dtype, tuple(left.shape)) != (declared.dtype, tuple(declared.shape)):
                 self._refuse(f"{field} is {left.dtype} {tuple(left.shape)}, the forward left {declared.dtype} {tuple(declared.shape)}")
-        return self._compute_gradients(*arguments)
-
-    def _compute_gradients(self, *arguments: Any) -> Found:
-        upstream, s, o, needed = self.of_backward(arguments)
         return self.loss.backward(self.dloss(upstream), s, o, needed, None), ()
 
     def _refuse(self, misfit: str | None) -> None:

@@ -88,10 +88,10 @@ class Program(NamedTuple):
             made.append(fresh)
             bases.append(0 if fresh is None else fresh.data_ptr())
         scratch = _take_scratch(self.scratch)
-        bases.append(scratch.data_ptr())
+        bases.append(scratch.address)
         for which, begin, end, dtype, shape in self.copied:
             given: Any = t[which]
-            scratch[begin:end].view(dtype).view(shape).copy_(given.detach())
+            scratch.memory[begin:end].view(dtype).view(shape).copy_(given.detach())
         for base, distance, kind, numbers in self.fills:
             kind.from_address(bases[base] + distance)[:] = numbers
         for run, words, flag, addresses in self.steps:
@@ -106,7 +106,7 @@ class Program(NamedTuple):
                 number = ctypes.c_float.from_address(bases[-1] + begin).value
                 made[which].copy_(torch.tensor(number, dtype=torch.float32, device=_CPU))
             else:
-                made[which].view(-1).copy_(scratch[begin:end].view(torch.float32))
+                made[which].view(-1).copy_(scratch.memory[begin:end].view(torch.float32))
         _put_back(scratch)
         return tuple(made[: self.gradients]), tuple(made[self.gradients :])
 
@@ -281,23 +281,29 @@ def _which(made: Sequence[Tensor | None], whole: Tensor) -> int | None:
     return found[0] if len(found) == 1 and made[found[0]].numel() == whole.numel() else None  # type: ignore[union-attr]
 
 
-_NONE = torch.empty(0, dtype=torch.uint8, device=_CPU)
+class _Scratch(NamedTuple):
+    memory: Tensor
+    size: int  # bytes
+    address: int
 
 
 class _Mine(threading.local):
-    scratch = _NONE
+    scratch = _Scratch(torch.empty(0, dtype=torch.uint8, device=_CPU), 0, 0)
 
 
-_mine = _Mine()
+_mine, _NONE = _Mine(), _Mine.scratch
 
 
-def _take_scratch(size: int) -> Tensor:
+def _take_scratch(size: int) -> _Scratch:
     """So many bytes, those that this thread had last time if they are enough: fresh memory would cost more, in page faults, than kernels.
     Nobody else has them until they are put back: a finalizer or a signal handler may call a loss between two launches."""
     scratch, _mine.scratch = _mine.scratch, _NONE
-    return scratch if scratch.numel() >= size else memory.empty((size,), torch.uint8, _CPU)
+    if scratch.size >= size:
+        return scratch
+    fresh = memory.empty((size,), torch.uint8, _CPU)
+    return _Scratch(fresh, size, fresh.data_ptr())
 
 
-def _put_back(scratch: Tensor) -> None:
-    if scratch.nbytes < config.pool_min_bytes:  # else the pool keeps it
+def _put_back(scratch: _Scratch) -> None:
+    if scratch.size < config.pool_min_bytes:  # else the pool keeps it
         _mine.scratch = scratch

@@ -18,9 +18,10 @@ AnyLoss = Loss[Any, Any, Any]
 
 
 def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[..., Tensor], given: tuple[Any, ...]) -> Tensor:
-    """The result of a loss that has one function in torch, `theirs`, which takes the arguments as `given`. `options` are the loss's but for
-    the dtype of the result, and after them size_average and reduce, which are deprecated."""
-    if tiny(tensors[0], loss.worth):
+    """The result of a loss that has one function in torch, `theirs`, which takes the arguments as `given`. `options` are the loss's, its
+    reduction last, but for the dtype of the result; and after them size_average and reduce, which are deprecated."""
+    worth = loss.worth.of(options[-3])
+    if tiny(tensors[0], worth):
         return theirs(*given)
     kind, call = recall(loss.name, tensors, options)
     if call is not None:
@@ -33,7 +34,7 @@ def serve(loss: AnyLoss, tensors: Any, options: Any, theirs: Callable[..., Tenso
         *ours, size_average, reduce = options
         o = named(*ours, result_dtype(*(t[i] for i in loss.typed_by)))
         misfit = reduction_misfit(size_average, reduce, o.reduction) or loss.misfit(t, o) or loss.mixture_misfit(t)
-    way = route(misfit, tensors[0], loss.worth)
+    way = route(misfit, tensors[0], worth)
     result: Tensor = by_torch(way, theirs.__name__, theirs(*given), kind) if way.path == "torch" else by_kernels(way, loss, t, o, kind)
     return result
 

@@ -68,7 +68,7 @@ def test_small_inputs_go_to_torch_by_default(monkeypatch: pytest.MonkeyPatch, fu
 
 
 def test_rows_of_16_classes_have_the_whole_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastloss.config, "min_numel", 1000)
+    monkeypatch.setattr(fastloss.config, "min_numel", 2000)
     fifteen, sixteen = (torch.randn(240 // 15, 15), torch.randn(240 // 16, 16))
     assert fastloss.explain(fastloss.cross_entropy, fifteen, torch.zeros(16, dtype=torch.int64)).path == "kernel"
     assert fastloss.explain(fastloss.cross_entropy, sixteen, torch.zeros(15, dtype=torch.int64)).path == "torch"
@@ -97,6 +97,16 @@ def test_the_first_look_at_a_size_decides_as_the_last(
         logits = torch.randn(rows, classes).to(dtype).requires_grad_(wanted)
         found = fastloss.explain(fastloss.cross_entropy, logits, torch.zeros(rows, dtype=torch.int64))
         assert routing.tiny(logits, worth) == (found.path == "torch")
+
+
+def test_a_loss_for_every_row_has_a_higher_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits, target = torch.randn(15, 16).requires_grad_(), torch.zeros(15, dtype=torch.int64)
+    for function, labels in ((fastloss.cross_entropy, target), (fastloss.binary_cross_entropy_with_logits, torch.rand(15, 16))):
+        worth = losses.cross_entropy.worth if labels is target else losses.bce_with_logits.worth
+        assert worth.none > 1
+        monkeypatch.setattr(fastloss.config, "min_numel", int(240 / worth.step / (1 + worth.none) * 2))
+        assert fastloss.explain(function, logits, labels).path == "kernel"
+        assert fastloss.explain(function, logits, labels, reduction="none").path == "torch"
 
 
 def test_a_step_and_a_forward_alone_have_limits_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,11 +262,11 @@ LAYERS = {
         "torch_launchers",
     },
     "foresight": {"config", "loss"},
-    "replay": {"kernels.cpu.arguments", "kernels.cpu.launch", "storage"},
+    "replay": {"config", "kernels.cpu.arguments", "kernels.cpu.launch", "memory", "storage"},
     "guards": set(),
-    "calls": {"backends", "config", "contract", "foresight", "guards", "loss", "replay", "routing"},
+    "calls": {"backends", "config", "contract", "foresight", "guards", "loss", "op_calls", "replay", "routing"},
     "operation": {"arguments", "calls", "foresight", "loss"},
-    "op_calls": {"guards", "config", "contract", "replay"},
+    "op_calls": {"guards", "config", "contract", "loss", "replay"},
     "ops": {"loss", "losses", "op_calls", "replay", "storage"},
     "routing": {"backends", "config", "loss"},
     "serving": {"arguments", "calls", "config", "loss", "operation", "ops", "routing"},

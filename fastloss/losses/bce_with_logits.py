@@ -35,7 +35,7 @@ Saved = Tensors
 class BCEWithLogits(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
     typed_by = (1,)  # torch computes in the target's memory
-    worth = Worth(0.035, 0.022, few=1.0)  # torch takes several visits
+    worth = Worth(0.028, 0.01, few=1.0)  # torch takes several visits
     one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:

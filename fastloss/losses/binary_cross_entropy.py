@@ -36,7 +36,7 @@ Saved = Tensors
 
 class BinaryCrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    worth = Worth(0.007, 0.004, few=1.0)  # torch takes two logarithms, one by one
+    worth = Worth(0.006, 0.0025, few=1.0)  # torch takes two logarithms, one by one
     one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:

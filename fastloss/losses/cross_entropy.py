@@ -47,7 +47,7 @@ class Saved(NamedTuple):
 
 class CrossEntropy(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    worth = Worth(0.17, 0.25, few=1 / 18)  # with probabilities and smoothing, too, which pay a little earlier
+    worth = Worth(0.125, 0.2, few=1 / 16)  # with probabilities and smoothing, too, which pay a little earlier
     one_visit = 1
 
     def misfit(self, t: Tensors, o: Options) -> str | None:

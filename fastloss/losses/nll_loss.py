@@ -40,7 +40,7 @@ class Saved(NamedTuple):
 
 class NLLLoss(Loss[Tensors, Options, Saved]):
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    worth = Worth(32.0, 64.0, few=1.0)  # torch reads N numbers, too; it is slow where its gradient is fresh memory at every step
+    worth = Worth(16.0, 64.0, few=1.0)  # torch reads N numbers, too; it is slow where its gradient is fresh memory at every step
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if t.input.dim() == 1 and t.target.dim() != 0:

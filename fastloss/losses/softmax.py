@@ -32,7 +32,7 @@ class Softmax(Loss[Tensors, Options, Saved]):
     """p = exp(input) / sum of exp(input), or its logarithm."""
 
     tensors, options, results, saved = Tensors, Options, Results, Saved
-    worth = Worth(3.0, 1.2, few=1 / 64)
+    worth = Worth(2.6, 0.4, few=1 / 100, half=1.0)
 
     def misfit(self, t: Tensors, o: Options) -> str | None:
         if not 0 <= o.dim < t.input.dim():
@@ -77,3 +77,4 @@ class Softmax(Loss[Tensors, Options, Saved]):
 
 softmax = Softmax("softmax")
 log_softmax = Softmax("log_softmax")
+log_softmax.worth = Worth(0.9, 0.4, few=1 / 35, half=1.0)  # whose backward torch computes an exp for, too

@@ -131,6 +131,8 @@ def foresee(subject: Subject) -> Foresight | None:
 
 
 _LOOKED_AT = {"cpu"}
+
+
 def _perhaps_hooks(ignore_is_tracing: bool) -> bool:
     """Before 2.8 torch cannot tell."""
     return True

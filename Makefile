@@ -63,7 +63,7 @@ site: $(VENV)/.dev ## static pages of the documentation and the API reference, i
 	$(BIN)/python docs/make_site.py
 
 measure: $(VENV)/.bench ## measure this machine for the README (about half an hour), then `make docs`
-	$(BIN)/python bench/run.py --preset cpu-table --extra overhead scaling startup avx2 --json $(MEASURED)/cpu.json
+	$(BIN)/python bench/run.py --preset cpu-table --extra overhead crossover scaling startup avx2 --json $(MEASURED)/cpu.json
 	$(BIN)/python bench/run.py --preset sizes --json $(MEASURED)/sizes.json
 	$(MAKE) docs
 

@@ -2,8 +2,9 @@
 
 min_numel: int = 1 << 18
 """The measure of a small call. Each loss has a share of it (`Loss.worth`) below which torch serves it, whose C++ is faster there:
-cross_entropy 0.17 with a gradient and 0.25 without (an 18th of that with fewer than 16 classes), sigmoid losses 0.035 and less, softmax 3
-and 1.2, linear losses 4; for 16-bit logits 1.4 times as much; under torch.compile, where the size is known, no share is less than 1.
+cross_entropy an eighth with a gradient and a fifth without (a 16th of that with fewer than 16 classes), sigmoid losses 0.028 and less,
+softmax 2.6 and 0.4, log_softmax 0.9 and 0.4, nll_loss 16 and 64, linear losses 4; with a gradient three times as much where reduction is
+'none', for 16-bit logits 1.4 times as much (but softmax); under torch.compile, where the size is known, no share is less than 1.
 Measured on 2 cores (docs/when.md); 0 forces the kernels, as the tests do."""
 
 pool_min_bytes: int = 1 << 22

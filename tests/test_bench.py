@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fastloss.bench import accuracy, extras, report, tables
+from fastloss.bench import accuracy, crossover, extras, report, tables
 from fastloss.bench.cases import Case, inputs_to_miss, make_inputs
 from fastloss.bench.child import child
 from fastloss.bench.cli import broken, main, parser
@@ -225,6 +225,17 @@ def test_help_names_every_preset_provider_and_loss():
 def test_tables_in_the_docs_are_the_measured_ones():
     for result in (MEASURED, MEASURED.with_name("sizes.json")):
         assert report.main([str(result), "--check", "--tables", str(ROOT / "README.md"), str(ROOT / "docs")]) == 0
+
+
+def test_where_kernels_begin_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(crossover, "CASES", (SMALL, Case("softmax", (8, 12))))
+    found = crossover.crossover(seconds=0)
+    assert list(found) == [SMALL.key, "softmax 8x12 float32"]
+    for parts in found.values():
+        assert all(parts[part][name]["middle"] > 0 for part in ("step", "forward") for name in (crossover.FORCED, crossover.USED))
+    _, (header, lines) = tables.extras({"extras": {"crossover": found}})["crossover"]
+    assert {len(line) for line in lines} == {len(header)}
+
 
 
 @pytest.mark.long

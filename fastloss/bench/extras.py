@@ -1,4 +1,4 @@
-"""What is not a large batch: the price of a small call, more threads, the first call of a process, and fewer instructions."""
+"""What is not a large batch: the price of a small call, from which size on it pays, more threads, a new process, fewer instructions."""
 
 import os
 import subprocess
@@ -14,6 +14,7 @@ import torch
 
 from .cases import Case, make_inputs
 from .child import child
+from .crossover import crossover
 from .providers import COMPILED, EAGER, FASTLOSS, PROVIDERS
 from .runner import Runner, Times, configured
 from .timing import Step, interleave
@@ -137,7 +138,13 @@ def _imports() -> dict[str, float]:
     return dict(zip(("torch", "fastloss"), map(float, text.split()), strict=True))
 
 
-EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {"overhead": overhead, "scaling": scaling, "startup": startup, "avx2": avx2}
+EXTRAS: dict[str, Callable[[], dict[str, Any]]] = {
+    "overhead": overhead,
+    "crossover": crossover,
+    "scaling": scaling,
+    "startup": startup,
+    "avx2": avx2,
+}
 
 
 def names(chosen: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Sequence
 from math import prod
 from typing import Any
 
+from .crossover import FORCED, USED
 from .extras import AVX2, NATIVE
 from .presets import CPU_TARGETS, FRONT, Target
 from .providers import COMPILED, COMPILED_HUGE, EAGER, EAGER_HUGE, FASTLOSS, INPLACE, NO_FORESIGHT, NO_POOL
@@ -140,6 +141,12 @@ def extras(result: dict[str, Any]) -> dict[str, tuple[str, Table]]:
     if "overhead" in found:
         lines = [[name, number(spread["middle"] * 1e6)] for name, spread in found["overhead"]["seconds"].items()]
         tables["overhead"] = "A small step (cross_entropy 32x10, forward and backward)", (["provider", "µs"], lines)
+    if "crossover" in found:
+        header = ["loss and logits", FORCED, f"{FORCED}, forward alone", USED, f"{USED}, forward alone"]
+        lines = []
+        for key, parts in found["crossover"].items():
+            lines.append([key, *(ratio(parts[part][name]) for name in (FORCED, USED) for part in ("step", "forward"))])
+        tables["crossover"] = "Small calls, times as fast as eager torch (forward and backward, or forward alone)", (header, lines)
     if "scaling" in found:
         lines = []
         for key, names in found["scaling"].items():

@@ -10,7 +10,7 @@ from functools import cache, partial
 from llvmlite import binding, ir
 from numba.core import types
 
-from .llvm import BFloat, bfloat16, constant, float16
+from .llvm import BFloat, bfloat16, call, constant, float16, suffix
 from .target import Conversion, assembly
 
 _I16, _I32, _FLOAT = ir.IntType(16), ir.IntType(32), ir.FloatType()
@@ -21,7 +21,8 @@ def widen(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Val
     """Numbers as they lie in memory, in the dtype to compute with."""
     if storage == bfloat16:  # the upper half of a float32
         lanes = value.type.count
-        return _as_floats(builder, builder.shl(builder.zext(value, ir.VectorType(_I32, lanes)), _all(lanes, 16)))
+        floats = _as_floats(builder, builder.shl(builder.zext(value, ir.VectorType(_I32, lanes)), _all(lanes, 16)))
+        return call(builder, f"llvm.arithmetic.fence.{suffix(floats.type)}", floats.type, [floats])
     if storage == float16:
         return (_extend if "widen float16" in instructions() else _float16_to_float32)(builder, value)
     return value

@@ -237,7 +237,6 @@ def test_where_kernels_begin_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {len(line) for line in lines} == {len(header)}
 
 
-
 @pytest.mark.long
 def test_kernels_for_avx2_beside_those_for_this_cpu(monkeypatch):
     monkeypatch.setattr(extras, "TARGETED", (SMALL,))

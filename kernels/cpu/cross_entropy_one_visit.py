@@ -54,7 +54,6 @@ from .gradient import (
 from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp
-from .memory import line_of, stream, stream_row
 from .prefetch import ask_for_seam
 from .reduction import BLOCK, divide, sum_rows, sum_weights
 from .rows import (
@@ -73,6 +72,7 @@ from .rows import (
     walk,
 )
 from .simd import lanes_of, splat
+from .stream import line_of, stream, stream_two
 from .targets import refuse_out_of_bounds
 from .tiles import FEW_TO_TURN
 
@@ -251,11 +251,13 @@ def _fours(x: Any, reference: Any, block: Any, other: Any, k: Any, past_caches: 
     top, total = splat(reference, x.at), splat(0.0, x.at)
     while k + 4 * lanes <= last:
         if any_near(r, dx, k):
-            for i in range(k, k + 4 * lanes, lanes):
-                stream_row(dx.at, i, near(x, block, i, lanes, other.factor, r), past_caches)
+            for i in range(k, k + 4 * lanes, 2 * lanes):
+                d, e = near(x, block, i, lanes, other.factor, r), near(x, block, i + lanes, lanes, other.factor, r)
+                stream_two(dx.at, i, d, e, past_caches)
         else:
-            for i in range(k, k + 4 * lanes, lanes):
-                stream_row(dx.at, i, term(x, block, i, lanes) * other.factor, past_caches)
+            for i in range(k, k + 4 * lanes, 2 * lanes):
+                d, e = term(x, block, i, lanes) * other.factor, term(x, block, i + lanes, lanes) * other.factor
+                stream_two(dx.at, i, d, e, past_caches)
         four, top = four_terms(x, reference, top, c, block.terms, c - block.first)
         total, c, k = total + four, c + 4 * lanes, k + 4 * lanes
     return top, total, c, k

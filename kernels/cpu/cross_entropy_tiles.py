@@ -16,10 +16,11 @@ from .gradient import ABREAST, GAPLESS, RowNumbers, abreast, gradient_of_tile, w
 from .inline import INLINE
 from .launch import last_task, next_task, next_worker, raise_flag, region
 from .math import exp, log
-from .memory import line_of, load, load_classes, load_each, offset, store, stream, stream_row
+from .memory import load, load_classes, load_each, offset, store
 from .prefetch import ask_for_seam
 from .rows import Lanes, Walk, first_line, lanes_at, last_tile, load_at, one_row, row_at, store_at, tile_of, whole_tile
 from .simd import any_lane, lane_numbers, lanes_of, larger, lowest, select, splat
+from .stream import line_of, stream, stream_two
 from .targets import weights_of
 from .tiles import bring_tile, terms_of_tile
 from .transpose import largest_of_each, sum_of_each
@@ -169,10 +170,11 @@ def _gradient_of_row(dx: Any, classes: Any, terms: Any, y: Any, g: Any, scale: A
     _through_caches(dx, terms, 0, c, y, g, scale)
     left = lane_numbers(g) - (y - c)  # 0 at the target
     while c + 4 * lanes <= classes:
-        stream_row(dx.at, c, _of_classes(terms, c, left == 0, g, scale), past_caches)
-        stream_row(dx.at, c + lanes, _of_classes(terms, c + lanes, left == -lanes, g, scale), past_caches)
-        stream_row(dx.at, c + 2 * lanes, _of_classes(terms, c + 2 * lanes, left == -2 * lanes, g, scale), past_caches)
-        stream_row(dx.at, c + 3 * lanes, _of_classes(terms, c + 3 * lanes, left == -3 * lanes, g, scale), past_caches)
+        d, e = _of_classes(terms, c, left == 0, g, scale), _of_classes(terms, c + lanes, left == -lanes, g, scale)
+        stream_two(dx.at, c, d, e, past_caches)
+        d = _of_classes(terms, c + 2 * lanes, left == -2 * lanes, g, scale)
+        e = _of_classes(terms, c + 3 * lanes, left == -3 * lanes, g, scale)
+        stream_two(dx.at, c + 2 * lanes, d, e, past_caches)
         c, left = c + 4 * lanes, left + 4 * lanes
     while c + line <= classes:
         for i in range(0, line, lanes):

@@ -14,10 +14,11 @@ from .arguments import Computed, Float64, Floats, Known, Stored, arguments
 from .elements import Elements, Line, Strides, elements, in_use, last_piece, line_at, piece_of, prefetch_along, store_along
 from .inline import INLINE
 from .launch import Region, last_task, next_task, raise_flag, region
-from .memory import load_one, store, stream, to_alignment
+from .memory import load_one, store
 from .reduction import sum_of
 from .rows import bypass_caches, to_first_vector
 from .simd import lane_max, lane_sum, lanes_of, splat, widen
+from .stream import stream, to_alignment
 
 ANYHOW, SIDE_BY_SIDE = 0, 1  # how the numbers of a piece lie; a loss may have more of the second kind
 

@@ -18,10 +18,11 @@ from .arguments import Computed, Int64
 from .blocks import term
 from .gradient import targets_of, through_caches
 from .inline import INLINE
-from .memory import line_of, load_one, offset, stream, stream_row, to_line
+from .memory import load_one, offset
 from .prefetch import ask_for_seam
 from .rows import Lanes, Walk, first_line, lanes_for, load_at, load_numbers, one_row, store_at
 from .simd import lanes_of, select
+from .stream import line_of, stream, stream_two, to_line
 from .targets import less_at
 
 
@@ -259,11 +260,13 @@ def _four_of_gradient(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, 
     """Four whole vectors of one row from class c on."""
     lanes = lanes_of(x.at)
     if _are_entries_near(r, dx, c):
-        for i in range(c, c + 4 * lanes, lanes):
-            stream_row(dx.at, i, _near_entries(x, block, i, lanes, factor, r), past_caches)
+        for i in range(c, c + 4 * lanes, 2 * lanes):
+            d, e = _near_entries(x, block, i, lanes, factor, r), _near_entries(x, block, i + lanes, lanes, factor, r)
+            stream_two(dx.at, i, d, e, past_caches)
     else:
-        for i in range(c, c + 4 * lanes, lanes):
-            stream_row(dx.at, i, _far(x, block, i, lanes, factor, r), past_caches)
+        for i in range(c, c + 4 * lanes, 2 * lanes):
+            d, e = _far(x, block, i, lanes, factor, r), _far(x, block, i + lanes, lanes, factor, r)
+            stream_two(dx.at, i, d, e, past_caches)
 
 
 targets_of(EntryNumbers, _gradient_of_block, _near_entries, _are_entries_near)

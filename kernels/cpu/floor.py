@@ -12,10 +12,11 @@ from torch import Tensor
 from .arguments import Computed, Known, Stored, arguments
 from .inline import INLINE
 from .launch import next_task, region
-from .memory import load, store, stream
+from .memory import load, store
 from .prefetch import prefetch_four
 from .rows import STREAM_BYTES
 from .simd import lane_sum, lanes_of, splat
+from .stream import stream
 
 TASK = 1 << 16  # numbers
 VECTOR_BYTES = 64

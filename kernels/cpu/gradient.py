@@ -8,7 +8,7 @@ from numba.extending import overload
 from .blocks import Block, block_of, block_reference, block_size, kept_reference, relative, term
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, load_classes, store, stream, stream_row
+from .memory import load, load_classes, store
 from .prefetch import ask_for_seam
 from .rows import (
     SHORT_ROW,
@@ -25,6 +25,7 @@ from .rows import (
     whole_tile,
 )
 from .simd import lane_numbers, lanes_of, pick, select, splat
+from .stream import line_of, stream, stream_two
 from .targets import less_at
 from .transpose import turn_out
 
@@ -130,17 +131,18 @@ def _gradient_of_block(x: Any, dx: Any, block: Any, factor: Any, r: Any, past_ca
             d = term(x, block, c, x.rows) * factor
             store_at(dx, c, x.rows, select(r.y > -1, select(r.y == c, d - r.g, d), 0.0))
     elif x.class_ == dx.class_ == 1:
-        # whole lines, with what is left over before and behind them; the vector with the target by itself
-        x, dx = one_row(x.at), one_row(dx.at)
+        # whole lines, with what is left over before and behind them; the line with the target by itself
+        x, dx, line = one_row(x.at), one_row(dx.at), line_of(dx.at)
         begin = first_line(dx.at, first, last, past_caches)
-        end = begin + (last - begin) // line_of(dx.at) * line_of(dx.at)
+        end = begin + (last - begin) // line * line
         ask_for_seam(dx.at, last, past_caches)
-        middle = begin + (r.y_row - begin) // lanes * lanes if begin <= r.y_row < end else end
+        middle = begin + (r.y_row - begin) // line * line if begin <= r.y_row < end else end
         through_caches(x, dx, block, first, begin, factor, r)
         _stream_classes(x, dx, block, begin, middle, factor, past_caches)
         if middle < end:
-            stream(dx.at, middle, near_target(x, block, middle, lanes, factor, r), past_caches)
-        _stream_classes(x, dx, block, middle + lanes, end, factor, past_caches)
+            for i in range(middle, middle + line, lanes):
+                stream(dx.at, i, near_target(x, block, i, lanes, factor, r), past_caches)
+        _stream_classes(x, dx, block, middle + line, end, factor, past_caches)
         through_caches(x, dx, block, end, last, factor, r)
     else:
         for c in range(first, last, lanes):
@@ -156,11 +158,11 @@ def _stream_class(x: Any, dx: Any, block: Any, c: Any, factor: Any, r: Any, past
 
 @njit(**INLINE)
 def _stream_classes(x: Any, dx: Any, block: Any, begin: Any, end: Any, factor: Any, past_caches: Any) -> None:
-    """Whole vectors of one row without its target, by four for the same reason."""
+    """Whole lines of one row without its target, four vectors at a time for the same reason."""
     lanes, c = lanes_of(x.at), begin
     while c + 4 * lanes <= end:
-        for i in range(c, c + 4 * lanes, lanes):
-            stream_row(dx.at, i, term(x, block, i, lanes) * factor, past_caches)
+        for i in range(c, c + 4 * lanes, 2 * lanes):
+            stream_two(dx.at, i, term(x, block, i, lanes) * factor, term(x, block, i + lanes, lanes) * factor, past_caches)
         c += 4 * lanes
     while c < end:
         stream(dx.at, c, term(x, block, c, lanes) * factor, past_caches)

@@ -37,6 +37,11 @@ def narrow(builder: ir.IRBuilder, value: ir.Value, storage: types.Type) -> ir.Va
     return value
 
 
+def narrow_two(builder: ir.IRBuilder, first: ir.Value, second: ir.Value, storage: types.Type) -> ir.Value | None:
+    """Two vectors, one after the other, where one instruction does that: the bits are those of `narrow`. None elsewhere."""
+    return _truncate_two(builder, first, second) if storage == bfloat16 and "narrow two bfloat16" in instructions() else None
+
+
 @cache
 def instructions() -> frozenset[str]:
     """What Numba's target, which need not be this CPU, has instructions for."""
@@ -47,7 +52,11 @@ def instructions() -> frozenset[str]:
     }
     if binding.llvm_version_info[0] >= 20:  # LLVM 15, which older Numba has, lacks it on every target
         conversions["narrow bfloat16"] = _truncate_to_bfloat16, floats
-    return frozenset(name for name, (convert, source) in conversions.items() if not _CALLS.search(assembly(convert, source)))
+    found = {name for name, (convert, source) in conversions.items() if not _CALLS.search(assembly(convert, source))}
+    # of AVX-512; some have the one for a vector without it
+    if "narrow bfloat16" in found and re.search(r"vcvtneps2bf16.*, %ymm", assembly(_truncate_to_bfloat16, floats)):
+        found.add("narrow two bfloat16")
+    return frozenset(found)
 
 
 # ---------------------------------------------------------------- by instruction
@@ -65,6 +74,11 @@ def _truncate(half: ir.Type, builder: ir.IRBuilder, value: ir.Value) -> ir.Value
 
 _truncate_to_float16 = partial(_truncate, ir.HalfType())
 _truncate_to_bfloat16 = partial(_truncate, BFloat())  # AVX512-BF16 takes what is below 2**-126 for 0
+
+
+def _truncate_two(builder: ir.IRBuilder, first: ir.Value, second: ir.Value) -> ir.Value:
+    pair = ir.VectorType(BFloat(), 32)
+    return builder.bitcast(call(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", pair, [second, first]), ir.VectorType(_I16, 32))
 
 
 # ---------------------------------------------------------------- by integers

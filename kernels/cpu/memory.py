@@ -26,10 +26,6 @@ from .llvm import (
     vector_of,
 )
 
-LINE = 64  # bytes
-WRITE_AHEAD = 1024  # bytes
-FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls the caches
-
 
 def _at(builder: ir.IRBuilder, pointer: ir.Value, index: ir.Value, element: ir.Type) -> ir.Value:
     return builder.bitcast(builder.gep(pointer, [index]), element.as_pointer())
@@ -128,57 +124,6 @@ def store(typingctx: Any, pointer: Any, index: Any, stride: Any, count: Any, val
 
 
 @intrinsic
-def stream(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: Any) -> Any:
-    """Write a whole vector from element `index` on. If `past_caches` is not 0, its address must be a multiple of its size, and it
-    bypasses the caches, which saves reading the old content of that memory first."""
-    return _typed_stream(pointer, value, past_caches, 0)
-
-
-@intrinsic
-def stream_row(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: Any) -> Any:
-    """The same for a loop along a row. Through the caches, it asks for the line that it will write WRITE_AHEAD bytes later: stores wait in
-    order, each for its own. (16-bit numbers are so few bytes that they need not.)"""
-    return _typed_stream(pointer, value, past_caches, WRITE_AHEAD if SIZE[pointer.dtype] > 2 else 0)
-
-
-def _typed_stream(pointer: Any, value: Any, past_caches: Any, ahead: int) -> Any:
-    storage = pointer.dtype
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        pointer, index, value, past_caches = args
-        raw = narrow(builder, value, storage)
-        place = builder.bitcast(builder.gep(pointer, [index]), raw.type.as_pointer())
-        with builder.if_else(builder.icmp_signed("!=", past_caches, ir.Constant(ir.IntType(64), 0))) as (past, through):
-            with past:
-                hint = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
-                kept = _as_words(builder, raw) if SIZE[storage] == 2 else raw
-                place_of_kept = builder.bitcast(place, kept.type.as_pointer())
-                builder.store(kept, place_of_kept, align=raw.type.count * SIZE[storage]).set_metadata("nontemporal", hint)
-            with through:
-                builder.store(raw, place, align=1)
-                if ahead:
-                    ask(builder, builder.ptrtoint(place, ir.IntType(64)), ahead, FIRST_LEVEL, to_write=1)
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64, value, types.int64), codegen
-
-
-def ask(builder: ir.IRBuilder, here: ir.Value, ahead: int, cache: int, to_write: int = 0) -> None:
-    """Ask for the cache line so many bytes after an address, whatever is there."""
-    i32 = ir.IntType(32)
-    write, level, data = (ir.Constant(i32, n) for n in (to_write, cache, 1))
-    place = builder.inttoptr(builder.add(here, ir.Constant(here.type, ahead)), ir.IntType(8).as_pointer())
-    call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, level, data])
-
-
-def _as_words(builder: ir.IRBuilder, raw: ir.Value) -> ir.Value:
-    """16-bit numbers in twos, behind a fence: LLVM 22 sees that they come from a conversion, stores them as bfloat or half, and for these
-    x86's backend forgets the hint."""
-    words = ir.VectorType(ir.FloatType(), raw.type.count // 2)
-    return call(builder, f"llvm.arithmetic.fence.{suffix(words)}", words, [builder.bitcast(raw, words)])
-
-
-@intrinsic
 def load_one(typingctx: Any, pointer: Any, index: Any) -> Any:
     """Element `index` alone, widened."""
     storage = pointer.dtype
@@ -272,37 +217,6 @@ def store_classes(typingctx: Any, pointer: Any, index: Any, count: Any, numbers:
         return context.get_dummy_value()
 
     return types.void(pointer, types.int64, types.int64, numbers), codegen
-
-
-@intrinsic
-def to_alignment(typingctx: Any, pointer: Any) -> Any:
-    """How many elements from here until a whole vector lies aligned in memory (0 if none ever does)."""
-    return _typed_until(pointer, SIZE[pointer.dtype] * vector_of(pointer.dtype).lanes)
-
-
-@intrinsic
-def line_of(typingctx: Any, pointer: Any) -> Any:
-    """How many elements fill a cache line: a vector, or two of 16-bit ones."""
-    count = LINE // SIZE[pointer.dtype]
-    return types.int64(pointer), lambda context, builder, sig, args: ir.Constant(ir.IntType(64), count)
-
-
-@intrinsic
-def to_line(typingctx: Any, pointer: Any) -> Any:
-    """How many elements from here until a cache line begins. What is written past the caches is whole lines: half a one has to wait for
-    the other half, which memory has."""
-    return _typed_until(pointer, LINE)
-
-
-def _typed_until(pointer: Any, size: int) -> Any:
-    """How many elements until an address is a multiple of so many bytes."""
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        i64 = ir.IntType(64)
-        missing = builder.and_(builder.neg(builder.ptrtoint(args[0], i64)), ir.Constant(i64, size - 1))
-        return builder.udiv(missing, ir.Constant(i64, SIZE[pointer.dtype]))
-
-    return types.int64(pointer), codegen
 
 
 @intrinsic

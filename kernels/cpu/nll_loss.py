@@ -6,9 +6,10 @@ from torch import Tensor
 
 from .arguments import Computed, Int64, Known, Stored, arguments
 from .launch import next_task, raise_flag, region
-from .memory import load_classes, load_one, stream_row
+from .memory import load_classes, load_one
 from .rows import Walk, advance, bypass_caches, first_vector, lanes_at, last_tile, load_numbers, store_at, tile_of, walk, whole_vectors
 from .simd import lanes_of, select, splat
+from .stream import stream_row
 from .targets import less_at, refuse_out_of_bounds
 
 

@@ -9,7 +9,8 @@ from numba.extending import intrinsic
 
 from .inline import INLINE
 from .llvm import SIZE, vector_of
-from .memory import FIRST_LEVEL, LINE, SECOND_LEVEL, ask, offset, to_line
+from .memory import offset
+from .stream import FIRST_LEVEL, LINE, SECOND_LEVEL, ask, to_line
 
 PAGE = 4096  # bytes
 AHEAD, PAGES = 8192, 2  # bytes, pages

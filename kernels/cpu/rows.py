@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .arguments import Known
 from .inline import INLINE
-from .memory import line_of, load, offset, store, to_alignment, to_line
+from .memory import load, offset, store
 from .simd import lanes_of
+from .stream import line_of, to_alignment, to_line
 
 FEW_CLASSES = 48  # up to here lanes are rows
 SHORT_ROW = 64  # up to here they are where cross-entropy turns rows about, or goes over a gradient without gaps as it lies in memory

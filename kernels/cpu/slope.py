@@ -11,11 +11,12 @@ from numba import njit
 
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, store, stream, stream_row
+from .memory import load, store
 from .moments import NEVER
 from .prefetch import ask_for_seam, prefetch
 from .rows import fills_lines, first_line, load_at, one_row, store_at, whole_tile
 from .simd import fma, lanes_of, larger, select, splat
+from .stream import line_of, stream, stream_row
 
 LOG, SQUARE = 1, 2  # whether there is a beta, a gamma, as the bits of a number
 

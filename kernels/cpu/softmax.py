@@ -26,7 +26,7 @@ from .blocks import (
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import load, stream_row
+from .memory import load
 from .prefetch import prefetch
 from .rows import (
     advance,
@@ -52,6 +52,7 @@ from .softmax_in_turn import (
     softmax_backward_in_turn,
     softmax_in_turn,
 )
+from .stream import stream_row
 
 
 def softmax_forward(logits: Tensor, prob: Tensor) -> None:

@@ -14,10 +14,11 @@ from .gradient import gradient_of_row, targets_of
 from .inline import INLINE
 from .launch import next_task, next_worker, region
 from .math import exp, log
-from .memory import line_of, load, store, stream, stream_row, to_line
+from .memory import load, store
 from .prefetch import ask_for_seam, prefetch
 from .rows import Strides, Walk, advance, first_vector, last_tile, one_row, row_at, store_at, tile_of, whole_vectors
 from .simd import fma, lane_sum, lanes_of, splat
+from .stream import line_of, stream, stream_row, to_line
 
 CHUNK = 8192  # classes between two sums of sums, which lose fewer digits
 

@@ -14,10 +14,10 @@ from ..groups import Smoothing
 from .blocks import Block, block_of, block_reference, block_size, block_statistics, kept_reference, real_total, term
 from .inline import INLINE
 from .math import exp
-from .memory import stream_row
 from .prefetch import ask_for_seam, prefetch, prefetch_four
 from .rows import Lanes, Walk, advance, first_vector, load_at, one_row, store_at, whole_vectors
 from .simd import fma, lane_numbers, lane_sum, lanes_of, larger, lowest, select, splat
+from .stream import stream_row
 from .targets import less_at
 
 

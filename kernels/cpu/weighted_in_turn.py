@@ -12,10 +12,11 @@ from numba import njit
 from .blocks import Block, block_of, block_size, block_top, four_terms, kept_reference, real_total, reference_below, settled, sum_with_rest
 from .inline import INLINE
 from .math import exp
-from .memory import line_of, load, store, stream, stream_row
+from .memory import load, store
 from .prefetch import ask_for_seam, prefetch_four
 from .rows import first_line
 from .simd import first_lane, fma, lanes_of, splat
+from .stream import line_of, stream, stream_two
 from .targets import less_at
 from .weighted import factor_at, masses_of_rest, merge_weighted, slope_at
 
@@ -108,8 +109,10 @@ def _four_of_gradient(x: Any, other: Any, c: Any, factor: Any, waiting: Any, pas
     """Four whole vectors of the waiting row from class c on."""
     lanes, r = lanes_of(x.at), waiting.r
     if c <= r.y_row < c + 4 * lanes:
-        for i in range(c, c + 4 * lanes, lanes):
-            stream_row(waiting.dx, i, _gradient_at(x, other, i, lanes, factor, waiting), past_caches)
+        for i in range(c, c + 4 * lanes, 2 * lanes):
+            d, e = _gradient_at(x, other, i, lanes, factor, waiting), _gradient_at(x, other, i + lanes, lanes, factor, waiting)
+            stream_two(waiting.dx, i, d, e, past_caches)
     else:
-        for i in range(c, c + 4 * lanes, lanes):
-            stream_row(waiting.dx, i, slope_at(x, waiting.k, other, i, lanes, factor, r.g), past_caches)
+        for i in range(c, c + 4 * lanes, 2 * lanes):
+            d, e = slope_at(x, waiting.k, other, i, lanes, factor, r.g), slope_at(x, waiting.k, other, i + lanes, lanes, factor, r.g)
+            stream_two(waiting.dx, i, d, e, past_caches)

@@ -109,3 +109,23 @@ def test_the_same_bits_of_images(dtype: str, monkeypatch: pytest.MonkeyPatch) ->
         for through, past in zip(found[:2], found[2:], strict=True):
             for a, b in zip(through, past, strict=True):
                 torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 40], ids=["past", "through"])
+@pytest.mark.parametrize("function", [cross_entropy, without_reduction, few_classes])
+def test_bfloat16_gradients_are_those_of_float32_rounded(
+    function: Callable[[Tensor], Tensor], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether vectors are narrowed one by one or two at a time."""
+    monkeypatch.setattr("fastloss.kernels.cpu.rows.STREAM_BYTES", limit)
+    for classes in CLASSES:
+        x = (torch.randn(19, classes) * 3).bfloat16()
+        for layout in ("contiguous", "misaligned"):
+            found = []
+            for dtype in (torch.bfloat16, torch.float32):
+                leaf, view = LAYOUTS[layout](x.to(dtype))
+                mine = leaf.detach().requires_grad_()
+                result = function(view(mine))
+                upstream = torch.linspace(-1, 1, result.numel()).bfloat16().view(result.shape) if result.dim() else torch.ones(())
+                found.append(torch.autograd.grad(result, mine, upstream.to(dtype))[0].bfloat16())
+            assert torch.equal(*found), classes

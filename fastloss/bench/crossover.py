@@ -38,7 +38,8 @@ def crossover(seconds: float = 1.0) -> dict[str, Any]:
     for case in CASES:
         inputs = make_inputs(case, 1)
         runners = {name: Runner(PROVIDERS[name], case, inputs) for name in (FASTLOSS, EAGER)}
-        forced, used = {"min_numel": 0}, {}
+        forced: dict[str, int] = {"min_numel": 0}
+        used: dict[str, int] = {}
         ratios = {}
         for part, time in (("step", _step), ("forward", _forward)):
             steps: dict[str, Step] = {

@@ -93,13 +93,6 @@ def ask(builder: ir.IRBuilder, here: ir.Value, ahead: int, cache: int, to_write:
     call(builder, "llvm.prefetch.p0", ir.VoidType(), [place, write, level, data])
 
 
-def _as_words(builder: ir.IRBuilder, raw: ir.Value) -> ir.Value:
-    """16-bit numbers in twos, behind a fence: LLVM 22 sees that they come from a conversion, stores them as bfloat or half, and for these
-    x86's backend forgets the hint."""
-    words = ir.VectorType(ir.FloatType(), raw.type.count // 2)
-    return call(builder, f"llvm.arithmetic.fence.{suffix(words)}", words, [builder.bitcast(raw, words)])
-
-
 @intrinsic
 def to_alignment(typingctx: Any, pointer: Any) -> Any:
     """How many elements from here until a whole vector lies aligned in memory (0 if none ever does)."""

@@ -24,6 +24,7 @@ from fastloss.kernels.cpu import (
 from fastloss.kernels.cpu.arguments import floats_in, known_in
 from fastloss.kernels.cpu.launch import Region
 from fastloss.kernels.cpu.rows import lanes_for
+from fastloss.kernels.cpu.target import has_512_bits
 
 MODULES = (
     bce_with_logits,
@@ -104,3 +105,12 @@ def test_arithmetic_is_on_vectors(name: str) -> None:
 def test_large_gradients_bypass_the_caches(name: str, dtype: torch.dtype) -> None:
     tile = lanes_for(torch.empty(0, dtype=dtype)) if name.startswith("cross_entropy_tiles.") else 1
     assert re.search(r"\bv?movntps\b", assembly(REGIONS[name], dtype, tile))
+
+
+@pytest.mark.skipif(not has_512_bits(), reason="elsewhere a maximum is several, of halves")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_maximum_is_one_instruction(dtype: torch.dtype) -> None:
+    """LLVM took one of widened bfloat16 for a maximum of integers, which is three."""
+    text = assembly(REGIONS["cross_entropy._forward"], dtype, 1)
+    maxima, compared = (len(re.findall(rf"\b{name}ps\b", text)) for name in ("vmax", "vcmp[a-z]*"))
+    assert 0 < compared - text.count("vscalefps") < maxima / 4  # every exp compares once

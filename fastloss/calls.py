@@ -20,6 +20,7 @@ from .foresight import Subject, subject_of
 from .guards import Recent
 from .loss import Loss, fields
 from .op_calls import repeated
+from .record import record
 
 Kind = tuple[Any, ...]
 
@@ -78,7 +79,7 @@ class Call:
             return compute()
         if len(programs) >= _MOST_PROGRAMS:
             programs.clear()
-        found, programs[which] = replay.record(compute, t, results)
+        found, programs[which] = record(compute, t, results)
         return found
 
 

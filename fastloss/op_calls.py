@@ -1,7 +1,7 @@
 """Calls of a registered op, and backwards, like one before.
 
 A compiled step calls the same op with tensors of the same shapes, strides and dtypes every time. Whether they fit, and what is launched,
-was found out by the first call of a kind; the second one is recorded (`replay`), and those after it are its launches with new addresses.
+was found out by the first call of a kind; the second one is recorded (`record`), and those after it are its launches with new addresses.
 To name a kind takes 3 us of Python, so those that were recorded last are known by a guard, torch's own for compiled programs. (Calls of
 our functions are asked for more, since more can be around them: `calls`.)
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 from . import config, contract, replay
 from .guards import Recent
 from .loss import Loss, fields
+from .record import record
 
 Kind = tuple[Any, ...]
 
@@ -42,7 +43,7 @@ class Repeated:
         if contract.watch is not None:
             return self.find(*arguments)
         tensors, options = arguments[: self.tensors], arguments[self.tensors :]
-        asked = [list(map(type, tensors)), options, torch.get_num_threads(), config.pool_min_bytes]
+        asked = [list(map(type, tensors)), options, torch.get_num_threads(), config.pool_min_bytes, config.pool_max_bytes]
         program = _recent[self].find(asked, tensors)
         if program is None:
             return self._by_kind(arguments, tensors, asked)
@@ -59,7 +60,7 @@ class Repeated:
                 _remembered.clear()
             _remembered[kind] = _SEEN
             return found
-        again, program = replay.record(lambda: self.find(*arguments), tensors) if known is _SEEN else (None, known)
+        again, program = record(lambda: self.find(*arguments), tensors) if known is _SEEN else (None, known)
         _remembered[kind] = program
         if program is not None:
             _recent[self].came_again(kind, asked, tensors, program)

@@ -33,7 +33,7 @@ def spiked(dtype: str) -> Iterator[tuple[int, Tensor]]:
         yield block + 700, logits
 
 
-@pytest.mark.parametrize("dtype", CLASSES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", pytest.param("float64", marks=pytest.mark.long)])
 def test_a_top_may_lie_as_far_above_as_it_likes(dtype: str) -> None:
     for place, logits in spiked(dtype):
         rows, classes = logits.shape

@@ -70,14 +70,14 @@ def finding(begun: list[str], text: str) -> str:
     return f"{case}\n{what}\nreproduce: python tests/guard_pages.py --seed {seed} --cases 1\n"
 
 
-def test_a_hundred_calls() -> None:
-    assert signal_of(lambda: compile_what_they_call(100)) == 0
-    fuzz(0, 100)
+def test_sixty_calls() -> None:
+    assert signal_of(lambda: compile_what_they_call(60)) == 0
+    fuzz(0, 60)
 
 
 @pytest.mark.long
 def test_a_thousand_more() -> None:
-    fuzz(100, 1000)
+    fuzz(60, 1040)
 
 
 @pytest.mark.long

@@ -9,7 +9,7 @@ To name a kind takes 5 us of Python. The kinds that came last are known by a gua
 
 from collections import defaultdict
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -68,10 +68,7 @@ class Call:
         """The loss's `backward`, of what its forward saved, in plain tensors."""
         if not saved[0].is_cpu:
             return _backward(self.loss, upstream, saved, self.options, needed)
-        again = _backwards.get(self.loss)
-        if again is None:
-            again = _backwards[self.loss] = _repeated_backward(self.loss)
-        return again(*upstream, *saved, self.options, needed)[0]
+        return _repeated_backward(self.loss)(*upstream, *saved, self.options, needed)[0]
 
     def _recorded(self, which: Any, t: Any, compute: Callable[[], replay.Found], results: int | None) -> replay.Found:
         programs = self.programs
@@ -88,6 +85,7 @@ def _backward(loss: Any, upstream: Any, saved: Any, o: Any, needed: list[bool]) 
     return loss.backward(dloss, loss.saved(*saved), o, tuple(needed), None)  # type: ignore[no-any-return]
 
 
+@cache
 def _repeated_backward(loss: Any) -> Callable[..., replay.Found]:
     def find(*arguments: Any) -> replay.Found:
         *tensors, o, needed = arguments
@@ -96,7 +94,6 @@ def _repeated_backward(loss: Any) -> Callable[..., replay.Found]:
     return repeated(loss, find, loss.answers + len(fields(loss.saved)))
 
 
-_backwards: dict[Any, Callable[..., replay.Found]] = {}  # by loss
 THEIRS: Call = Call(None, None)  # torch serves it
 _remembered: dict[Kind, Call] = {}
 _recent: dict[str, Recent[Call]] = defaultdict(Recent)  # by function

@@ -105,7 +105,7 @@ class Subject(NamedTuple):
     size: int  # bytes of the gradients
     dtype: torch.dtype
     device: torch.device
-    device_type: str
+    device_type: str  # of it: every call asks
 
 
 def subject_of(loss: str, tensors: tuple[Tensor | None, ...], reduction: str) -> Subject | None:

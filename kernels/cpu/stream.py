@@ -18,28 +18,14 @@ FIRST_LEVEL, SECOND_LEVEL = 3, 2  # what LLVM calls the caches
 def stream(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: Any) -> Any:
     """Write a whole vector from element `index` on. If `past_caches` is not 0, its address must be a multiple of its size, and it
     bypasses the caches, which saves reading the old content of that memory first."""
-    storage = pointer.dtype
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        pointer, index, value, past_caches = args
-        _write(builder, storage, builder.gep(pointer, [index]), narrow(builder, value, storage), past_caches)
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64, value, types.int64), codegen
+    return _typed_stream(pointer, value, 0)
 
 
 @intrinsic
 def stream_row(typingctx: Any, pointer: Any, index: Any, value: Any, past_caches: Any) -> Any:
     """The same for a loop along a row. Through the caches, it asks for the line that it will write WRITE_AHEAD bytes later: stores wait in
     order, each for its own. (16-bit numbers are so few bytes that they need not.)"""
-    storage = pointer.dtype
-
-    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
-        pointer, index, value, past_caches = args
-        _write(builder, storage, builder.gep(pointer, [index]), narrow(builder, value, storage), past_caches, _ahead(storage))
-        return context.get_dummy_value()
-
-    return types.void(pointer, types.int64, value, types.int64), codegen
+    return _typed_stream(pointer, value, _ahead(pointer.dtype))
 
 
 @intrinsic
@@ -60,11 +46,22 @@ def stream_two(typingctx: Any, pointer: Any, index: Any, first: Any, second: Any
     return types.void(pointer, types.int64, first, first, types.int64), codegen
 
 
+def _typed_stream(pointer: Any, value: Any, ahead: int) -> Any:
+    storage = pointer.dtype
+
+    def codegen(context: Any, builder: ir.IRBuilder, sig: Any, args: Any) -> ir.Value:
+        pointer, index, value, past_caches = args
+        _write(builder, storage, builder.gep(pointer, [index]), narrow(builder, value, storage), past_caches, ahead)
+        return context.get_dummy_value()
+
+    return types.void(pointer, types.int64, value, types.int64), codegen
+
+
 def _ahead(storage: types.Type) -> int:
     return WRITE_AHEAD if SIZE[storage] > 2 else 0
 
 
-def _write(builder: ir.IRBuilder, storage: types.Type, at: ir.Value, raw: ir.Value, past_caches: ir.Value, ahead: int = 0) -> None:
+def _write(builder: ir.IRBuilder, storage: types.Type, at: ir.Value, raw: ir.Value, past_caches: ir.Value, ahead: int) -> None:
     place = builder.bitcast(at, raw.type.as_pointer())
     with builder.if_else(builder.icmp_signed("!=", past_caches, ir.Constant(ir.IntType(64), 0))) as (past, through):
         with past:

@@ -131,6 +131,17 @@ def test_the_same_bits_every_time(name: str, pooled: bool, monkeypatch: pytest.M
     assert all(program is not None for program in programs()), "computes something by torch, so every call of this kind takes the long way"
 
 
+def test_a_copy_of_the_same_shape_in_another_order() -> None:
+    """As many classes a row as positions: what torch makes of the indices has their shape and their address, and is not a copy of them."""
+    for seed in range(5):
+        g = torch.Generator().manual_seed(seed)
+        tensors = logits(g, 3, C, 5), torch.randint(C, (3, 5, 5), generator=g), torch.rand(3, 5, 5, generator=g)
+        for ours, anew in zip(
+            found(fastloss.sparse_soft_cross_entropy, tensors), computed_anew(fastloss.sparse_soft_cross_entropy, tensors), strict=True
+        ):
+            assert torch.equal(ours, anew)
+
+
 @pytest.mark.parametrize("pooled", [False, True])
 def test_results_are_not_shared(pooled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if pooled:
